@@ -1,0 +1,146 @@
+"""Probes run on a subject, one after the other, and what they found as a report.
+
+Nothing a probe meets ends the run: an exception of the subject is a finding, an exception of ours an outcome `error`
+with its traceback, and every other probe still runs.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from .errors import SubjectError
+from .explain import explain
+from .load import SubjectCodeError
+from .probe import NotApplicable, Probe, Skipped
+from .repair import Found, RepairedSource
+from .report import Finding, Outcome
+from .settle import settled
+from .spec import Job, resolve
+from .subject import Subject
+
+BUILD = "build.constructs"
+FIRST_RUN = "build.runs"
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """One probe's outcome and findings."""
+
+    outcome: Outcome
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Building:
+    """The subject, or the finding that says why there is none. The two build outcomes are always there."""
+
+    subject: Subject | None = None
+    results: list[Result] = field(default_factory=list)
+
+
+def build(job: Job) -> Building:
+    """Build the subject. SubjectError (exit 2) when the spec leads nowhere; what the subject's code raises is a finding."""
+    started = time.perf_counter()
+    try:
+        subject = resolve(job)
+    except SubjectCodeError as error:
+        at_build = error.stage != "first run"
+        name = BUILD if at_build else FIRST_RUN
+        explanation = explain(error)
+        seconds = time.perf_counter() - started
+        finding = replace(explanation.finding(), probe=name)
+        finding = verified(finding, job, lambda: _builds(job, finding))
+        results = [] if at_build else [Result(outcome=Outcome(probe=BUILD, status="passed", seconds=seconds))]
+        results.append(Result(outcome=Outcome(probe=name, status="failed", seconds=seconds), findings=(_plain(finding),)))
+        if at_build:
+            results.append(Result(outcome=Outcome(probe=FIRST_RUN, status="skipped", reason=f"{BUILD} failed")))
+        return Building(results=results)
+    seconds = time.perf_counter() - started
+    results = [Result(outcome=Outcome(probe=name, status="passed", seconds=seconds)) for name in (BUILD, FIRST_RUN)]
+    return Building(subject=subject, results=results)
+
+
+def run_probe(
+    probe: Probe,
+    subject: Subject,
+    *,
+    job: Job | None = None,
+    failed: Iterable[str] = (),
+    expected: Mapping[str, str] | None = None,
+) -> Result:
+    """Run one probe. `failed` are the probes that failed before, `expected` maps names to why they may fail."""
+    blockers = [name for name in probe.after if name in set(failed)]
+    if blockers:
+        return Result(outcome=Outcome(probe=probe.name, status="skipped", reason=f"it depends on {blockers[0]}, which failed"))
+    started = time.perf_counter()
+
+    def outcome(status: str, reason: str | None = None) -> Outcome:
+        return Outcome(probe=probe.name, status=status, reason=reason, seconds=time.perf_counter() - started)  # type: ignore[arg-type]
+
+    findings: list[Finding] = []
+    try:
+        with settled(subject.model, seed=subject.seed):
+            for finding in probe.function(subject):
+                findings.append(replace(finding, probe=probe.name))
+    except NotApplicable as error:
+        if not findings:
+            return Result(outcome=outcome("not-applicable", str(error)))
+    except Skipped as error:
+        if not findings:
+            return Result(outcome=outcome("skipped", str(error)))
+    except (SubjectCodeError, SubjectError) as error:
+        findings.append(replace(_raised(error), probe=probe.name))
+    except Exception:
+        return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(_plain(f) for f in findings))
+    if job is not None:
+        findings = [verified(f, job, lambda: _holds(probe, job, f)) for f in findings]  # noqa: B023 - called at once
+    wrong = any(finding.severity == "error" for finding in findings)
+    reason = (expected or {}).get(probe.name)
+    plain = tuple(_plain(finding) for finding in findings)
+    if reason is not None and wrong:
+        notes = tuple(replace(finding, severity="note") for finding in plain)
+        return Result(outcome=outcome("expected-failure", reason), findings=notes)
+    if reason is not None:
+        message = f"{probe.name} passes, though it was expected to fail ({reason}); take it off the list"
+        unexpected = Finding(probe=probe.name, severity="error", message=message)
+        return Result(outcome=outcome("failed", "it was expected to fail and passes"), findings=(unexpected, *plain))
+    return Result(outcome=outcome("failed" if wrong else "passed"), findings=plain)
+
+
+def verified(finding: Finding, job: Job, holds: Callable[[], bool]) -> Finding:
+    """The finding with `fix_verified` set when its edits, made on a copy of the source, mend the probe."""
+    edits = finding.edits if isinstance(finding, Found) else ()
+    if not edits or not job.spec.partition(":")[0].endswith(".py"):
+        return finding
+    try:
+        return replace(finding, fix_verified=holds())
+    except Exception:  # a repair that does not even load is no repair; the finding stands without the mark
+        return finding
+
+
+def _holds(probe: Probe, job: Job, finding: Finding) -> bool:
+    edits = finding.edits if isinstance(finding, Found) else ()
+    with RepairedSource(job, edits) as subject:
+        if subject is None:
+            return False
+        with settled(subject.model, seed=subject.seed):
+            return all(other.severity != "error" or other.where.function != finding.where.function for other in probe.function(subject))
+
+
+def _builds(job: Job, finding: Finding) -> bool:
+    edits = finding.edits if isinstance(finding, Found) else ()
+    with RepairedSource(job, edits) as subject:
+        return subject is not None
+
+
+def _raised(error: BaseException) -> Finding:
+    if isinstance(error, SubjectCodeError):
+        return explain(error).finding(case=error.case)
+    return Finding(probe="", severity="error", message=str(error))
+
+
+def _plain(finding: Finding) -> Finding:
+    if not isinstance(finding, Found):
+        return finding
+    return Finding(**{name: getattr(finding, name) for name in Finding.__dataclass_fields__})

@@ -1,0 +1,137 @@
+"""How a model wants to be called and what it gives back, read from its signature and from one run."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SubjectError
+
+IDS_NAMES = ("input_ids", "idx", "tokens", "token_ids", "ids", "x", "input", "inputs", "src")
+MASK_NAMES = ("attention_mask", "padding_mask", "pad_mask", "attn_mask", "mask")
+POSITION_NAMES = ("position_ids", "positions", "pos_ids", "position")
+CACHE_NAMES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache_params")
+SHIFTED_LABELS = ("labels",)
+ALIGNED_LABELS = ("targets", "target", "y")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Convention:
+    """The argument names of a model's forward; None where it has no such argument.
+
+    `labels_aligned` says that label t belongs to logit t (nanoGPT's `targets`); otherwise the model shifts inside
+    (`labels`). `logits_need_labels`: without labels the model returns only the last position.
+    """
+
+    ids: str
+    attention_mask: str | None = None
+    position_ids: str | None = None
+    cache: str | None = None
+    use_cache: str | None = None
+    labels: str | None = None
+    labels_aligned: bool = False
+    logits_need_labels: bool = False
+
+    def __str__(self) -> str:
+        names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.labels]
+        text = f"forward({', '.join(name for name in names if name)})"
+        if self.labels:
+            text += f"; {self.labels} " + ("already aligned with the logits" if self.labels_aligned else "shifted inside")
+        if self.logits_need_labels:
+            text += f"; only the last position without {self.labels}"
+        return text
+
+
+@dataclass(slots=True, kw_only=True)
+class Output:
+    """What one call gave: logits `[batch, seq_len, vocab]`, the scalar loss and the cache where there is one."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+    cache: Any = None
+
+
+class NoLogits(Exception):
+    """The model ran and returned nothing that can be logits; the text says what it did return."""
+
+
+def read_signature(forward: Callable[..., object]) -> Convention:
+    """The convention that the names in a signature say; SubjectError when a required argument cannot be guessed."""
+    parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = [p.name for p in parameters]
+    if not names:
+        raise SubjectError("forward() takes no argument that token ids could go into; state it with --adapter")
+
+    def first(wanted: tuple[str, ...]) -> str | None:
+        return next((name for name in wanted if name in names), None)
+
+    ids = first(IDS_NAMES) or names[0]
+    labels = first(SHIFTED_LABELS) or first(ALIGNED_LABELS)
+    convention = Convention(
+        ids=ids,
+        attention_mask=first(MASK_NAMES[:1]) or first(MASK_NAMES[1:3]),
+        position_ids=first(POSITION_NAMES),
+        cache=first(CACHE_NAMES) if "use_cache" in names else None,
+        use_cache="use_cache" if "use_cache" in names else None,
+        labels=labels,
+        labels_aligned=labels in ALIGNED_LABELS,
+    )
+    known = {ids, convention.attention_mask, convention.position_ids, convention.labels}
+    unknown = [p.name for p in parameters if p.default is p.empty and p.name not in known]
+    if unknown:
+        raise SubjectError(
+            f"forward() requires {', '.join(unknown)}, which cannot be guessed; give it a default or state the call with --adapter"
+        )
+    return convention
+
+
+def find_logits(result: object, *, batch_size: int, seq_len: int) -> Output:
+    """Logits, loss and cache in an output object, dict, tuple or bare tensor; NoLogits says what came instead."""
+    if isinstance(result, Tensor):
+        _must_be_logits(result, batch_size, seq_len)
+        return Output(logits=result)
+    if isinstance(result, Mapping) or hasattr(result, "logits"):
+        read = result.get if isinstance(result, Mapping) else lambda name: getattr(result, name, None)
+        logits, loss, cache = read("logits"), read("loss"), None
+        for name in CACHE_NAMES:
+            found = read(name)
+            cache = found if cache is None else cache
+        if not isinstance(logits, Tensor):
+            raise NoLogits(f"an output of type {type(result).__name__} without a `logits` tensor")
+        _must_be_logits(logits, batch_size, seq_len)
+        return Output(logits=logits, loss=loss if isinstance(loss, Tensor) else None, cache=cache)
+    if isinstance(result, tuple | list):
+        tensors = [item for item in result if isinstance(item, Tensor)]
+        logits = next((t for t in tensors if t.ndim == 3), None)
+        loss = next((t for t in tensors if t.ndim == 0), None)
+        if logits is not None:
+            _must_be_logits(logits, batch_size, seq_len)
+            return Output(logits=logits, loss=loss)
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensor"
+        raise NoLogits(f"a {type(result).__name__} with {shapes}")
+    raise NoLogits(f"{type(result).__name__}")
+
+
+def first_embedding(model: nn.Module) -> nn.Embedding | None:
+    """The first embedding table of the model, in the order its modules were registered."""
+    return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+
+
+def is_scalar_loss(value: object) -> bool:
+    """Whether a value can be a loss."""
+    return isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point
+
+
+def _must_be_logits(tensor: Tensor, batch_size: int, seq_len: int) -> None:
+    if tensor.ndim != 3 or not tensor.dtype.is_floating_point or tensor.shape[0] != batch_size or tensor.shape[1] not in (seq_len, 1):
+        shape = tuple(tensor.shape)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise NoLogits(f"a {dtype} tensor of shape {shape}; expected float logits (batch {batch_size}, seq_len {seq_len}, vocabulary)")
+
+
+def ids_tensor(rows: tuple[tuple[int, ...], ...] | None, device: torch.device | str = "cpu") -> Tensor | None:
+    """Rows of integers as an int64 tensor `[batch, seq_len]`."""
+    return None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)

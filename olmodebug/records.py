@@ -1,0 +1,111 @@
+"""The plain values that instruments hand on: no live tensor, every one JSON-able.
+
+Shapes are tuples of ints, dtypes are names without `torch.`, sizes are bytes.
+"""
+
+from dataclasses import dataclass, field
+
+from .units import dtype_text
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """What is known of a tensor without keeping it; prints `f32[2,8,16]`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str = "cpu"
+    strides: tuple[int, ...] = ()
+    storage: int = 0
+    finite: bool | None = None
+    absmax: float | None = None
+
+    def __str__(self) -> str:
+        return f"{dtype_text(self.dtype)}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """A place in the subject: module path, qualified function name, file and line of the subject's own source, op."""
+
+    module: str = ""
+    function: str | None = None
+    file: str | None = None
+    line: int | None = None
+    op: str | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.file and self.line else self.file or ""
+        parts = [self.function or "", place, f"module {self.module}" if self.module else "", self.op or ""]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One aten op of a traced run: where it was called, what went in, what came out, in `phase` forward or backward."""
+
+    index: int
+    op: str
+    where: Where
+    phase: str = "forward"
+    inputs: tuple[TensorInfo, ...] = ()
+    outputs: tuple[TensorInfo, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, str | None, int | None, str]:
+        """What makes this event the same event in another run."""
+        return (self.op, self.where.module, self.where.file, self.where.line, self.phase)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleCall:
+    """One call of a module: its path and class, the tensors that went in and came out, and which events lie inside."""
+
+    module: str
+    kind: str
+    inputs: tuple[TensorInfo, ...] = ()
+    outputs: tuple[TensorInfo, ...] = ()
+    first_event: int = 0
+    last_event: int = 0
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """The inputs of one run, small enough to print: `[batch, seq_len]` integers as tuples."""
+
+    name: str
+    input_ids: Rows
+    attention_mask: Rows | None = None
+    position_ids: Rows | None = None
+    labels: Rows | None = None
+    seed: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def seq_len(self) -> int:
+        return len(self.input_ids[0]) if self.input_ids else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Two tensors that should agree: how far apart, in how many elements, and where first."""
+
+    max_abs: float
+    scale: float
+    mismatched: int
+    total: int
+    index: tuple[int, ...] = ()
+    limit: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def relative(self) -> float:
+        """The largest difference as a share of the largest magnitude."""
+        return self.max_abs / self.scale if self.scale else self.max_abs

@@ -1,0 +1,294 @@
+"""The record of a run: findings, outcomes, environment, and the JSON that every picture is drawn from.
+
+Schema `olmodebug/report@1`; `report.schema.json` beside this file describes it.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from .errors import ReportError
+from .records import Case, Rows, Where
+from .units import plural
+
+SCHEMA = "olmodebug/report@1"
+
+Severity = Literal["error", "warning", "note"]
+Status = Literal["passed", "failed", "expected-failure", "not-applicable", "skipped", "error"]
+
+EXIT_PASS, EXIT_FINDINGS, EXIT_COULD_NOT_RUN, EXIT_INTERNAL, EXIT_NOTHING_CHECKED = 0, 1, 2, 3, 5
+
+Scalar = str | int | float | bool | None
+
+# JSON has no such numbers; these words stand for them.
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceLine:
+    """A line of the subject's source as it stood when the finding was made."""
+
+    number: int
+    text: str
+    marked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What is wrong: one sentence, the place, the cause if it is established, the repair, and the evidence.
+
+    `cause` is None where it is not known. `fix_verified`: the repair was applied to a copy and the probe passed.
+    """
+
+    probe: str
+    severity: Severity
+    message: str
+    cause: str | None = None
+    fix: str | None = None
+    fix_verified: bool = False
+    where: Where = field(default_factory=Where)
+    source: tuple[SourceLine, ...] = ()
+    expected: str | None = None
+    observed: str | None = None
+    evidence: Mapping[str, Scalar] = field(default_factory=dict)
+    ruled_out: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    raised: str | None = None
+    case: Case | None = None
+    reproduce: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one probe ended; `reason` says why it was skipped, does not apply, was expected to fail or broke."""
+
+    probe: str
+    status: Status
+    reason: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectInfo:
+    """What was checked: its spec, class, size, how it is called, and what had to be assumed."""
+
+    spec: str
+    kind: str = ""
+    file: str | None = None
+    parameters: int = 0
+    parameter_bytes: int = 0
+    dtype: str = ""
+    convention: str = ""
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """The machine and the versions that a result depends on."""
+
+    olmodebug: str
+    python: str
+    platform: str
+    torch: str | None = None
+    transformers: str | None = None
+    cuda: str | None = None
+    device: str = "cpu"
+    driver: str | None = None
+    gpu: str | None = None
+    seed: int = 0
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many probes ended how; `ran` is passed + failed + expected failures + errors."""
+
+    passed: int
+    failed: int
+    expected: int
+    errors: int
+    not_applicable: int
+    skipped: int
+
+    @property
+    def ran(self) -> int:
+        return self.passed + self.failed + self.expected + self.errors
+
+    @property
+    def total(self) -> int:
+        return self.ran + self.not_applicable + self.skipped
+
+    def __str__(self) -> str:
+        parts = [f"{self.passed} pass"]
+        parts += [f"{self.failed} fail"] if self.failed else []
+        parts += [f"{self.expected} expected-fail"] if self.expected else []
+        parts += [f"{self.errors} broke"] if self.errors else []
+        text = f"{self.ran} ran ({', '.join(parts)})"
+        if self.not_applicable:
+            text += f", {self.not_applicable} not applicable"
+        if self.skipped:
+            text += f", {self.skipped} skipped"
+        return f"{text}, of {plural(self.total, 'probe')}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything one run found; the verdict and the exit code follow from it."""
+
+    subject: SubjectInfo
+    environment: Environment
+    outcomes: tuple[Outcome, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    seconds: float = 0.0
+    created: str = ""
+    id: str = ""
+
+    @property
+    def verdict(self) -> Literal["pass", "fail", "error"]:
+        """`fail` with an unexpected failure, `error` when a probe of ours broke or nothing was checked, else `pass`."""
+        verdicts: dict[int, Literal["pass", "fail", "error"]] = {EXIT_PASS: "pass", EXIT_FINDINGS: "fail"}
+        return verdicts.get(self.exit_code, "error")
+
+    @property
+    def exit_code(self) -> int:
+        """1 with an unexpected failure: a failed probe, or an error finding that no probe was expected to make."""
+        counts = self.counts
+        expected = {outcome.probe for outcome in self.outcomes if outcome.status == "expected-failure"}
+        if counts.failed or any(finding.probe not in expected for finding in self.of("error")):
+            return EXIT_FINDINGS
+        if counts.errors:
+            return EXIT_INTERNAL
+        return EXIT_PASS if counts.ran else EXIT_NOTHING_CHECKED
+
+    @property
+    def counts(self) -> Counts:
+        number = {status: sum(outcome.status == status for outcome in self.outcomes) for status in get_args(Status)}
+        return Counts(
+            passed=number["passed"],
+            failed=number["failed"],
+            expected=number["expected-failure"],
+            errors=number["error"],
+            not_applicable=number["not-applicable"],
+            skipped=number["skipped"],
+        )
+
+    def of(self, *severities: Severity) -> tuple[Finding, ...]:
+        """The findings of these severities, in the order of the report."""
+        return tuple(finding for finding in self.findings if finding.severity in severities)
+
+    def __repr__(self) -> str:
+        errors, warnings = plural(len(self.of("error")), "error"), plural(len(self.of("warning")), "warning")
+        return f"<Report {self.subject.spec}: {self.verdict}, {errors}, {warnings}; {self.counts}>"
+
+    def to_json(self) -> str:
+        """Strict JSON, schema `olmodebug/report@1`: non-finite numbers are the strings `nan`, `inf` and `-inf`."""
+        body = {"schema": SCHEMA, "verdict": self.verdict, "exit_code": self.exit_code, "counts": _plain(self.counts)}
+        return json.dumps(body | _plain(self), indent=1, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the JSON whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(path)
+
+
+def from_json(text: str) -> Report:
+    """The report that `to_json` wrote; ReportError when it is no report or one of a newer schema."""
+    try:
+        body = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"not a report: no valid JSON ({error})") from None
+    schema = body.get("schema") if isinstance(body, dict) else None
+    if schema != SCHEMA:
+        raise ReportError(f"not a report this version can read: expected schema {SCHEMA}, observed {schema}")
+    try:
+        return Report(
+            subject=SubjectInfo(**_tuples(body["subject"])),
+            environment=Environment(**body["environment"]),
+            outcomes=tuple(Outcome(**outcome) for outcome in body["outcomes"]),
+            findings=tuple(finding_from(finding) for finding in body["findings"]),
+            seconds=body["seconds"],
+            created=body["created"],
+            id=body["id"],
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ReportError(f"a damaged report: {type(error).__name__}: {error}") from None
+
+
+def read(path: Path) -> Report:
+    """The report in a file."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"cannot read {path}: {error}") from None
+
+
+def finding_from(body: Mapping[str, Any]) -> Finding:
+    """A finding from its JSON object."""
+    case = body.get("case")
+    return Finding(
+        **{
+            **_tuples(body),
+            "where": Where(**body["where"]),
+            "evidence": {name: NON_FINITE.get(value, value) for name, value in body["evidence"].items()},
+            "source": tuple(SourceLine(**line) for line in body["source"]),
+            "case": case_from(case) if case else None,
+        }
+    )
+
+
+def case_from(body: Mapping[str, Any]) -> Case:
+    """A case from its JSON object."""
+
+    def rows(value: Any) -> Rows | None:
+        return None if value is None else tuple(tuple(row) for row in value)
+
+    names = ("input_ids", "attention_mask", "position_ids", "labels")
+    return Case(**{**body, **{name: rows(body.get(name)) for name in names}})
+
+
+def plain(value: Any) -> Any:
+    """A record as JSON-able dicts, lists and scalars."""
+    return _plain(value)
+
+
+def merge_by_root(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """One finding a root cause: a later one at the same file and line, and its `also`, join the `also` of the first.
+
+    A finding without a file and a line stands alone, and a weaker severity never swallows a stronger one.
+    """
+    order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
+    kept: list[Finding] = []
+    for finding in findings:
+        for i, first in enumerate(kept):
+            placed = finding.where.file and finding.where.line
+            same = placed and (first.where.file, first.where.line) == (finding.where.file, finding.where.line)
+            if same and first.probe != finding.probe and order[first.severity] <= order[finding.severity]:
+                kept[i] = replace(first, also=tuple(dict.fromkeys((*first.also, finding.probe, *finding.also))))
+                break
+        else:
+            kept.append(finding)
+    return tuple(kept)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _tuples(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in body.items()}

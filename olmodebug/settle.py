@@ -1,0 +1,33 @@
+"""Whatever a run may disturb in torch or in the model, put back as it was, also after an exception."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Iterator[None]:
+    """Restore the random state, default dtype, grad mode and flags of torch, and the model's modes and gradients.
+
+    With `seed` the block starts from that random state.
+    """
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    modes = [(module, module.training) for module in model.modules()] if model else []
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()] if model else []
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(grad)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            for module, training in modes:
+                module.training = training
+            for parameter, gradient in gradients:
+                parameter.grad = gradient

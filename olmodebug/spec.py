@@ -1,0 +1,268 @@
+"""From the text on a command line to a subject: every way in, and a clear sentence for every wrong turn."""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import SubjectError
+from .load import SubjectCodeError, candidates, load_attribute
+from .settle import settled
+from .subject import Subject, from_model
+
+DEFAULT = "olmo1-4M"
+
+FORMS = (
+    "a preset (olmo1-4M), file.py:attribute, package.module:attribute, a local Hugging Face checkpoint folder, "
+    "transformers:ClassName, or hf:org/name"
+)
+
+# Above this many parameters a preset or a transformers class is checked on a small copy of the same configuration:
+# rules such as causality do not depend on sizes, and float64 on two cores does.
+SHRINK_ABOVE = 40_000_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything needed to build the subject again in another process; JSON-able."""
+
+    spec: str = DEFAULT
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    tokenizer: str | None = None
+    adapter: str | None = None
+    vocab_size: int | None = None
+    download: bool = False
+
+
+def resolve(job: Job) -> Subject:
+    """The subject that a job names. SubjectError when the spec leads nowhere (exit 2); SubjectCodeError when the
+    subject's own code raises, or gives back no model (a finding)."""
+    adapter = load_attribute(job.adapter) if job.adapter else None
+    if adapter is not None and not callable(adapter):
+        raise SubjectError(f"--adapter {job.adapter} is no function")
+    if job.tokenizer and not Path(job.tokenizer).exists():
+        raise SubjectError(f"no such tokenizer file: {job.tokenizer}")
+    built = _build(job)
+    subject = from_model(
+        built.model,
+        spec=job.spec,
+        config=built.config,
+        adapter=adapter,
+        tokenizer=job.tokenizer,
+        vocab_size=job.vocab_size,
+        seed=job.seed,
+        rebuild=lambda: resolve(job),
+    )
+    subject.assumptions[:0] = built.assumptions
+    return subject
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Built:
+    model: nn.Module
+    config: object = None
+    assumptions: list[str] = dataclasses.field(default_factory=list)
+
+
+def _build(job: Job) -> _Built:
+    spec = job.spec
+    with settled(seed=job.seed):
+        if spec.startswith("transformers:"):
+            return _from_transformers(spec.partition(":")[2], job)
+        if spec.startswith("hf:"):
+            return _from_checkpoint(spec.partition(":")[2], job, local_files_only=not job.download)
+        if ":" in spec:
+            return _from_object(load_attribute(spec), job)
+        path = Path(spec)
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise SubjectError(f"{spec} is a folder without config.json, so no Hugging Face checkpoint")
+            return _from_checkpoint(spec, job, local_files_only=True)
+        if spec.endswith(".py"):
+            names = candidates(path)
+            if not path.is_file():
+                raise SubjectError(f"no such file: {spec}")
+            hint = f"; it defines {', '.join(names[:8])}" if names else ""
+            raise SubjectError(f"{spec} needs an attribute: {spec}:NAME{hint}")
+        return _from_preset(spec, job)
+
+
+def _from_preset(name: str, job: Job) -> _Built:
+    from .model import Olmo
+    from .presets import preset
+
+    try:
+        config = preset(name)
+    except ValueError as error:
+        raise SubjectError(f"{name!r} is no subject: expected {FORMS}; {error}") from None
+    known = {item.name for item in dataclasses.fields(config)}
+    for key in job.config:
+        if key not in known:
+            raise SubjectError(f"--config {key}: OlmoConfig has no such field; it has {', '.join(sorted(known))}")
+    try:
+        config = dataclasses.replace(config, **job.config)
+        with torch.device("meta"):
+            full = Olmo(config)
+    except (ValueError, TypeError) as error:
+        raise SubjectError(f"--config does not fit {name}: {error}") from None
+    parameters = sum(p.numel() for p in full.parameters())
+    if parameters <= SHRINK_ABOVE:
+        return _Built(model=Olmo(config), config=config)
+    group = max(1, config.num_attention_heads // config.num_key_value_heads)
+    heads = 4 if group in (1, 2, 4) else 2 * group
+    small = {
+        "num_hidden_layers": (layers := min(config.num_hidden_layers, 4)),
+        "layer_types": config.layer_types[:layers] if config.layer_types else config.layer_types,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // group,
+        "hidden_size": heads * 16,
+        "intermediate_size": heads * 44,
+        "sliding_window": min(config.sliding_window, 6) if config.sliding_window else None,
+    }
+    note = f"checked on a small copy ({layers} layers, hidden {heads * 16}) of {name}, which has {parameters:,} parameters"
+    return _Built(model=Olmo(dataclasses.replace(config, **small)), config=config, assumptions=[note])
+
+
+def _from_transformers(name: str, job: Job) -> _Built:
+    from .tiny import build_tiny
+
+    try:
+        model, config = build_tiny(name, seed=job.seed, **job.config)
+    except ValueError as error:
+        raise SubjectError(str(error)) from None
+    except ImportError as error:
+        raise SubjectError(f"transformers:{name} needs a package that is not installed: {error}") from None
+    except Exception as error:
+        if job.config:
+            raise SubjectError(f"transformers:{name} does not build with this --config: {error}") from error
+        raise SubjectCodeError("build") from error
+    return _Built(model=model, config=config, assumptions=[f"tiny random weights from {type(config).__name__} (seed {job.seed})"])
+
+
+def _from_checkpoint(name: str, job: Job, *, local_files_only: bool) -> _Built:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=local_files_only)
+        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local_files_only, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        hint = "; --download allows the network" if local_files_only and not Path(name).is_dir() else ""
+        raise SubjectError(f"cannot load the checkpoint {name}: {reason}{hint}") from None
+    return _Built(model=model.eval(), config=config)
+
+
+def _from_object(value: object, job: Job) -> _Built:
+    if isinstance(value, nn.Module):
+        if job.config:
+            raise SubjectError(f"{job.spec} is a finished model; --config has nothing to fill")
+        return _Built(model=value)
+    if not callable(value):
+        raise SubjectError(f"{job.spec} is a {type(value).__name__}; expected a model, a class, or a function that returns a model")
+    built = _call(value, job)
+    config = None
+    if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module):
+        built, config = built
+    if isinstance(built, type) and issubclass(built, nn.Module):
+        built = _call(built, job)
+    if not isinstance(built, nn.Module):
+        error = TypeError(f"{job.spec} returned {_described(built)}; expected an nn.Module or (nn.Module, config)")
+        raise SubjectCodeError("build") from error
+    return _Built(model=built, config=config)
+
+
+def _call(build: Callable[..., Any], job: Job) -> Any:
+    """Call a factory or class with what `--config` gives; a transformers class gets its own tiny config."""
+    config_class = getattr(build, "config_class", None)
+    if isinstance(build, type) and config_class is not None:
+        from .tiny import tiny_config
+
+        try:
+            return build(tiny_config(config_class, **job.config))
+        except ValueError as error:
+            raise SubjectError(f"{job.spec}: {error}") from None
+    arguments = _arguments(build, job)
+    try:
+        return build(**arguments)
+    except Exception as error:
+        raise SubjectCodeError("build") from error
+    except SystemExit as error:
+        raise SubjectCodeError("build") from RuntimeError(f"{job.spec} calls sys.exit({error.code})")
+
+
+def _arguments(build: Callable[..., Any], job: Job) -> dict[str, Any]:
+    try:
+        parameters = [p for p in inspect.signature(build).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    except (TypeError, ValueError):
+        parameters = []
+    names = {p.name for p in parameters}
+    required = [p for p in parameters if p.default is p.empty]
+    given = {key: value for key, value in job.config.items() if key in names}
+    missing = [p for p in required if p.name not in given]
+    if len(missing) == 1 and missing[0].name in ("config", "cfg", "args", "params"):
+        given = {missing[0].name: _config_value(build, missing[0], job)}
+        missing = []
+    elif left := set(job.config) - set(given):
+        raise SubjectError(f"{job.spec} takes no argument {', '.join(sorted(left))}; it takes {', '.join(sorted(names)) or 'none'}")
+    if missing:
+        wanted = ", ".join(p.name for p in missing)
+        raise SubjectError(
+            f"{job.spec} needs arguments ({wanted}): give them with --config name=value, or name a function without arguments that builds the model"
+        )
+    return given
+
+
+def _config_value(build: Callable[..., Any], parameter: inspect.Parameter, job: Job) -> Any:
+    """The config object that a class asks for: of the annotated class where there is one, else a plain namespace."""
+    kind = parameter.annotation
+    if isinstance(kind, str):
+        kind = getattr(inspect.getmodule(build), kind, None)
+    if inspect.isclass(kind) and kind not in (dict, inspect.Parameter.empty):
+        try:
+            return kind(**job.config)
+        except TypeError as error:
+            raise SubjectError(f"{job.spec}: {kind.__name__} does not take this --config: {error}") from None
+    if not job.config:
+        raise SubjectError(f"{job.spec} needs a config: give it with --config name=value or a JSON file, or name a function that builds the model")
+    if kind is dict:
+        return dict(job.config)
+    from types import SimpleNamespace
+
+    return SimpleNamespace(**job.config)
+
+
+def parse_config(pairs: list[str]) -> dict[str, Any]:
+    """`["hidden_size=64", "more.json"]` as one dict; values are read as JSON where they can be, else as text."""
+    merged: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if equals:
+            merged[key] = _json_or_text(value)
+            continue
+        try:
+            content = json.loads(Path(pair).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SubjectError(f"--config {pair}: expected key=value or a JSON file; {error.strerror}") from None
+        except ValueError as error:
+            raise SubjectError(f"--config {pair}: not valid JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise SubjectError(f"--config {pair}: expected a JSON object, observed a {type(content).__name__}")
+        merged |= content
+    return merged
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def _described(value: object) -> str:
+    return "None (is the `return` missing?)" if value is None else f"a {type(value).__name__}"

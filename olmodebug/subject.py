@@ -1,0 +1,347 @@
+"""The model under test: how it is called, what it is made of, and copies of it to experiment on.
+
+A probe never touches the subject itself: it works on a *twin*, a deep copy in the dtype, mode and attention
+implementation that it asks for.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .convention import Convention, Output, find_logits, first_embedding, ids_tensor, read_signature
+from .errors import SubjectError
+from .load import SubjectCodeError
+from .records import Case, Rows
+from .report import SubjectInfo
+from .settle import settled
+from .sources import Sources, short_path
+
+VOCAB_NAMES = ("vocab_size", "n_vocab", "padded_vocab_size", "num_tokens", "vocabulary_size")
+CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "block_size",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "context_length",
+    "n_ctx",
+    "seq_length",
+)
+HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
+
+BATCH_SIZES = (3, 5, 7, 2)
+SEQ_LENS = (11, 13, 17, 19, 23, 7, 5)
+
+
+@dataclass(slots=True, kw_only=True)
+class Subject:
+    """A live model, how to call it, and what is known about it. Only the subject holds a live model.
+
+    `rebuild` makes a fresh one from the same spec, with the same weights from the same seed; None for a model that was
+    handed over alive. `assumptions` are what had to be guessed; the report prints them.
+    """
+
+    spec: str
+    model: nn.Module
+    convention: Convention
+    config: object = None
+    tokenizer: str | None = None
+    adapter: Callable[..., Any] | None = None
+    rebuild: Callable[[], "Subject"] | None = None
+    declared_vocab: int | None = None
+    assumptions: list[str] = field(default_factory=list)
+    seed: int = 0
+    _twins: dict[tuple[object, ...], "Subject"] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids may be fed: the config's number, else the rows of the first embedding."""
+        if self.declared_vocab:
+            return self.declared_vocab
+        rows = self.embedding_rows
+        declared = self.setting(*VOCAB_NAMES)
+        sizes = [size for size in (rows, declared) if isinstance(size, int) and size > 0]
+        if not sizes:
+            raise SubjectError(f"{self.spec}: no vocabulary size in its config and no embedding table; state it with --vocab-size")
+        return min(sizes)
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the first embedding table; None when the model has none."""
+        table = first_embedding(self.model)
+        return None if table is None else table.num_embeddings
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the config declares."""
+        value = self.setting(*CONTEXT_NAMES)
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def sources(self) -> Sources:
+        return Sources(self.model)
+
+    def setting(self, *names: str) -> Any:
+        """The first of these names that the config has, with a nested `text_config` searched too; None without one."""
+        for holder in (self.config, getattr(self.config, "text_config", None)):
+            for name in names:
+                value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+                if value is not None:
+                    return value
+        return None
+
+    def info(self) -> SubjectInfo:
+        """What the report says about the subject."""
+        parameters = {id(p): p for p in self.model.parameters()}.values()
+        kind = type(self.model)
+        file = getattr(__import__("sys").modules.get(kind.__module__), "__file__", None)
+        return SubjectInfo(
+            spec=self.spec,
+            kind=f"{kind.__module__}.{kind.__qualname__}" if not kind.__module__.startswith("_olmodebug_file") else kind.__qualname__,
+            file=short_path(file) if file else None,
+            parameters=sum(p.numel() for p in parameters),
+            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            dtype=str(self.dtype).removeprefix("torch."),
+            convention=str(self.convention),
+            assumptions=tuple(self.assumptions),
+        )
+
+    def sizes(self) -> tuple[int, int]:
+        """(batch, seq_len): primes that divide no dimension of the model, so that each is known by its size."""
+        dimensions = {size for t in [*self.model.parameters(), *self.model.buffers()] for size in t.shape if size > 1}
+        heads = self.setting(*HEAD_NAMES)
+        dimensions |= {heads} if isinstance(heads, int) else set()
+        longest = min(self.max_positions or 10**6, 10**6)
+
+        def clash(number: int) -> int:
+            return sum(size % number == 0 for size in dimensions)
+
+        batch = min(BATCH_SIZES, key=clash)
+        lengths = [n for n in SEQ_LENS if n <= longest and n != batch] or [max(longest, 1)]
+        return batch, min(lengths, key=lambda n: (clash(n), SEQ_LENS.index(n) if n in SEQ_LENS else 0))
+
+    def token_ids(self, *shape: int, seed: int = 0) -> Rows:
+        """Random ids `[batch, seq_len]` inside the vocabulary that are no special token of the config."""
+        special = {self.setting(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "mask_token_id")}
+        allowed = [i for i in range(self.vocab_size) if i not in special and (i >= 5 or self.vocab_size < 20)][:4096]
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns = shape
+        picks = torch.randint(len(allowed), (rows, columns), generator=generator).tolist()
+        return tuple(tuple(allowed[i] for i in row) for row in picks)
+
+    def call(
+        self,
+        case: Case,
+        *,
+        cache: Any = None,
+        use_cache: bool = False,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Output:
+        """Run the model once on a case; NoLogits when it returns none, and whatever the model raises."""
+        form, device = self.convention, self.device
+        ids = ids_tensor(case.input_ids, device)
+        assert ids is not None
+        arguments: dict[str, Any] = {form.ids: ids}
+        mask = attention_mask if attention_mask is not None else ids_tensor(case.attention_mask, device)
+        if form.attention_mask and mask is not None:
+            arguments[form.attention_mask] = mask
+        positions = position_ids if position_ids is not None else ids_tensor(case.position_ids, device)
+        if form.position_ids and positions is not None:
+            arguments[form.position_ids] = positions
+        if form.cache and cache is not None:
+            arguments[form.cache] = cache
+        if form.use_cache:
+            arguments[form.use_cache] = use_cache
+        if form.labels and case.labels is not None:
+            arguments[form.labels] = ids_tensor(case.labels, device)
+        elif form.labels and form.logits_need_labels:
+            arguments[form.labels] = ids.clone()
+        if self.adapter is not None:
+            result = self.adapter(self.model, **arguments)
+        else:
+            first = arguments.pop(form.ids)
+            result = self.model(first, **arguments)
+        return find_logits(result, batch_size=case.batch_size, seq_len=case.seq_len)
+
+    def logits(self, case: Case) -> Tensor:
+        """Logits `[batch, seq_len, vocab]` of one run without gradients."""
+        with torch.no_grad():
+            return self.call(case).logits
+
+    def twin(self, *, dtype: torch.dtype = torch.float64, training: bool = False, attention: str | None = None) -> "Subject":
+        """A deep copy in this dtype, mode and attention implementation; the same one each time it is asked for.
+
+        It falls back to the subject's own dtype where the model does not run in the one asked for.
+        """
+        key = (dtype, training, attention)
+        if key not in self._twins:
+            self._twins[key] = self._make_twin(dtype, training, attention)
+        return self._twins[key]
+
+    def fresh_twin(self, *, dtype: torch.dtype = torch.float64, training: bool = False, attention: str | None = None) -> "Subject":
+        """A deep copy that nobody else uses."""
+        return self._make_twin(dtype, training, attention)
+
+    def _make_twin(self, dtype: torch.dtype, training: bool, attention: str | None) -> "Subject":
+        twin = replace(self, model=self._copy(), _twins={}, assumptions=[])
+        if attention is not None:
+            set_attention(twin.model, attention)
+        if any(p.dtype.is_floating_point for p in twin.model.parameters()):
+            twin.model.to(dtype)
+        twin.config = config_of(twin.model) or self.config
+        twin.model.train(training)
+        if dtype != self.dtype and not twin.runs() and self.runs():
+            note = f"runs in {str(self.dtype).removeprefix('torch.')} only, so it was checked in that, with a wider limit"
+            if note not in self.assumptions:
+                self.assumptions.append(note)
+            return self._make_twin(self.dtype, training, attention)
+        return twin
+
+    def runs(self) -> bool:
+        """Whether a short forward goes through and gives finite logits."""
+        case = Case(name="first run", input_ids=self.token_ids(2, min(4, self.max_positions or 4)))
+        with settled(self.model, seed=self.seed), quiet():
+            try:
+                return bool(torch.isfinite(self.logits(case)).all())
+            except Exception:
+                return False
+
+    def _copy(self) -> nn.Module:
+        try:
+            return copy.deepcopy(self.model)
+        except Exception:
+            if self.rebuild is None:
+                raise
+            model = self.rebuild().model
+            model.load_state_dict(self.model.state_dict())
+            return model
+
+
+def from_model(
+    model: nn.Module,
+    *,
+    spec: str | None = None,
+    config: object = None,
+    adapter: Callable[..., Any] | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    rebuild: Callable[[], Subject] | None = None,
+) -> Subject:
+    """The subject around a live model; its calling convention comes from the signature and from one short run.
+
+    SubjectError when the call cannot be guessed, SubjectCodeError when the model raises on its first run.
+    """
+    forward = adapter or model.forward
+    convention = read_signature(_without_model(forward) if adapter else forward)
+    subject = Subject(
+        spec=spec or type(model).__name__,
+        model=model,
+        convention=convention,
+        config=config if config is not None else config_of(model),
+        tokenizer=tokenizer,
+        adapter=adapter,
+        rebuild=rebuild,
+        declared_vocab=vocab_size,
+        seed=seed,
+    )
+    subject.convention = settle_convention(subject)
+    return subject
+
+
+def settle_convention(subject: Subject) -> Convention:
+    """The convention after one run: whether all positions come back without labels, and whether the mask is accepted."""
+    length = min(4, subject.max_positions or 4)
+    case = Case(name="first run", input_ids=subject.token_ids(2, length))
+    with settled(subject.model, seed=subject.seed), torch.no_grad(), quiet():
+        subject.model.eval()
+        with own_code(subject, case, stage="first run"):
+            output = subject.call(case)
+        if output.logits.shape[1] == 1 and length > 1 and subject.convention.labels:
+            return replace(subject.convention, logits_need_labels=True)
+    return subject.convention
+
+
+def config_of(model: nn.Module) -> object:
+    """The model's own config object, under the names people use; None without one."""
+    for name in CONFIG_NAMES:
+        value = getattr(model, name, None)
+        if value is not None and not callable(value) and not isinstance(value, Tensor):
+            return value  # type: ignore[no-any-return]
+    return None
+
+
+def attention_choices(subject: Subject) -> list[str]:
+    """The attention implementations that the subject offers by name; empty when it has no such switch."""
+    config = subject.config
+    if hasattr(subject.model, "set_attn_implementation"):  # transformers
+        choices = ["eager"]
+        if getattr(subject.model, "_supports_sdpa", False):
+            choices.append("sdpa")
+        return choices
+    if getattr(config, "attn_implementation", None) in ("eager", "sdpa"):
+        return ["eager", "sdpa"]
+    return []
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    """Switch every part of the model to one attention implementation."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(name)
+        return
+    seen = set()
+    for module in model.modules():
+        for holder in (module, config_of(module)):
+            if holder is None or id(holder) in seen or getattr(holder, "attn_implementation", None) not in ("eager", "sdpa"):
+                continue
+            seen.add(id(holder))
+            object.__setattr__(holder, "attn_implementation", name)
+
+
+@contextmanager
+def own_code(subject: Subject, case: Case, *, stage: str = "run") -> Iterator[None]:
+    """Whatever is raised inside comes from running the subject on this case: a SubjectCodeError, and so a finding."""
+    try:
+        yield
+    except Exception as error:
+        raise SubjectCodeError(stage, subject=subject, case=case) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The subject's warnings are its own business while a probe runs it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _without_model(adapter: Callable[..., Any]) -> Callable[..., Any]:
+    import inspect
+
+    signature = inspect.signature(adapter)
+    parameters = list(signature.parameters.values())
+    if len(parameters) < 2:
+        raise SubjectError("an adapter takes the model and the token ids: adapter(model, input_ids, ...)")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return adapter(*args, **kwargs)
+
+    call.__signature__ = signature.replace(parameters=parameters[1:])  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,107 @@
+"""The rows of a batch do not know of each other."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from olmodebug.invariance import Pair, base_part, crash, findings_of, limit_of, settings_of, smallest, violation
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import probe
+from olmodebug.records import Case, Rows
+from olmodebug.report import Finding
+from olmodebug.subject import HEAD_NAMES, Subject
+
+
+@probe()
+def rows_independent(subject: Subject) -> Iterator[Finding]:
+    """Logits of a row do not change when only the other rows of the batch change: their tokens, masks and positions.
+
+    Why: a result that depends on what else is in the batch can be neither evaluated nor reproduced.
+    Catches: statistics over the batch; a [batch, seq_len] mask read as [query, key] when batch equals seq_len; a table
+    [batch, seq_len, head_dim] that falls on the heads when batch equals the number of heads; row 0's positions for all.
+    """
+    seen: set[tuple[str | None, int | None]] = set()
+    for setting, twin in settings_of(subject):
+        limit = limit_of(twin)
+        for pair in pairs(twin):
+            try:
+                broken = violation(twin, pair, limit=limit)
+            except SubjectCodeError as error:
+                if (finding := _shape_crash(twin, pair, error)) is not None:
+                    yield finding
+                    return
+                raise
+            if broken is None:
+                continue
+            broken.setting = setting
+            small = smallest(small_pairs(twin, pair), lambda p, t=twin, m=limit: violation(t, p, limit=m, place=False) is not None)  # type: ignore[misc]
+            text = (
+                f"logits of row {broken.row} change by {broken.difference.max_abs:.3g} when only {pair.change} of the "
+                f"other rows change (batch {pair.part.batch}, seq_len {pair.part.seq})"
+            )
+            for finding in findings_of(broken, message=text, smallest=small.right if small else None):
+                key = (finding.where.file, finding.where.line)
+                if key not in seen:
+                    seen.add(key)
+                    yield finding
+            break
+
+
+def pairs(twin: Subject) -> Iterator[Pair]:
+    """Other rows with other tokens, then with other masks and positions too, on batches that equal no size, the number
+    of heads, and the sequence length: the last two are where a wrong broadcast goes unnoticed."""
+    batch, seq = twin.sizes()
+    heads = twin.setting(*HEAD_NAMES)
+    yield _pair(twin, batch, seq, "tokens")
+    if not (twin.convention.attention_mask or twin.convention.position_ids):
+        return
+    batches = [batch]
+    batches += [heads] if isinstance(heads, int) and 1 < heads <= 64 and heads != batch else []
+    batches += [seq] if seq <= 64 else []
+    for size in batches:
+        if twin.convention.position_ids:
+            yield _pair(twin, size, seq, "positions")
+        if twin.convention.attention_mask:
+            yield _pair(twin, size, seq, "masks")
+
+
+def small_pairs(twin: Subject, pair: Pair) -> Iterator[Pair]:
+    """The same change with fewer rows and tokens; square where the broken pair is square."""
+    change = pair.change
+    for seq in range(2, pair.part.seq + 1):
+        yield _pair(twin, seq if pair.part.batch == pair.part.seq else min(pair.part.batch, 2), seq, change)
+
+
+def _pair(twin: Subject, batch: int, seq: int, change: str) -> Pair:
+    row = batch // 2
+    first, second = twin.token_ids(batch, seq, seed=3), twin.token_ids(batch, seq, seed=4)
+    others = tuple(first[i] if i == row else second[i] for i in range(batch))
+    left = Case(name="a batch", input_ids=first)
+    right = Case(name=f"the other rows with other {change}", input_ids=others)
+    start = max(0, min(4, (twin.max_positions or 4096) - seq))
+    counted = tuple(range(seq))
+    moved = tuple(range(start, start + seq))
+    if change == "positions":
+        left = replace(left, position_ids=(counted,) * batch)
+        right = replace(right, position_ids=tuple(counted if i == row else moved for i in range(batch)))
+    if change == "masks":
+        ones: Rows = ((1,) * seq,) * batch
+        short = tuple((1,) * seq if i == row else (0,) * (1 + i % max(1, seq // 2)) + (1,) * (seq - 1 - i % max(1, seq // 2)) for i in range(batch))
+        left, right = replace(left, attention_mask=ones), replace(right, attention_mask=short)
+        if twin.convention.position_ids:
+            positions = (counted,) * batch
+            left, right = replace(left, position_ids=positions), replace(right, position_ids=positions)
+    part = base_part(twin, left, rows=slice(row, row + 1))
+    return Pair(left=left, right=right, part=part, hidden="the other rows", change=change)
+
+
+def _shape_crash(twin: Subject, pair: Pair, error: SubjectCodeError) -> Finding | None:
+    """A batch with positions or a mask that the model's own signature offers, and that it cannot take."""
+    if pair.change == "tokens":
+        return None
+    case = pair.right
+    try:
+        twin.logits(replace(case, attention_mask=None, position_ids=None))
+    except Exception:
+        return None
+    argument = twin.convention.position_ids if pair.change == "positions" else twin.convention.attention_mask
+    return crash(twin, case, error, message=f"{argument} of shape [batch, seq_len] = [{case.batch_size}, {case.seq_len}] is not accepted")

@@ -1,0 +1,153 @@
+"""A token may depend on what came before it and on nothing that comes after."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from olmodebug.diagnose import Diagnosis
+from olmodebug.invariance import Pair, base_part, findings_of, limit_of, settings_of, smallest, violation
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import probe, skip
+from olmodebug.records import Case, Rows
+from olmodebug.report import Finding
+from olmodebug.subject import Subject
+from olmodebug.trace import record
+
+# Projections to queries and keys under the names that people give them, and the norms on them.
+QUERY_KEY = re.compile(
+    r"(^|[._])(q|k|wq|wk|to_q|to_k|query|key|q_proj|k_proj|qkv|qkv_proj|wqkv|c_attn|att_proj|query_key_value|in_proj|q_norm|k_norm)[._]?weight$"
+)
+# A finite mask constant such as -1e4 is beaten when scores reach this size; float16 training gets there (minGPT#75).
+BEATING_SCORE = 1e5
+
+
+@probe()
+def no_future(subject: Subject) -> Iterator[Finding]:
+    """Logits at a position do not change when only later tokens change.
+
+    Why: a model that sees the answer trains to a loss near zero and generates nonsense.
+    Catches: a causal mask that is missing, inverted or off by one, in any attention implementation and in train mode;
+    heads merged without a transpose; a norm or mean over the sequence.
+    """
+    seen: set[tuple[str | None, int | None]] = set()
+    for setting, twin in settings_of(subject):
+        limit = limit_of(twin)
+        for pair in pairs(twin):
+            try:
+                broken = violation(twin, pair, limit=limit)
+            except SubjectCodeError:
+                if pair.left.attention_mask is None:
+                    raise
+                continue  # padding.mask-is-accepted says it
+            if broken is None:
+                continue
+            broken.setting = setting
+            small = smallest(small_pairs(twin), lambda p, t=twin, m=limit: violation(t, p, limit=m, place=False) is not None)  # type: ignore[misc]
+            cut = pair.part.columns.stop if pair.part.columns else 0
+            text = (
+                f"logits at position {broken.position} change by {broken.difference.max_abs:.3g} when only tokens "
+                f"{cut}..{pair.part.seq - 1} change; nothing before a change may move"
+            )
+            for finding in findings_of(broken, message=text, smallest=small.right if small else None):
+                key = (finding.where.file, finding.where.line)
+                if key not in seen:
+                    seen.add(key)
+                    yield finding
+            break
+
+
+@probe(after=("causality.no-future",))
+def holds_for_large_scores(subject: Subject) -> Iterator[Finding]:
+    """Causality holds when query and key weights have grown until scores reach 100,000.
+
+    Why: masked scores set to a finite constant such as -1e4 lose against real scores that training has driven lower.
+    Catches: masked_fill(mask, -1e4); a mask that is added as a small number.
+    """
+    twin = subject.fresh_twin()
+    weights = [p for name, p in twin.model.named_parameters() if QUERY_KEY.search(name)]
+    if not weights:
+        skip("no query and key projections were recognised by name")
+    factor = _growth(twin)
+    with torch.no_grad():
+        for weight in {id(w): w for w in weights}.values():
+            weight.mul_(factor)
+    limit = limit_of(twin)
+    for pair in pairs(twin):
+        broken = violation(twin, pair, limit=limit)
+        if broken is None:
+            continue
+        text = (
+            f"logits at position {broken.position} depend on later tokens once attention scores reach {BEATING_SCORE:.0e}; "
+            "the mask must hide them whatever the scores are"
+        )
+        constant = _finite_constant(twin, pair.left)
+        told = Diagnosis(
+            cause=f"masked scores are set to the finite constant {constant:.4g}, and real scores can be lower" if constant else None,
+            fix="mask with float('-inf') or torch.finfo(scores.dtype).min",
+            evidence={"mask constant": constant} if constant else None,
+        )
+        broken.diagnoses = [told for _ in broken.culprits]
+        yield from findings_of(broken, message=text, severity="warning", fallback=told)
+        return
+
+
+def pairs(twin: Subject) -> Iterator[Pair]:
+    """Sequences that part after a cut: early, in the middle, before the last token; with and without a mask of ones."""
+    batch, seq = twin.sizes()
+    if seq < 2:
+        skip("the model takes one token only")
+    ones: Rows = tuple((1,) * seq for _ in range(batch))
+    for cut in sorted({seq // 2 + 1, seq - 1, 1}, key=lambda c: abs(c - seq // 2 - 1)):
+        for mask in (None, ones) if twin.convention.attention_mask else (None,):
+            yield _pair(twin, batch, seq, cut, mask)
+
+
+def small_pairs(twin: Subject) -> Iterator[Pair]:
+    """The same question with one row and as few tokens as possible."""
+    for seq in range(2, twin.sizes()[1] + 1):
+        yield _pair(twin, 1, seq, seq - 1, None)
+
+
+def _pair(twin: Subject, batch: int, seq: int, cut: int, mask: Rows | None) -> Pair:
+    first, second = twin.token_ids(batch, seq, seed=1), twin.token_ids(batch, seq, seed=2)
+    mixed = tuple(a[:cut] + b[cut:] for a, b in zip(first, second, strict=True))
+    left = Case(name=f"tokens from {cut} on as drawn", input_ids=first, attention_mask=mask, labels=None)
+    right = Case(name=f"tokens from {cut} on changed", input_ids=mixed, attention_mask=mask, labels=None)
+    return Pair(
+        left=left,
+        right=right,
+        part=base_part(twin, left, columns=slice(0, cut)),
+        hidden="later tokens",
+        change=f"tokens {cut}..{seq - 1}",
+    )
+
+
+def _growth(twin: Subject) -> float:
+    """The factor on query and key weights that brings the largest score to BEATING_SCORE."""
+    batch, seq = twin.sizes()
+    case = Case(name="scores", input_ids=twin.token_ids(batch, seq))
+    eager = twin.fresh_twin(attention="eager") if hasattr(twin.model, "set_attn_implementation") else twin
+    recording = record(eager.model, lambda: eager.logits(case), keep=True)
+    largest = 0.0
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        if event.op in ("_softmax", "_safe_softmax") and kept.inputs[0].ndim >= 3:
+            scores = kept.inputs[0].double()
+            real = scores[(scores > -9e3) & torch.isfinite(scores)]
+            largest = max(largest, float(real.abs().max()) if real.numel() else 0.0)
+    return float(max(1.0, (BEATING_SCORE / largest) ** 0.5)) if largest > 0 else 300.0
+
+
+def _finite_constant(twin: Subject, case: Case) -> float | None:
+    """A value between -1e3 and -1e30 that fills the later keys of every softmax input."""
+    recording = record(twin.model, lambda: twin.logits(case), keep=True)
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        for tensor in (*kept.inputs, *kept.outputs):
+            if tensor.ndim >= 2 and tensor.shape[-1] == case.seq_len and tensor.shape[-2] == case.seq_len and tensor.is_floating_point():
+                corner = tensor[..., 0, -1]
+                value = float(corner.reshape(-1)[0])
+                if -1e30 < value < -1e3 and bool((corner == value).all()):
+                    return value
+        if event.op in ("_softmax", "_safe_softmax"):
+            break
+    return None

@@ -1,0 +1,191 @@
+"""The loss that a model computes itself is the next-token cross-entropy, nothing else."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from olmodebug.explain import place_of, source_lines
+from olmodebug.compare import roundings_limit
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import not_applicable, probe
+from olmodebug.records import Case
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.settle import settled
+from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.trace import Recording, record
+
+IGNORED = -100
+# Losses are computed in float32 in most models, also where the model itself is in float64.
+LOSS_LIMIT = roundings_limit({"float32"})
+
+
+@probe()
+def next_token_cross_entropy(subject: Subject) -> Iterator[Finding]:
+    """The loss is the mean cross-entropy of every token from the position before it (labels), or of the targets as given.
+
+    Why: a wrong shift trains another task and still gives a plausible curve.
+    Catches: labels shifted twice, not at all, or after flattening the batch; a sum divided by the wrong count.
+    """
+    _needs_labels(subject)
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    ids = twin.token_ids(batch, seq, seed=10)
+    labels = twin.token_ids(batch, seq, seed=11)
+    case = Case(name="labels unlike the tokens", input_ids=ids, labels=labels)
+    logits, loss = _loss(twin, case)
+    target = torch.tensor(labels)
+    shift = 0 if twin.convention.labels_aligned else 1
+    expected = cross_entropy(logits, target, shift=shift)
+    limit = LOSS_LIMIT
+    if _close(loss, expected, limit) or _adds_auxiliary(twin, case, loss, expected):
+        return
+    yield _wrong(twin, case, loss, expected, _cause(logits, target, loss, shift, limit))
+
+
+@probe(after=("loss.next-token-cross-entropy",))
+def ignores_minus_100(subject: Subject) -> Iterator[Finding]:
+    """Labels of -100 do not count, neither in the sum nor in the number of tokens it is divided by.
+
+    Why: padding and prompts are masked with -100.
+    Catches: a mean over all tokens; ignore_index that is not passed on.
+    """
+    _needs_labels(subject)
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    ids = twin.token_ids(batch, seq, seed=12)
+    labels = tuple(tuple(IGNORED if i % (2 + r) == 0 else token for i, token in enumerate(row)) for r, row in enumerate(ids))
+    case = Case(name="some labels ignored", input_ids=ids, labels=labels)
+    target = torch.tensor(labels)
+    shift = 0 if twin.convention.labels_aligned else 1
+    try:
+        logits, loss = _loss(twin, case)
+    except SubjectCodeError as error:
+        if twin.convention.labels_aligned:
+            not_applicable(f"{twin.convention.labels} of -100 are refused: {error.__cause__}")
+        raise
+    expected = cross_entropy(logits, target, shift=shift)
+    limit = LOSS_LIMIT
+    if _close(loss, expected, limit) or _adds_auxiliary(twin, case, loss, expected):
+        return
+    yield _wrong(twin, case, loss, expected, _cause(logits, target, loss, shift, limit), severity_word="labels of -100 change the loss")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, shift: int = 1) -> Tensor:
+    """Mean cross-entropy in float64 of label t + shift from logits t, over the labels that are not -100."""
+    scores, target = logits.detach().double(), labels
+    if shift:
+        scores, target = scores[:, :-shift], target[:, shift:]
+    return F.cross_entropy(scores.reshape(-1, scores.shape[-1]), target.reshape(-1), ignore_index=IGNORED)
+
+
+def _needs_labels(subject: Subject) -> None:
+    if subject.convention.labels is None:
+        not_applicable("forward takes no labels or targets")
+
+
+def _loss(twin: Subject, case: Case) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), quiet(), settled(seed=twin.seed), own_code(twin, case):
+        output = twin.call(case)
+    if output.loss is None:
+        not_applicable(f"no scalar loss comes back when {twin.convention.labels} are given")
+    return output.logits, output.loss.detach()
+
+
+def _close(loss: Tensor, expected: Tensor, limit: float) -> bool:
+    return bool(torch.isfinite(loss)) and abs(float(loss) - float(expected)) <= limit * max(1.0, abs(float(expected)))
+
+
+def _adds_auxiliary(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> bool:
+    """A mixture of experts may add its balancing loss: then loss minus cross-entropy does not depend on the labels."""
+    if not any("router" in name or "gate" in name and "expert" in str(type(module)).lower() for name, module in twin.model.named_modules()):
+        return False
+    other = Case(name="other labels", input_ids=case.input_ids, labels=twin.token_ids(case.batch_size, case.seq_len, seed=13))
+    logits, second = _loss(twin, other)
+    shift = 0 if twin.convention.labels_aligned else 1
+    expected_second = cross_entropy(logits, torch.tensor(other.labels), shift=shift)
+    extra = float(loss - expected)
+    return extra > 0 and abs(float(second - expected_second) - extra) <= 1e-6 * max(1.0, abs(extra))
+
+
+def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: float) -> tuple[str | None, str | None]:
+    """The formula that gives this loss exactly, if one of the known slips does."""
+    size = logits.shape[-1]
+    counted = labels[:, shift:] if shift else labels
+    valid, everything = int((counted != IGNORED).sum()), counted.numel()
+    flat, target = logits.double().reshape(-1, size), labels.reshape(-1)
+    mean = float(cross_entropy(logits, labels, shift=shift))
+    forms: list[tuple[str, str, float]] = [
+        ("the labels are not shifted: logit t is compared with label t, the token it has just read", "shift by one", _ce(logits, labels, 0)),
+        ("the labels are shifted twice: logit t is compared with label t + 2", "shift once, in the model or outside, not both", _ce(logits, labels, 2)),
+        ("the labels are shifted once, where the caller has aligned them already", "do not shift inside", _ce(logits, labels, 1)),
+        ("the shift runs backwards: logit t is compared with label t - 1", "logits[:, :-1] against labels[:, 1:]", _ce_back(logits, labels)),
+        (
+            "the batch is flattened before the shift: the last position of a row is compared with the first label of the next row",
+            "shift every row before flattening",
+            float(F.cross_entropy(flat[:-1], target[1:], ignore_index=IGNORED)),
+        ),
+        (
+            f"the sum over {valid} counted labels is divided by all {everything}",
+            "divide by the number of labels that are not -100",
+            mean * valid / everything,
+        ),
+        (f"the sum over {valid} counted labels is divided by all {labels.numel()} labels", "divide by the labels that count", mean * valid / labels.numel()),
+        ("the loss is a sum over tokens, not a mean", "reduction='mean'", mean * valid),
+        (f"the sum is divided by the batch size {labels.shape[0]}", "divide by the number of labels that count", mean * valid / labels.shape[0]),
+        ("the rows are averaged first, then the batch: short rows weigh more", "one mean over all counted tokens", _mean_of_means(logits, labels, shift)),
+        ("the loss is in bits (log2)", "use the natural logarithm", mean / 0.6931471805599453),
+    ]
+    for cause, fix, value in forms:
+        if abs(value - float(loss)) <= max(limit, 1e-9) * max(1.0, abs(value)) and abs(value - mean) > 1e-9:
+            return cause, fix
+    if int((labels == IGNORED).sum()):
+        wrapped = labels.masked_fill(labels == IGNORED, 0)
+        if abs(_ce(logits, wrapped, shift) - float(loss)) <= max(limit, 1e-9) * max(1.0, mean):
+            return "labels of -100 are counted as token 0", "ignore_index=-100"
+    return None, None
+
+
+def _ce(logits: Tensor, labels: Tensor, shift: int) -> float:
+    return float(cross_entropy(logits, labels, shift=shift)) if logits.shape[1] > shift else float("nan")
+
+
+def _ce_back(logits: Tensor, labels: Tensor) -> float:
+    scores = logits.detach().double()[:, 1:]
+    return float(F.cross_entropy(scores.reshape(-1, scores.shape[-1]), labels[:, :-1].reshape(-1), ignore_index=IGNORED))
+
+
+def _mean_of_means(logits: Tensor, labels: Tensor, shift: int) -> float:
+    rows = [cross_entropy(logits[i : i + 1], labels[i : i + 1], shift=shift) for i in range(labels.shape[0])]
+    return float(torch.stack(rows).mean())
+
+
+def _wrong(
+    twin: Subject, case: Case, loss: Tensor, expected: Tensor, told: tuple[str | None, str | None], *, severity_word: str | None = None
+) -> Found:
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case))
+    where = _loss_line(recording)
+    text = severity_word or "the loss is not the next-token cross-entropy of the model's own logits"
+    return Found(
+        probe="",
+        severity="error",
+        message=f"{text}: expected {float(expected):.6g}, observed {float(loss):.6g}",
+        where=where,
+        source=source_lines(where),
+        cause=told[0],
+        fix=told[1],
+        expected=f"{float(expected):.6g}",
+        observed=f"{float(loss):.6g}",
+        case=case,
+    )
+
+
+def _loss_line(recording: Recording):  # type: ignore[no-untyped-def]
+    """The last op that reduces to a scalar."""
+    for event, spot in zip(reversed(recording.events), reversed(recording.spots), strict=True):
+        if event.op in ("nll_loss_forward", "nll_loss2d_forward", "_log_softmax", "logsumexp", "mean", "sum", "cross_entropy_loss"):
+            return place_of(spot, module=event.where.module, op=event.op)
+    return place_of(None)

@@ -1,0 +1,274 @@
+"""Padded tokens are as if they were not there."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from olmodebug.compare import difference
+from olmodebug.diagnose import Diagnosis, mask_added_as_number, mask_operand_edits
+from olmodebug.explain import place_of, source_lines
+from olmodebug.invariance import Pair, Violation, base_part, crash, findings_of, limit_of, run, settings_of, smallest, violation
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import not_applicable, probe
+from olmodebug.records import Case, Rows
+from olmodebug.relation import Culprit
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.settle import settled
+from olmodebug.subject import Subject, quiet
+from olmodebug.trace import record
+
+
+@probe()
+def mask_is_accepted(subject: Subject) -> Iterator[Finding]:
+    """An attention_mask [batch, seq_len] of ones runs, and gives the logits that no mask gives.
+
+    Why: this is the mask that every tokenizer and collator produces.
+    Catches: a mask [batch, seq_len] added to scores [batch, heads, seq_len, seq_len], which fails loudly when the sizes
+    differ and passes silently when they do not.
+    """
+    _needs_mask(subject)
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    case = Case(name="a mask of ones", input_ids=twin.token_ids(batch, seq, seed=5), attention_mask=((1,) * seq,) * batch)
+    plain = run(twin, replace(case, attention_mask=None))
+    try:
+        masked = run(twin, case)
+    except SubjectCodeError as error:
+        yield crash(twin, case, error, message=f"{twin.convention.attention_mask} [{batch}, {seq}] is not accepted")
+        return
+    apart = difference(plain, masked, relative_limit=limit_of(twin))
+    if apart is None:
+        return
+    mask = _added(twin, case)
+    text = f"a mask of ones changes the logits by {apart.max_abs:.3g}; all tokens are real, so it must change nothing"
+    yield mask or Found(probe="", severity="error", message=text, case=case, evidence={"largest change": apart.max_abs})
+
+
+@probe(after=("padding.mask-is-accepted",))
+def left_content_ignored(subject: Subject) -> Iterator[Finding]:
+    """With padding on the left, masked, the logits of real tokens do not change with what stands in the padding.
+
+    Why: generation pads on the left; what a prompt yields must not depend on the padding token or its embedding.
+    Catches: a mask that is accepted and not used, inverted, added as 0 and 1, or laid on the queries.
+    """
+    _needs_mask(subject)
+    yield from _content(subject, left=True)
+
+
+@probe(after=("padding.mask-is-accepted", "causality.no-future"))
+def right_content_ignored(subject: Subject) -> Iterator[Finding]:
+    """With padding on the right, masked, the logits of real tokens do not change with what stands in the padding.
+
+    Why: training pads on the right.
+    Catches: a causal mask that is replaced by the padding mask.
+    """
+    _needs_mask(subject)
+    yield from _content(subject, left=False)
+
+
+@probe(after=("padding.mask-is-accepted",))
+def finite(subject: Subject) -> Iterator[Finding]:
+    """Logits of real tokens are finite in a padded batch, forward and backward, also where a query sees no key at all.
+
+    Why: one NaN in one row ruins the gradient of every parameter.
+    Catches: softmax over a row of -inf; two planes of finfo.min added up.
+    """
+    _needs_mask(subject)
+    for setting, twin in settings_of(subject, train=False, dtype=subject.dtype):
+        case = _padded(twin, *twin.sizes(), left=True)
+        if not bool(torch.isfinite(run(twin, replace(case, attention_mask=None))).all()):
+            not_applicable("logits are not finite without padding either")
+        logits = run(twin, case)
+        real = torch.tensor(case.attention_mask, dtype=torch.bool)
+        if not bool(torch.isfinite(logits[real]).all()):
+            yield _non_finite(twin, case, setting, "logits of real tokens are not finite in a left-padded batch")
+            return
+        with settled(twin.model), quiet(), torch.enable_grad():
+            twin.model.zero_grad(set_to_none=True)
+            twin.call(case).logits[real].float().square().sum().backward()
+            bad = [name for name, p in twin.model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+            twin.model.zero_grad(set_to_none=True)
+        if bad:
+            message = f"the gradient of {bad[0]} and {len(bad) - 1} more is not finite in a left-padded batch, though the logits are"
+            yield _non_finite(twin, case, setting, message)
+            return
+
+
+@probe(after=("padding.mask-is-accepted", "padding.right-content-ignored"))
+def same_in_every_dtype(subject: Subject) -> Iterator[Finding]:
+    """The same mask as integers, booleans and floats gives the same logits.
+
+    Why: tokenizers give int64, collators bool, some callers float.
+    Catches: ~mask on an integer mask; a float mask that is added; a boolean mask that cannot be subtracted from 1.
+    """
+    _needs_mask(subject)
+    twin = subject.twin()
+    case = _padded(twin, *twin.sizes(), left=False)
+    real = torch.tensor(case.attention_mask, dtype=torch.bool)
+    limit = limit_of(twin)
+    expected = run(twin, case)[real]
+    for dtype in (torch.bool, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        try:
+            with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(twin.seed)
+                observed = twin.call(case, attention_mask=real.to(dtype)).logits[real]
+        except Exception:
+            continue  # refusing a dtype loudly is a choice; giving another result is not
+        apart = difference(expected, observed, relative_limit=limit)
+        if apart is not None:
+            yield Found(
+                probe="",
+                severity="warning",
+                message=f"a {name} attention_mask gives other logits than the same int64 mask: {apart.max_abs:.3g} apart",
+                expected="the same logits",
+                observed=f"a difference of {apart.max_abs:.3g} on logits of magnitude {apart.scale:.3g}",
+                case=case,
+            )
+
+
+def _needs_mask(subject: Subject) -> None:
+    if subject.convention.attention_mask is None:
+        not_applicable("forward takes no attention_mask")
+
+
+def _content(subject: Subject, *, left: bool) -> Iterator[Finding]:
+    for setting, twin in settings_of(subject):
+        limit = limit_of(twin)
+        batch, seq = twin.sizes()
+        for size in (batch, seq):
+            for pair in _pairs(twin, size, seq, left=left):
+                broken = violation(twin, pair, limit=limit)
+                if broken is None:
+                    continue
+                broken.setting = setting
+                yield from _explained(twin, broken, limit, left)
+                return
+
+
+def _explained(twin: Subject, broken: Violation, limit: float, left: bool) -> Iterator[Finding]:
+    pair, side = broken.pair, "left" if left else "right"
+    text = (
+        f"logits of the real token at position {broken.position} change by {broken.difference.max_abs:.3g} when only masked "
+        f"{side} padding changes"
+    )
+    fallback = None
+    if _mask_is_ignored(twin, pair.left):
+        fallback = Diagnosis(
+            cause=f"{twin.convention.attention_mask} is accepted and has no effect: logits are the same with it and without it",
+            fix="pass the mask on to the attention, or take it out of the signature",
+        )
+        if not broken.culprits or all(d.cause is None for d in broken.diagnoses):
+            broken.diagnoses = [fallback for _ in broken.culprits]
+    added = _added(twin, pair.left)
+    if added is not None:
+        yield replace(added, message=text, expected="no change beyond rounding", case=pair.right)
+        return
+
+    def candidates() -> Iterator[Pair]:
+        for seq in range(2, twin.sizes()[1] + 1):
+            yield from _pairs(twin, 1 if pair.part.batch != pair.part.seq else seq, seq, left=left)
+
+    small = smallest(candidates(), lambda p: violation(twin, p, limit=limit, place=False) is not None)
+    yield from findings_of(broken, message=text, smallest=small.right if small else None, fallback=fallback)
+
+
+def _mask_is_ignored(twin: Subject, case: Case) -> bool:
+    with_mask, without = run(twin, case), run(twin, replace(case, attention_mask=None))
+    return bool(torch.equal(with_mask, without))
+
+
+def _added(twin: Subject, case: Case) -> Found | None:
+    """The finding for a mask of zeros and ones that is added to the scores; established by the operand's values."""
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(_padded(twin, case.batch_size, case.seq_len, left=True)), keep=True, catch=True)
+    if recording.error is not None or (found := mask_added_as_number(recording)) is None:
+        return None
+    index, kept = found
+    event, spot = recording.events[index], recording.spots[index]
+    where = place_of(spot, module=event.where.module, op=event.op)
+    culprit = Culprit(where=where, spot=spot, event=event, left=kept, right=kept)
+    return Found(
+        probe="",
+        severity="error",
+        message="the attention mask is added to the scores as 0 and 1",
+        where=where,
+        source=source_lines(where),
+        cause="the mask is added to the scores as zeros and ones: a padded key keeps 1/e of its weight, where it should lose all of it",
+        fix="add 0 where real and finfo.min where padded: (1 - mask[:, None, None, :]) * torch.finfo(scores.dtype).min",
+        evidence={"values of the mask": "0 and 1", "scores": str(tuple(kept.inputs[0].shape)), "mask": str(tuple(kept.inputs[1].shape))},
+        edits=mask_operand_edits(culprit),
+    )
+
+
+def _pairs(twin: Subject, batch: int, seq: int, *, left: bool) -> Iterator[Pair]:
+    """A padded batch and the same with other tokens in the padding; the longest padding, then each row's own."""
+    even = _padded(twin, batch, seq, left=left, even=True)
+    assert even.attention_mask is not None
+    count = sum(even.attention_mask[0])
+    columns = slice(seq - count, None) if left else slice(0, count)
+    part = base_part(twin, even, columns=columns)
+    yield Pair(left=even, right=_other_padding(twin, even), part=part, hidden="padded tokens", change="padding")
+    if batch < 2:
+        return
+    ragged = _padded(twin, batch, seq, left=left)
+    assert ragged.attention_mask is not None
+    for row in range(min(batch, 3)):
+        count = sum(ragged.attention_mask[row])
+        columns = slice(seq - count, None) if left else slice(0, count)
+        part = base_part(twin, ragged, rows=slice(row, row + 1), columns=columns)
+        yield Pair(left=ragged, right=_other_padding(twin, ragged), part=part, hidden="padded tokens", change="padding")
+
+
+def _padded(twin: Subject, batch: int, seq: int, *, left: bool, even: bool = False) -> Case:
+    """Rows of different lengths (or of one length) padded to `seq`, with positions counted over real tokens."""
+    deepest = max(1, seq // 2)
+    widths = [min(deepest, seq - 1) if even else 1 + i % deepest for i in range(batch)]
+    mask: Rows = tuple((0,) * w + (1,) * (seq - w) if left else (1,) * (seq - w) + (0,) * w for w in widths)
+    positions: Rows = tuple(tuple(max(0, sum(row[: i + 1]) - 1) for i in range(seq)) for row in mask)
+    side = "left" if left else "right"
+    return Case(
+        name=f"padded on the {side}",
+        input_ids=twin.token_ids(batch, seq, seed=6),
+        attention_mask=mask,
+        position_ids=positions if twin.convention.position_ids else None,
+    )
+
+
+def _other_padding(twin: Subject, case: Case) -> Case:
+    fresh = twin.token_ids(case.batch_size, case.seq_len, seed=7)
+    assert case.attention_mask is not None
+    ids = tuple(
+        tuple(old if real else new for old, new, real in zip(*rows, strict=True))
+        for rows in zip(case.input_ids, fresh, case.attention_mask, strict=True)
+    )
+    return replace(case, name=f"{case.name}, other tokens in the padding", input_ids=ids)
+
+
+def _non_finite(twin: Subject, case: Case, setting: str, message: str) -> Found:
+    """Placed at the first op that makes a non-finite value out of finite ones, masks at -inf left aside."""
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    where, spot = place_of(None), None
+    cause = None
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        born = any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in kept.outputs)
+        inherited = any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in kept.inputs)
+        if born and not inherited:
+            spot = recording.spots[index]
+            where = place_of(spot, module=event.where.module, op=event.op)
+            if event.op in ("_softmax", "_safe_softmax") and bool((kept.inputs[0] == float("-inf")).all(-1).any()):
+                cause = "a query that sees no key has only -inf scores, and softmax over -inf alone is NaN"
+            break
+    return Found(
+        probe="",
+        severity="error",
+        message=message + (f" ({setting})" if setting else ""),
+        where=where,
+        source=source_lines(where),
+        cause=cause,
+        fix="mask with torch.finfo(scores.dtype).min instead of -inf, or zero the weights of fully masked rows" if cause else None,
+        case=case,
+    )

@@ -1,0 +1,93 @@
+"""Positions: honoured, and valid over the whole context that the configuration declares."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from olmodebug.compare import difference
+from olmodebug.invariance import crash, limit_of, run
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import not_applicable, probe, skip
+from olmodebug.records import Case
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.subject import Subject
+
+# A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.
+MOST_LOGITS = 40_000_000
+LONGEST = 8192
+
+
+@probe()
+def whole_context_runs(subject: Subject) -> Iterator[Finding]:
+    """Every position that the configuration declares can be used, up to the last.
+
+    Why: a position table that is too short is an IndexError on the CPU and `device-side assert triggered` on CUDA,
+    hours into a run, at the first long sequence.
+    Catches: cos[position_ids] with a table made for fewer positions; cos[:seq_len] that comes back short.
+    """
+    longest = subject.max_positions
+    if longest is None:
+        not_applicable("its config declares no context length")
+    twin = subject.twin(dtype=torch.float32)
+    for case in _cases(twin, longest):
+        try:
+            run(twin, case)
+        except SubjectCodeError as error:
+            if isinstance(error.__cause__, MemoryError):
+                skip(f"a sequence of {longest} tokens does not fit into this machine's memory")
+            last = max(case.position_ids[0]) if case.position_ids else case.seq_len - 1
+            finding = crash(twin, case, error, message=f"position {last} fails, and the config declares {longest} positions")
+            yield replace(finding, case=replace(case, input_ids=tuple(row[:8] for row in case.input_ids)) if case.seq_len > 64 else case)
+            return
+
+
+@probe(after=("position.whole-context-runs",))
+def honoured(subject: Subject) -> Iterator[Finding]:
+    """Given position_ids change the logits: stretched positions are not the same as counted ones.
+
+    Why: packed and left-padded batches rely on the positions they pass.
+    Catches: position_ids accepted and rebuilt inside; a RoPE that does nothing.
+    """
+    if subject.convention.position_ids is None:
+        not_applicable("forward takes no position_ids")
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    stretch = min(3, ((twin.max_positions or 4096) - 1) // max(1, seq - 1))
+    if stretch < 2 or seq < 3:
+        not_applicable("its context is too short to stretch positions")
+    ids = twin.token_ids(batch, seq, seed=8)
+    counted = Case(name="counted positions", input_ids=ids, position_ids=(tuple(range(seq)),) * batch)
+    stretched = replace(counted, name=f"positions times {stretch}", position_ids=(tuple(range(0, seq * stretch, stretch)),) * batch)
+    usual = run(twin, replace(counted, position_ids=None))
+    limit = limit_of(twin)
+    if difference(run(twin, counted), run(twin, stretched), relative_limit=limit) is not None:
+        return
+    swapped = replace(counted, input_ids=tuple((row[1], row[0], *row[2:]) for row in ids))
+    if difference(usual[:, -1], run(twin, replace(swapped, position_ids=None))[:, -1], relative_limit=limit) is None:
+        cause = "the order of the tokens does not matter to the last position either: no position reaches the model at all"
+        fix = "apply the rotary or position embedding to queries and keys"
+    else:
+        cause = f"{twin.convention.position_ids} is accepted and not used; the order of tokens does matter, so positions are rebuilt inside"
+        fix = f"use {twin.convention.position_ids} where positions are made, or take it out of the signature"
+    yield Found(
+        probe="",
+        severity="error",
+        message=f"logits do not change when {twin.convention.position_ids} are stretched by {stretch}",
+        cause=cause,
+        fix=fix,
+        expected="other logits",
+        observed="the same logits",
+        case=stretched,
+    )
+
+
+def _cases(twin: Subject, longest: int) -> Iterator[Case]:
+    """The last positions by position_ids, then the whole context at once where it is affordable."""
+    if twin.convention.position_ids:
+        seq = min(4, longest)
+        positions = (tuple(range(longest - seq, longest)),)
+        yield Case(name=f"positions up to {longest - 1}", input_ids=twin.token_ids(1, seq, seed=9), position_ids=positions)
+    if longest <= LONGEST and longest * twin.vocab_size <= MOST_LOGITS:
+        yield Case(name=f"{longest} tokens", input_ids=twin.token_ids(1, longest, seed=9))

@@ -1,0 +1,111 @@
+"""What the model owns is registered, tied as its configuration says, and each part used as often as it should be."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olmodebug.explain import place_of, source_lines
+from olmodebug.probe import not_applicable, probe
+from olmodebug.records import Where
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.sources import Spot
+from olmodebug.subject import Subject
+
+
+@probe()
+def registered(subject: Subject) -> Iterator[Finding]:
+    """Every module and every trainable tensor that the model holds is registered, so that it is trained, moved and saved.
+
+    Why: what sits in a plain list is missing from parameters(), state_dict() and .to(device).
+    Catches: self.layers = [Block() for _ in range(n)] instead of nn.ModuleList.
+    """
+    known_modules = {id(module) for module in subject.model.modules()}
+    known_tensors = {id(p) for p in [*subject.model.parameters(), *subject.model.buffers()]}
+    for path, module in subject.model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules") or key.startswith("_forward") or key.startswith("_backward"):
+                continue
+            lost_modules = [m for m in _inside(value, nn.Module) if id(m) not in known_modules and list(m.parameters())]
+            lost_tensors = [t for t in _inside(value, Tensor) if id(t) not in known_tensors and (t.requires_grad and t.is_leaf)]
+            if not lost_modules and not lost_tensors:
+                continue
+            count = sum(p.numel() for m in lost_modules for p in m.parameters()) + sum(t.numel() for t in lost_tensors)
+            what = f"{len(lost_modules)} modules" if lost_modules else f"{len(lost_tensors)} trainable tensors"
+            kind = type(value).__name__
+            where = _class_place(module, path)
+            right = {"list": "nn.ModuleList", "tuple": "nn.ModuleList", "dict": "nn.ModuleDict"}.get(kind, "a registered attribute")
+            yield Found(
+                probe="",
+                severity="error",
+                message=f"{path + '.' if path else ''}{key} is a plain {kind} with {what}: {count:,} parameters are not registered",
+                where=where,
+                source=source_lines(where),
+                cause=f"torch registers modules and parameters that are attributes, not those inside a plain {kind}",
+                fix=f"use {right if lost_modules else 'nn.ParameterList or nn.ParameterDict'}",
+                evidence={"parameters that are lost": count},
+            )
+
+
+@probe()
+def tied_as_configured(subject: Subject) -> Iterator[Finding]:
+    """With tie_word_embeddings the head is the embedding's own parameter; without it the two are apart.
+
+    Why: two copies that start alike drift apart in training, and the model is larger than it says.
+    Catches: weights copied instead of shared; a tie that to_empty or a rebuild has cut.
+    """
+    tied = subject.setting("tie_word_embeddings", "tie_weights", "weight_tying")
+    if not isinstance(tied, bool):
+        not_applicable("its config does not say whether embeddings are tied")
+    embedding = next((m for m in subject.model.modules() if isinstance(m, nn.Embedding)), None)
+    head = subject.model.get_output_embeddings() if hasattr(subject.model, "get_output_embeddings") else _head(subject.model)
+    if embedding is None or head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        not_applicable("no embedding and head of the same shape")
+    if tuple(head.weight.shape) != tuple(embedding.weight.shape):
+        not_applicable("the head has another shape than the embedding")
+    shared = head.weight.data_ptr() == embedding.weight.data_ptr()
+    if tied and not shared:
+        equal = bool(torch.equal(head.weight, embedding.weight))
+        yield Found(
+            probe="",
+            severity="error",
+            message="tie_word_embeddings is set, and the head has its own weight",
+            cause="the weight was copied, not shared: both start with the same values" if equal else "the head was never tied to the embedding",
+            fix="self.lm_head.weight = self.embed_tokens.weight, after the weights are made",
+            expected="one parameter",
+            observed=f"two of shape {tuple(head.weight.shape)}",
+        )
+    if shared and not tied:
+        yield Found(
+            probe="",
+            severity="warning",
+            message="the head shares the embedding's weight, and tie_word_embeddings is False",
+            expected="two parameters",
+            observed="one",
+        )
+
+
+def _inside(value: Any, kind: type) -> list[Any]:
+    """Every instance of a kind in nested lists, tuples and dicts."""
+    if isinstance(value, kind):
+        return [value]
+    if isinstance(value, list | tuple | set):
+        return [found for item in value for found in _inside(item, kind)]
+    if isinstance(value, dict):
+        return [found for item in value.values() for found in _inside(item, kind)]
+    return []
+
+
+def _head(model: nn.Module) -> nn.Linear | None:
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if embedding is None or not linears or linears[-1].weight.shape != embedding.weight.shape:
+        return None
+    return linears[-1]
+
+
+def _class_place(module: nn.Module, path: str) -> Where:
+    code = getattr(type(module).__init__, "__code__", None)
+    return place_of(Spot(code, 0, code.co_firstlineno) if code else None, module=path)

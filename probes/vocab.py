@@ -1,0 +1,118 @@
+"""Every token id has its row, in the embedding and in the logits."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from olmodebug.explain import place_of, source_lines
+from olmodebug.invariance import crash, run
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import not_applicable, probe
+from olmodebug.records import Case
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.sources import Spot
+from olmodebug.subject import VOCAB_NAMES, Subject
+
+SHOWN = 8
+
+
+@probe()
+def every_id_has_a_row(subject: Subject) -> Iterator[Finding]:
+    """The last id of the declared vocabulary can be embedded and predicted.
+
+    Why: an id beyond the table is an IndexError on the CPU and a device-side assert on CUDA.
+    Catches: an embedding or head smaller than config.vocab_size.
+    """
+    declared = subject.setting(*VOCAB_NAMES)
+    if not isinstance(declared, int):
+        not_applicable("its config declares no vocabulary size")
+    twin = subject.twin()
+    case = Case(name=f"the last id {declared - 1}", input_ids=((declared - 1, 0),))
+    try:
+        logits = run(twin, case)
+    except SubjectCodeError as error:
+        yield crash(twin, case, error, message=f"token id {declared - 1} fails, and the config declares {declared} ids")
+        return
+    if logits.shape[-1] < declared:
+        yield Found(
+            probe="",
+            severity="error",
+            message=f"the model has {logits.shape[-1]} logits and its config declares {declared} ids",
+            expected=f"at least {declared} logits",
+            observed=str(logits.shape[-1]),
+            cause=f"ids {logits.shape[-1]}..{declared - 1} can be read and never predicted, and fail as labels",
+            fix=f"make the head {declared} wide",
+            case=case,
+        )
+
+
+@probe()
+def tokenizer_fits(subject: Subject) -> Iterator[Finding]:
+    """Every token of the tokenizer has an embedding row; more rows than tokens (a padded embedding) is fine.
+
+    Why: the tokens beyond the table are often the commonest, such as runs of spaces that were added later.
+    Catches: vocab_size=50254 or 50257 against a tokenizer whose largest id is 50276.
+    """
+    if subject.tokenizer is None:
+        not_applicable("no tokenizer was given (--tokenizer FILE)")
+    tokens = _tokens(Path(subject.tokenizer))
+    rows = subject.embedding_rows or subject.vocab_size
+    largest = max(tokens.values(), default=-1)
+    missing = sorted((i, token) for token, i in tokens.items() if i >= rows)
+    if not missing:
+        return
+    shown = ", ".join(f"{i} {json.dumps(token)}" for i, token in missing[:SHOWN])
+    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    name, spot = _table(subject)
+    where = place_of(spot, module=name)
+    yield Found(
+        probe="",
+        severity="error",
+        message=f"{len(missing)} tokens of the tokenizer have no embedding row: its largest id is {largest}, the table has {rows} rows",
+        where=where,
+        source=source_lines(where),
+        cause=f"the tokenizer needs {largest + 1} rows (largest id + 1); {_why(rows)}",
+        fix=f"set vocab_size to {largest + 1}, or pad it to {_padded(largest + 1)} (a multiple of 128)",
+        expected=f"at least {largest + 1} rows",
+        observed=f"{rows} rows",
+        evidence={"tokens without a row": shown + more, "tokenizer": subject.tokenizer},
+    )
+
+
+def _tokens(path: Path) -> dict[str, int]:
+    """Every token with its id, added tokens included, from a tokenizer.json or a folder that has one."""
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return dict(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
+
+
+def _why(rows: int) -> str:
+    """Where a well-known wrong number comes from."""
+    known = {
+        50254: "50254 is the GPT-NeoX vocabulary without its 23 added tokens for runs of spaces",
+        50257: "50257 is GPT-2's vocabulary",
+        50280: "50280 is the OLMo tokenizer's vocabulary",
+        32000: "32000 is Llama 1 and 2's vocabulary",
+        100257: "100257 is cl100k's vocabulary without its special tokens",
+    }
+    return known.get(rows, f"the model has {rows}")
+
+
+def _padded(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+def _table(subject: Subject) -> tuple[str, Spot | None]:
+    from torch import nn
+
+    for name, module in subject.model.named_modules():
+        if isinstance(module, nn.Embedding):
+            owner = subject.model.get_submodule(name.rpartition(".")[0])
+            init = type(owner).__init__
+            code = getattr(init, "__code__", None)
+            return name, Spot(code, 0, code.co_firstlineno) if code else None
+    return "", None
+
+

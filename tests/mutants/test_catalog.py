@@ -1,0 +1,534 @@
+"""The corpus itself: clean and neutral models keep the rules, each mutant breaks one, by a few lines of torch independent of the tool."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+BATCH, SEQ_LEN, CUT = 3, 10, 6
+TOLERANCE = 1e-4  # the models cast to float32 inside: rounding shows at 1e-6, the weakest fault of the corpus at 1e-3
+
+
+def load(path: Path) -> ModuleType:
+    """A module by its path, under a name that does not clash."""
+    name = "corpus_" + str(path).replace("/", "_").replace(".", "_")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+catalog = load(HERE / "catalog.py")
+CLEAN = {style: load(HERE / "clean" / f"{style}.py") for style in ("hf_style", "nanogpt_style", "llama_style")}
+CLEAN_BUILDS = [(style, name) for style, module in CLEAN.items() for name in vars(module) if name.startswith("build")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# one way to call three styles
+
+
+def call(model: nn.Module, ids: Tensor, **arguments: Any) -> Any:
+    """Logits `[batch, seq_len, vocab]` of all positions."""
+    if hasattr(model, "transformer"):
+        return model(ids, targets=torch.zeros_like(ids))[0]
+    out = model(ids, **arguments)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def make(build: Callable[[], nn.Module], seed: int = 0, loud: bool = True) -> nn.Module:
+    """The model in float64 and eval mode, its weights enlarged so that attention is far from uniform."""
+    torch.manual_seed(seed)
+    model = build().double().eval()
+    if loud:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.mul_(0.2 / parameter.std().clamp(min=1e-3))
+    return model
+
+
+def ids_for(model: nn.Module, batch: int = BATCH, seq_len: int = SEQ_LEN, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, model.config.vocab_size, (batch, seq_len), generator=generator)
+
+
+def changed(ids: Tensor, model: nn.Module) -> Tensor:
+    """Other tokens everywhere."""
+    return (ids + 5) % model.config.vocab_size
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by more than rounding; a NaN always does."""
+    scale = 1.0 + b.detach().abs().max().item()
+    return not torch.allclose(a, b, rtol=0.0, atol=TOLERANCE * scale)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# the rules; each returns True where it is broken
+
+
+def breaks_causality(build: Callable[[], nn.Module]) -> bool:
+    model = make(build)
+    ids = ids_for(model)
+    other = ids.clone()
+    other[:, CUT:] = changed(ids, model)[:, CUT:]
+    for training in (False, True):
+        model.train(training)
+        with torch.no_grad():
+            torch.manual_seed(3)
+            first = call(model, ids)
+            torch.manual_seed(3)
+            second = call(model, other)
+        if differ(first[:, :CUT], second[:, :CUT]):
+            return True
+    model.eval()
+    return any(
+        differ(call(model, ids[:, :n]), call(model, ids)[:, :n]) for n in (1, CUT)
+    )  # and a prefix gives what it gave in the whole
+
+
+def breaks_mask(build: Callable[[], nn.Module]) -> bool:
+    """Causality when the scores are far below any finite mask value."""
+    model = make(build)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "wq.weight", "wk.weight", "c_attn.weight")):
+                parameter.mul_(300)
+    ids = ids_for(model)
+    other = ids.clone()
+    other[:, CUT:] = changed(ids, model)[:, CUT:]
+    return differ(call(model, ids)[:, :CUT], call(model, other)[:, :CUT])
+
+
+def breaks_batch(build: Callable[[], nn.Module]) -> bool:
+    model = make(build)
+    ids = ids_for(model)
+    arguments = [{}]
+    if "position_ids" in names(model):
+        arguments.append({"position_ids": torch.arange(SEQ_LEN) * torch.tensor([[1], [2], [3]])})
+    if "attention_mask" in names(model):
+        arguments.append({"attention_mask": (torch.arange(SEQ_LEN) >= torch.tensor([[0], [2], [4]])).long()})
+    if "document_ids" in names(model):
+        arguments.append({"document_ids": (torch.arange(SEQ_LEN) >= torch.tensor([[3], [5], [7]])).long()})
+    for given in arguments:
+        whole = call(model, ids, **given)
+        for row in range(BATCH):
+            alone = call(model, ids[row : row + 1], **{name: value[row : row + 1] for name, value in given.items()})
+            real = given.get("attention_mask", torch.ones_like(ids))[row].bool()
+            if differ(alone[0][real], whole[row][real]):
+                return True
+    if not dropout_of(model):
+        model.train()
+        return differ(call(model, ids[:1]), call(model, ids)[:1])
+    return False
+
+
+def breaks_padding(build: Callable[[], nn.Module]) -> bool:
+    model = make(build)
+    if "attention_mask" not in names(model):
+        return False
+    lengths = (SEQ_LEN, SEQ_LEN - 2, SEQ_LEN - 5)
+    ids = ids_for(model)
+    for left in (True, False):
+        padded, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, length in enumerate(lengths):
+            place = slice(SEQ_LEN - length, None) if left else slice(0, length)
+            padded[row, place], mask[row, place] = ids[row, :length], 1
+        logits = call(model, padded, attention_mask=mask)
+        if not logits.isfinite().all():
+            return True
+        refilled = torch.where(mask.bool(), padded, changed(padded, model))
+        again = call(model, refilled, attention_mask=mask)
+        for row, length in enumerate(lengths):
+            alone = call(model, ids[row : row + 1, :length])[0]
+            real = mask[row].bool()
+            if differ(logits[row][real], alone) or differ(again[row][real], alone):
+                return True
+    return False
+
+
+def breaks_cache(build: Callable[[], nn.Module]) -> bool:
+    model = make(build)
+    if "past_key_values" not in names(model):
+        return False
+    ids = ids_for(model)
+    for pads in ((0, 0, 0), (0, 2, 4)):
+        mask = (torch.arange(SEQ_LEN) >= torch.tensor(pads)[:, None]).long()
+        for given in (mask, None) if not any(pads) else (mask,):
+            for chunks in ((1,) * SEQ_LEN, (3, 1, 4, 2), (4,) + (1,) * (SEQ_LEN - 4)):
+                past, pieces, start = None, [], 0
+                for size in chunks:
+                    arguments = {} if given is None else {"attention_mask": given[:, : start + size]}
+                    out = model(ids[:, start : start + size], past_key_values=past, use_cache=True, **arguments)
+                    past, start = out.past_key_values, start + size
+                    pieces.append(out.logits)
+                cached = torch.cat(pieces, dim=1)
+                for row, pad in enumerate(pads):
+                    if differ(cached[row, pad:], call(model, ids[row : row + 1, pad:])[0]):
+                        return True
+    return False
+
+
+def breaks_loss(build: Callable[[], nn.Module]) -> bool:
+    model = make(build)
+    ids = ids_for(model)
+    if "labels" in names(model):
+        labels, shift, ignored = ids.clone(), 1, -100
+    elif "targets" in names(model):
+        labels, shift, ignored = changed(ids, model), 0, -1
+    else:
+        return False
+    labels[0, 4:7] = ignored
+    labels[1, 1] = 0
+    kept, given = labels.clone(), labels.clone()
+    out = model(ids, labels=given) if shift else model(ids, given)
+    loss = out.loss if shift else out[1]
+    logits = call(model, ids)
+    total, count = 0.0, 0
+    for row in range(BATCH):
+        for position in range(SEQ_LEN - shift):
+            label = kept[row, position + shift].item()
+            if label != ignored:
+                total, count = total - F.log_softmax(logits[row, position], dim=-1)[label].item(), count + 1
+    nothing = model(ids, labels=torch.full_like(ids, ignored)).loss if shift else torch.tensor(0.0)  # nanoGPT's idiom is NaN
+    return abs(loss.item() - total / count) > 1e-4 or not nothing.isfinite()
+
+
+def breaks_determinism(build: Callable[[], nn.Module]) -> bool:
+    model = make(build)
+    ids = ids_for(model)
+    return not torch.equal(call(model, ids), call(model, ids))
+
+
+def breaks_state(build: Callable[[], nn.Module]) -> bool:
+    """A call leaves no trace: not in its arguments, not in what later calls give, not in a later backward."""
+    model = make(build)
+    ids, other = ids_for(model), ids_for(model, seed=5)
+    cases: list[dict[str, Tensor]] = [{}]
+    if "attention_mask" in names(model):
+        cases.append({"attention_mask": (torch.arange(SEQ_LEN) >= torch.tensor([[0], [2], [4]])).long()})
+    if "position_ids" in names(model):
+        cases.append({"position_ids": torch.arange(SEQ_LEN).expand(BATCH, -1) * 3})
+    fresh = [call(make(build), ids, **case) for case in cases]
+    given = ids.clone()
+    for _ in range(2):
+        for case, expected in zip(cases, fresh, strict=True):
+            call(model, other, **case)
+            if differ(call(model, given, **case), expected):
+                return True
+    labels = ids.clone()
+    labels[:, 3] = 0
+    if "labels" in names(model):
+        given_labels = labels.clone()
+        model(ids, labels=given_labels)
+        labels_kept = torch.equal(given_labels, labels)
+    else:
+        labels_kept = True
+    with contextlib.suppress(NotImplementedError):
+        try:
+            for _ in range(2):
+                call(model.train(), ids).sum().backward()
+        except RuntimeError:
+            return True
+    return not torch.equal(given, ids) or not labels_kept
+
+
+def breaks_kernels(build: Callable[[], nn.Module]) -> bool:
+    """Eager and fused attention agree."""
+    model = make(build)
+    field = {"attn_implementation": ("eager", "sdpa"), "flash": (False, True)}
+    name = next((name for name in field if hasattr(model.config, name)), None)
+    if name is None:
+        return False
+    here, there = field[name] if getattr(model.config, name) == field[name][0] else field[name][::-1]
+    del here
+    other = type(model)(dataclasses.replace(model.config, **{name: there})).double().eval()
+    other.load_state_dict(model.state_dict(), strict=False)
+    ids = ids_for(model)
+    return differ(call(model, ids), call(other, ids))
+
+
+def breaks_gradients(build: Callable[[], nn.Module]) -> bool:
+    """Each parameter has a gradient, also with frozen embeddings, and the gradients are the derivative."""
+    plain = make(build, loud=False).train()
+    ids = ids_for(plain)
+    rows = ids_for(plain, batch=8, seq_len=40)
+    F.cross_entropy(call(plain, rows).flatten(0, 1), changed(rows, plain).flatten()).backward()
+    for parameter in plain.parameters():
+        if parameter.grad is None or not parameter.grad.isfinite().all() or not parameter.grad.any():
+            return True
+    for module in plain.modules():
+        if isinstance(module, nn.Embedding) and not getattr(plain.config, "tie_word_embeddings", hasattr(plain, "transformer")):
+            module.requires_grad_(False)
+    plain.zero_grad()
+    F.cross_entropy(call(plain, ids).flatten(0, 1), changed(ids, plain).flatten()).backward()
+    if any(parameter.requires_grad and parameter.grad is None for parameter in plain.parameters()):
+        return True
+
+    model = make(build)
+    weight = torch.randn(*ids.shape, model.config.vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    value = (call(model, ids) * weight).mean()
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(value, parameters)
+    for kind in range(3):  # all weights; the first weights, which everything depends on; the last
+        chosen = (parameters, parameters[:1], parameters[-3:])[kind]
+        slopes = (gradients, gradients[:1], gradients[-3:])[kind]
+        length = math.sqrt(sum(slope.square().sum().item() for slope in slopes))
+        step = 1e-3
+        values = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(model)
+            index = {id(p): i for i, p in enumerate(parameters)}
+            with torch.no_grad():
+                for parameter, slope in zip(chosen, slopes, strict=True):
+                    list(moved.parameters())[index[id(parameter)]].add_(slope, alpha=sign * step / length)
+                values.append((call(moved, ids) * weight).mean().item())
+        if abs((values[0] - values[1]) / (2 * step) - length) > 0.03 * length:
+            return True
+    return False
+
+
+def breaks_lifecycle(build: Callable[[], nn.Module]) -> bool:
+    """deepcopy, and a build on meta + to_empty (filled with NaN) + load_state_dict, give the same model, tied where it was."""
+    model = make(build)
+    ids = ids_for(model)
+    expected = call(model, ids)
+    if differ(call(copy.deepcopy(model), ids), expected):
+        return True
+    with torch.device("meta"):
+        empty = build()
+    torch.use_deterministic_algorithms(True)  # to_empty() then fills with NaN
+    try:
+        empty.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    empty = empty.double().eval()
+    empty.load_state_dict(model.state_dict())
+    memories = {len({p.data_ptr() for _, p in m.named_parameters(remove_duplicate=False)}) for m in (build(), model, empty)}
+    return differ(call(empty, ids), expected) or len(memories) > 1 or not is_tied(empty)
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether a model whose config ties really is one parameter in embedding and head."""
+    wanted = getattr(model.config, "tie_word_embeddings", hasattr(model, "transformer"))
+    embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    return not wanted or model.lm_head.weight is embedding.weight
+
+
+def breaks_structure(build: Callable[[], nn.Module]) -> bool:
+    """The layers are registered, and casting the model casts all of it."""
+    model = build()
+    layers = getattr(model.config, "num_hidden_layers", getattr(model.config, "n_layer", getattr(model.config, "n_layers", 0)))
+    per_layer = sum(1 for _ in model.parameters())
+    return per_layer < 5 * layers or not is_tied(model)
+
+
+def breaks_position(build: Callable[[], nn.Module]) -> bool:
+    """Logits depend on distances and on nothing else of position_ids."""
+    model = make(build)
+    if "position_ids" not in names(model):
+        return False
+    ids = ids_for(model)
+    positions = torch.arange(SEQ_LEN).expand(BATCH, -1)
+    expected = call(model, ids)
+    shifted = call(model, ids, position_ids=positions + 37)
+    stretched = call(model, ids, position_ids=positions * 3)
+    return differ(shifted, expected) or not differ(stretched, expected)
+
+
+def breaks_precision(build: Callable[[], nn.Module]) -> bool:
+    """A cast to bfloat16 and back leaves tables alone; float16 survives activations of 600."""
+    torch.manual_seed(0)
+    model = build().eval()
+    tables = {name: value.clone() for name, value in model.named_buffers() if name not in model.state_dict()}
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    for name, value in cast.named_buffers():
+        if name in tables and differ(value.float(), tables[name]):
+            return True
+    with torch.no_grad():
+        embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+        if not any(parameter is embedding.weight for name, parameter in model.named_parameters() if "head" in name):
+            embedding.weight.mul_(600 / embedding.weight.std())
+            ids = ids_for(model)
+            half = call(copy.deepcopy(model).half(), ids).float()
+            full = call(model, ids)
+            return not (half - full).abs().max() < 0.1 * full.abs().max()
+    return False
+
+
+def breaks_window(build: Callable[[], nn.Module]) -> bool:
+    """One sliding layer alone sees exactly config.sliding_window tokens, itself counted."""
+    model = make(build)
+    window = getattr(model.config, "sliding_window", None)
+    if window is None:
+        return False
+    config = dataclasses.replace(model.config, num_hidden_layers=1, layer_types=("sliding_attention",))
+    single = make(lambda: type(model)(config))
+    ids = ids_for(single)
+    other = ids.clone()
+    other[:, 0] = changed(ids, single)[:, 0]
+    moved = (call(single, ids) - call(single, other)).abs().amax(dim=(0, 2)) > TOLERANCE
+    return moved.tolist() != [position < window for position in range(SEQ_LEN)]
+
+
+def breaks_packing(build: Callable[[], nn.Module]) -> bool:
+    model = make(build)
+    if "document_ids" not in names(model):
+        return False
+    ids = ids_for(model)
+    starts = torch.tensor([3, 5, 7])
+    documents = (torch.arange(SEQ_LEN) >= starts[:, None]).long()
+    packed = call(model, ids, document_ids=documents)
+    return any(
+        differ(packed[row, start:], call(model, ids[row : row + 1, start:])[0]) for row, start in enumerate(starts.tolist())
+    )
+
+
+def breaks_device(build: Callable[[], nn.Module]) -> bool:
+    """The whole forward runs on another device: meta."""
+    with torch.device("meta"):
+        model = build()
+    try:
+        call(model, torch.zeros(BATCH, SEQ_LEN, dtype=torch.long, device="meta"))
+    except (RuntimeError, AssertionError):
+        return True
+    return False
+
+
+RULES: dict[str, Callable[[Callable[[], nn.Module]], bool]] = {
+    "causality": breaks_causality,
+    "mask": breaks_mask,
+    "batch": breaks_batch,
+    "padding": breaks_padding,
+    "cache": breaks_cache,
+    "loss": breaks_loss,
+    "determinism": breaks_determinism,
+    "state": breaks_state,
+    "kernels": breaks_kernels,
+    "gradients": breaks_gradients,
+    "lifecycle": breaks_lifecycle,
+    "structure": breaks_structure,
+    "position": breaks_position,
+    "precision": breaks_precision,
+    "window": breaks_window,
+    "packing": breaks_packing,
+    "device": breaks_device,
+}
+
+
+def names(model: nn.Module) -> tuple[str, ...]:
+    """The argument names of a model's forward."""
+    code = type(model).forward.__code__
+    return code.co_varnames[: code.co_argcount]
+
+
+def dropout_of(model: nn.Module) -> float:
+    return max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0)
+
+
+def broken(rule: str, build: Callable[[], nn.Module]) -> bool:
+    """Whether a model breaks a rule; raising is breaking it."""
+    try:
+        with torch.no_grad() if rule not in ("gradients", "state", "causality") else contextlib.nullcontext():
+            return RULES[rule](build)
+    except (RuntimeError, IndexError, AssertionError, ValueError):
+        return True
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# the corpus
+
+
+def test_names_are_unique_and_every_style_has_its_share() -> None:
+    everything = catalog.MUTANTS + catalog.NEUTRAL
+    assert len({m.name for m in everything}) == len(everything)
+    for style in CLEAN:
+        assert sum(m.base == style for m in catalog.MUTANTS) >= 12
+    assert len(catalog.NEUTRAL) >= 25
+
+
+@pytest.mark.parametrize("mutant", catalog.MUTANTS + catalog.NEUTRAL, ids=lambda m: m.name)
+def test_edits_apply_once_and_build(mutant: Any, tmp_path: Path) -> None:
+    module = load(catalog.materialize(mutant, tmp_path))
+    torch.manual_seed(0)
+    model = getattr(module, mutant.build)().eval()
+    if mutant.loud:
+        with pytest.raises((RuntimeError, AssertionError)):
+            call(model, ids_for(model))
+    else:
+        assert call(model, ids_for(model)).shape[:2] == (BATCH, SEQ_LEN)
+    for place in (mutant.function, *mutant.also):
+        for part in place.split(".") if place else ():
+            assert f"def {part}(" in catalog.source(mutant) or f"class {part}" in catalog.source(mutant), place
+
+
+@pytest.mark.parametrize(("style", "build"), CLEAN_BUILDS)
+def test_clean_models_keep_every_rule(style: str, build: str) -> None:
+    assert [rule for rule in RULES if broken(rule, getattr(CLEAN[style], build))] == []
+
+
+# A plain head of zeros, a finite mask and the like are legal and break a rule that only the clean idiom promises.
+EXCUSED = {"nanogpt/untied": {"structure", "lifecycle"}}
+
+
+@pytest.mark.parametrize("neutral", catalog.NEUTRAL, ids=lambda m: m.name)
+def test_neutral_variants_keep_every_rule(neutral: Any, tmp_path: Path) -> None:
+    build = getattr(load(catalog.materialize(neutral, tmp_path)), neutral.build)
+    assert {rule for rule in RULES if broken(rule, build)} - EXCUSED.get(neutral.name, set()) == set()
+
+
+def fingerprint(build: Callable[[], nn.Module]) -> list[object]:
+    """What a model is: its config, its weights at the start, its logits in three dtypes at two places."""
+    torch.manual_seed(0)
+    model = build().eval()
+    ids = ids_for(model)
+    seen: list[object] = [dataclasses.astuple(model.config), [p.double().std().item() for p in model.parameters() if p.numel() > 1]]
+    far = {"position_ids": torch.arange(500, 500 + SEQ_LEN).expand(BATCH, -1)} if hasattr(model, "model") else {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for arguments in ({}, far):
+            with torch.no_grad():
+                seen.append(call(copy.deepcopy(model).to(dtype), ids, **arguments).double().tolist())
+    if "labels" in names(model):
+        with torch.no_grad():
+            seen.append(model(ids, labels=ids).loss.item())
+    return seen
+
+
+@pytest.mark.parametrize("mutant", catalog.MUTANTS, ids=lambda m: m.name)
+def test_mutants_break_a_rule_of_theirs_or_at_least_differ(mutant: Any, tmp_path: Path) -> None:
+    module = load(catalog.materialize(mutant, tmp_path))
+    build = getattr(module, mutant.build)
+    rules = [topic for topic in mutant.topics if topic in RULES]
+    if any(broken(rule, build) for rule in rules):
+        return
+    assert mutant.name in SHOWN_BY_CONFIG_OR_VALUES, f"breaks none of {rules}"
+    assert fingerprint(build) != fingerprint(getattr(CLEAN[mutant.base], mutant.build))
+
+
+# Judged against the config, an init formula or low-precision values, which the rules above do not look at.
+SHOWN_BY_CONFIG_OR_VALUES: set[str] = set()
