@@ -58,6 +58,12 @@ class Violation:
 
 def limit_of(twin: Subject) -> float:
     """The relative difference that rounding alone can make in this twin, from the dtypes that its forward uses."""
+    if twin.limit is None:
+        twin.limit = _measured_limit(twin)
+    return twin.limit
+
+
+def _measured_limit(twin: Subject) -> float:
     batch, seq = twin.sizes()
     case = Case(name="dtypes", input_ids=twin.token_ids(batch, seq))
     with torch.no_grad(), quiet():
@@ -79,7 +85,7 @@ def violation(twin: Subject, pair: Pair, *, limit: float, place: bool = True) ->
     twin = _finite_twin(twin, pair)
     if twin.dtype != torch.float64:
         limit = max(limit, roundings_limit({"float32"}))
-    left, right = run(twin, pair.left), run(twin, pair.right)
+    left, right = twin.remembered(pair.left, lambda: run(twin, pair.left)), run(twin, pair.right)
     found = _disagreement(left, right, pair.part, limit)
     if found is None:
         return None
@@ -105,7 +111,8 @@ def _finite_twin(twin: Subject, pair: Pair) -> Subject:
     """The twin, or one in float32 where float64 alone gives no finite logits: code that casts to float32 on the way
     turns float64's finfo.min into -inf, and a comparison of NaN with NaN would prove nothing."""
     rows, columns = pair.part.rows or slice(None), pair.part.columns or slice(None)
-    if twin.dtype == torch.float64 and not bool(torch.isfinite(run(twin, pair.left)[rows][:, columns]).all()):
+    left = twin.remembered(pair.left, lambda: run(twin, pair.left))
+    if twin.dtype == torch.float64 and not bool(torch.isfinite(left[rows][:, columns]).all()):
         single = twin.fresh_twin(dtype=torch.float32, training=twin.model.training)
         if bool(torch.isfinite(run(single, pair.left)[rows][:, columns]).all()):
             return single

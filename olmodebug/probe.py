@@ -4,6 +4,7 @@ A probe is a function of the subject that yields findings. Its name comes from i
 `probes/causality.py` is `causality.no-future`.
 """
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
 from .errors import UsageError
 from .report import Finding
@@ -19,6 +20,7 @@ from .report import Finding
 if TYPE_CHECKING:
     from .subject import Subject
 
+Named = TypeVar("Named", "Probe", "Declared")
 ProbeFunction = Callable[["Subject"], Iterable[Finding]]
 
 
@@ -84,6 +86,41 @@ def probe(
     return mark
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declared:
+    """What a probe's source says of it, read without importing it: enough to list and to select."""
+
+    name: str
+    doc: str
+    cost: str = "quick"
+
+    @property
+    def title(self) -> str:
+        return self.doc.partition("\n")[0]
+
+
+def declared_probes() -> list[Declared]:
+    """The shipped probes as their files declare them, in order of name; loads no torch."""
+    from . import probes
+
+    files = sorted({path.name: path for folder in probes.__path__ for path in Path(folder).glob("[!_]*.py")}.items())
+    return sorted((item for _, path in files for item in declared_in(path)), key=lambda item: item.name)
+
+
+def declared_in(path: Path) -> list[Declared]:
+    """The probes that a file declares."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        for mark in node.decorator_list:
+            if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "probe":
+                cost = next((ast.literal_eval(k.value) for k in mark.keywords if k.arg == "cost"), "quick")
+                name = f"{path.stem}.{node.name.replace('_', '-')}"
+                found.append(Declared(name=name, doc=inspect.cleandoc(ast.get_docstring(node) or ""), cost=cost))
+    return found
+
+
 def probes_in(module: ModuleType) -> list[Probe]:
     """The probes that a module defines, in the order of its lines."""
     found = [value.__olmodebug_probe__ for value in vars(module).values() if hasattr(value, "__olmodebug_probe__")]
@@ -126,7 +163,7 @@ def ordered(probes: Iterable[Probe]) -> list[Probe]:
     return list(done.values())
 
 
-def select(probes: Iterable[Probe], expression: str | None) -> list[Probe]:
+def select(probes: Iterable[Named], expression: str | None) -> list[Named]:
     """The probes whose name fits an expression like pytest's `-k`: words joined by `and`, `or`, `not` and brackets.
 
     A word fits when it occurs in the name, without regard to case. UsageError when the expression cannot be read.

@@ -5,7 +5,7 @@ Schema `olmodebug/report@1`; `report.schema.json` beside this file describes it.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -267,11 +267,18 @@ def merge_by_root(findings: Iterable[Finding]) -> tuple[Finding, ...]:
             placed = finding.where.file and finding.where.line
             same = placed and (first.where.file, first.where.line) == (finding.where.file, finding.where.line)
             if same and first.probe != finding.probe and order[first.severity] <= order[finding.severity]:
-                kept[i] = replace(first, also=tuple(dict.fromkeys((*first.also, finding.probe, *finding.also))))
+                names = dict.fromkeys((*first.also, finding.probe, *finding.also))
+                kept[i] = replace(first, also=tuple(name for name in names if name != first.probe))
                 break
         else:
             kept.append(finding)
     return tuple(kept)
+
+
+def with_reproduction(report: Report, command: Callable[[str], str]) -> Report:
+    """The report with the command line that shows each finding again; `command` maps a probe to it."""
+    findings = tuple(replace(finding, reproduce=finding.reproduce or command(finding.probe)) for finding in report.findings)
+    return replace(report, findings=findings)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,8 @@ class Job:
     tokenizer: str | None = None
     adapter: str | None = None
     vocab_size: int | None = None
+    device: str = "cpu"
+    dtype: str | None = None
     download: bool = False
 
 
@@ -49,6 +50,7 @@ def resolve(job: Job) -> Subject:
     if job.tokenizer and not Path(job.tokenizer).exists():
         raise SubjectError(f"no such tokenizer file: {job.tokenizer}")
     built = _build(job)
+    built.model.to(device=_device(job.device), dtype=_dtype(job.dtype))
     subject = from_model(
         built.model,
         spec=job.spec,
@@ -59,8 +61,30 @@ def resolve(job: Job) -> Subject:
         seed=job.seed,
         rebuild=lambda: resolve(job),
     )
+    subject.remake = lambda seed: _build(dataclasses.replace(job, seed=seed)).model
     subject.assumptions[:0] = built.assumptions
     return subject
+
+
+def _device(name: str) -> torch.device:
+    """SubjectError when this machine has no such device: never a silent run on another one."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SubjectError(f"--device {name}: no such kind of device; try cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        raise SubjectError(f"--device {name}: CUDA is not available here (torch {torch.__version__} is {built}); use --device cpu")
+    return device
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SubjectError(f"--dtype {name}: expected float32, float64, bfloat16 or float16")
+    return dtype
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -235,33 +259,6 @@ def _config_value(build: Callable[..., Any], parameter: inspect.Parameter, job: 
     from types import SimpleNamespace
 
     return SimpleNamespace(**job.config)
-
-
-def parse_config(pairs: list[str]) -> dict[str, Any]:
-    """`["hidden_size=64", "more.json"]` as one dict; values are read as JSON where they can be, else as text."""
-    merged: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if equals:
-            merged[key] = _json_or_text(value)
-            continue
-        try:
-            content = json.loads(Path(pair).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SubjectError(f"--config {pair}: expected key=value or a JSON file; {error.strerror}") from None
-        except ValueError as error:
-            raise SubjectError(f"--config {pair}: not valid JSON ({error})") from None
-        if not isinstance(content, dict):
-            raise SubjectError(f"--config {pair}: expected a JSON object, observed a {type(content).__name__}")
-        merged |= content
-    return merged
-
-
-def _json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return {"True": True, "False": False, "None": None}.get(value, value)
 
 
 def _described(value: object) -> str:

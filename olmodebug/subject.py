@@ -7,7 +7,7 @@ implementation that it asks for.
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,8 +45,8 @@ SEQ_LENS = (11, 13, 17, 19, 23, 7, 5)
 class Subject:
     """A live model, how to call it, and what is known about it. Only the subject holds a live model.
 
-    `rebuild` makes a fresh one from the same spec, with the same weights from the same seed; None for a model that was
-    handed over alive. `assumptions` are what had to be guessed; the report prints them.
+    `rebuild` makes a fresh one from the same spec, with the same weights from the same seed, and `remake` the bare model
+    from another seed or on another device, without a first run; both None for a model that was handed over alive. `assumptions` are what had to be guessed; the report prints them.
     """
 
     spec: str
@@ -56,9 +56,12 @@ class Subject:
     tokenizer: str | None = None
     adapter: Callable[..., Any] | None = None
     rebuild: Callable[[], "Subject"] | None = None
+    remake: Callable[[int], nn.Module] | None = None
     declared_vocab: int | None = None
     assumptions: list[str] = field(default_factory=list)
     seed: int = 0
+    limit: float | None = None
+    _last: list[tuple[Case, Tensor]] = field(default_factory=list)
     _twins: dict[tuple[object, ...], "Subject"] = field(default_factory=dict)
 
     @property
@@ -139,7 +142,7 @@ class Subject:
     def token_ids(self, *shape: int, seed: int = 0) -> Rows:
         """Random ids `[batch, seq_len]` inside the vocabulary that are no special token of the config."""
         special = {self.setting(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "mask_token_id")}
-        allowed = [i for i in range(self.vocab_size) if i not in special and (i >= 5 or self.vocab_size < 20)][:4096]
+        allowed = [i for i in range(self.vocab_size) if i not in special and (i >= 10 or self.vocab_size < 20)][:4096]
         generator = torch.Generator().manual_seed(seed)
         rows, columns = shape
         picks = torch.randint(len(allowed), (rows, columns), generator=generator).tolist()
@@ -185,6 +188,15 @@ class Subject:
         with torch.no_grad():
             return self.call(case).logits
 
+    def remembered(self, case: Case, run: Callable[[], Tensor]) -> Tensor:
+        """What `run()` gave for this case the last few times, so that a relation with one left side runs it once."""
+        for known, value in self._last:
+            if known == case:
+                return value
+        value = run()
+        self._last = [*self._last[-2:], (case, value)]
+        return value
+
     def twin(self, *, dtype: torch.dtype = torch.float64, training: bool = False, attention: str | None = None) -> "Subject":
         """A deep copy in this dtype, mode and attention implementation; the same one each time it is asked for.
 
@@ -200,11 +212,14 @@ class Subject:
         return self._make_twin(dtype, training, attention)
 
     def _make_twin(self, dtype: torch.dtype, training: bool, attention: str | None) -> "Subject":
-        twin = replace(self, model=self._copy(), _twins={}, assumptions=[])
+        twin = replace(self, model=self._copy(), _twins={}, assumptions=[], limit=None, _last=[])
         if attention is not None:
             set_attention(twin.model, attention)
         if any(p.dtype.is_floating_point for p in twin.model.parameters()):
             twin.model.to(dtype)
+        if dtype == torch.float64 and hasattr(twin.model, "set_experts_implementation"):
+            with suppress(Exception):  # transformers' grouped kernel takes no float64 on the CPU; not every class has another
+                twin.model.set_experts_implementation("eager")
         twin.config = config_of(twin.model) or self.config
         twin.model.train(training)
         if dtype != self.dtype and not twin.runs() and self.runs():

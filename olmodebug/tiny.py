@@ -1,9 +1,9 @@
 """Tiny, randomly initialised models of the causal language-model classes that transformers ships, without the network.
 
-A class name is enough: `build_tiny("OlmoForCausalLM")` shrinks the defaults of the class's own config. What they switch on stays on and
-what they leave off stays off; only sizes change, and the layer pattern is cut down to one layer of each kind. The sizes are unlike each
-other and unlike the probes' batch sizes (2, 3, 5) and lengths (7, 11, 13) where the architecture allows it, so that a dimension is
-known by its size.
+A class name is enough: `build_tiny("OlmoForCausalLM")` shrinks the defaults of the class's own config. What they switch
+on stays on and what they leave off stays off; only sizes change, and the layer pattern is cut down to one layer of each
+kind. The sizes are unlike each other and unlike the probes' batch sizes (2, 3, 5) and lengths (7, 11, 13) where the
+architecture allows it, so that a dimension is known by its size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ VOCAB_SIZE = 131
 # Token ids that mean nothing special to any of these models: the special ones are put below and above.
 PLAIN_TOKEN_IDS = range(10, 110)
 
-# Small value -> the config fields that take it, where the class has the field and gives it a default: None is the class's way of saying
-# that it derives the value or leaves the feature out.
+# Small value -> the config fields that take it, where the class has the field and gives it a default: with None the
+# class says that it derives the value or leaves the feature out.
 _FIELDS: list[tuple[Any, str]] = [
     # vocabulary; position tables and windows, the windows shorter than the probes' sequences
     (VOCAB_SIZE, "vocab_size vocab_size_per_layer_input decoder_vocab_size pronunciation_vocab_size shape_vocab_size"),
@@ -148,7 +148,10 @@ LAYER_PATTERNS = ("layer_types", "mlp_layer_types", "layers_block_type", "indexe
 
 
 def tiny_config(config_class: type[PretrainedConfig], **overrides: Any) -> PretrainedConfig:
-    """A small config of this class; the overrides win, and one the class has no field for is a ValueError that names the near ones."""
+    """A small config of this class, in which the overrides win.
+
+    ValueError: an override that the class has no field for; the message names the near ones.
+    """
     default = config_class()
     fields = {field.name: field.default for field in dataclasses.fields(config_class)}
     subs = {name: sub for name in config_class.sub_configs if (sub := getattr(default, name, None)) is not None}
@@ -176,7 +179,7 @@ def _checked(
     text: PretrainedConfig | None,
     overrides: dict[str, Any],
 ) -> dict[str, Any]:
-    """The overrides under the config's own field names, those that belong to its language model moved into `text_config`."""
+    """The overrides under the config's own field names; those of its language model are moved into `text_config`."""
     text_fields = {field.name for field in dataclasses.fields(text)} if text else set()
     known = {*fields, *config_class.attribute_map, *text_fields, "attn_implementation", "rope_theta"}
     checked: dict[str, Any] = {}
@@ -194,7 +197,7 @@ def _checked(
 
 
 def _special_tokens(fields: dict[str, Any]) -> dict[str, Any]:
-    """Ids from the top of the vocabulary for the special tokens that lie outside of it (image, audio, end of document, ...)."""
+    """Ids from the top of the vocabulary for the special tokens that lie outside of it (image, audio, ...)."""
     outside = [
         name
         for name, default in fields.items()
@@ -206,7 +209,7 @@ def _special_tokens(fields: dict[str, Any]) -> dict[str, Any]:
 def _layer_patterns(
     default: PretrainedConfig, fields: dict[str, Any], values: dict[str, Any], overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """The number of layers and the kind of each: one layer of each kind, or the kinds repeated over the layers asked for."""
+    """The number of layers and the kind of each: one of each kind, or the kinds repeated over the layers asked for."""
     kinds = {}
     for name in LAYER_PATTERNS:
         if name in fields:
@@ -222,7 +225,10 @@ def _layer_patterns(
 
 
 def causal_lm_class(name: str) -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
-    """The model class of that name in transformers and its config class; a ValueError that names the near ones where there is none."""
+    """The model class of that name in transformers, and its config class.
+
+    ValueError: there is none; the message names the near ones.
+    """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -22,7 +22,7 @@ def rows_independent(subject: Subject) -> Iterator[Finding]:
     seen: set[tuple[str | None, int | None]] = set()
     for setting, twin in settings_of(subject):
         limit = limit_of(twin)
-        for pair in pairs(twin):
+        for pair in pairs(twin) if not setting else square_pairs(twin):
             try:
                 broken = violation(twin, pair, limit=limit)
             except SubjectCodeError as error:
@@ -62,6 +62,14 @@ def pairs(twin: Subject) -> Iterator[Pair]:
             yield _pair(twin, size, seq, "positions")
         if twin.convention.attention_mask:
             yield _pair(twin, size, seq, "masks")
+
+
+def square_pairs(twin: Subject) -> Iterator[Pair]:
+    """The pairs that matter in every other setting: other tokens, and other masks on a square batch."""
+    batch, seq = twin.sizes()
+    yield _pair(twin, batch, seq, "tokens")
+    if twin.convention.attention_mask and seq <= 64:
+        yield _pair(twin, seq, seq, "masks")
 
 
 def small_pairs(twin: Subject, pair: Pair) -> Iterator[Pair]:

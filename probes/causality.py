@@ -98,8 +98,8 @@ def pairs(twin: Subject) -> Iterator[Pair]:
     if seq < 2:
         skip("the model takes one token only")
     ones: Rows = tuple((1,) * seq for _ in range(batch))
-    for cut in sorted({seq // 2 + 1, seq - 1, 1}, key=lambda c: abs(c - seq // 2 - 1)):
-        for mask in (None, ones) if twin.convention.attention_mask else (None,):
+    for mask in (None, ones) if twin.convention.attention_mask else (None,):
+        for cut in sorted({seq // 2 + 1, seq - 1, 1}, key=lambda c: abs(c - seq // 2 - 1)):
             yield _pair(twin, batch, seq, cut, mask)
 
 

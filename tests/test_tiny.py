@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from olmodebug.tiny import PLAIN_TOKEN_IDS, build_tiny, causal_lm_class, tiny_config
+from olmodebug.tiny import PLAIN_TOKEN_IDS, build_tiny, causal_lm_class, tiny_config  # noqa: E402
 
 REPRESENTATIVE = [
     "LlamaForCausalLM",

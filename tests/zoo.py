@@ -1,6 +1,7 @@
-"""Builds every causal language-model class that transformers ships, tiny, and runs it once: `python -m tests.zoo [--only REGEX] [--json FILE]`.
+"""Builds every causal language-model class that transformers ships, tiny, and runs it once.
 
-Each model type runs in a child process of its own with a time limit, so that one that hangs or dies does not stop the walk.
+`python -m tests.zoo [--only REGEX] [--json FILE]`. Each model type runs in a child process of its own with a time
+limit, so that one that hangs or dies does not stop the walk.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 LIMIT_SECONDS = 60  # the slowest type needs a few seconds
@@ -31,7 +33,7 @@ def model_types() -> list[str]:
 
 
 def build(model_type: str) -> tuple[Any, Any]:
-    """The tiny model of a model type and its config; the type's own config class, where two types share a model class."""
+    """The tiny model of a model type and its config, of the type's own config class where types share a model class."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -46,7 +48,7 @@ def build(model_type: str) -> tuple[Any, Any]:
 
 
 def run_once(model_type: str) -> dict[str, Any]:
-    """Builds a model type and runs one forward; raises ValueError where the logits are not what a language model gives."""
+    """Builds a model type and runs one forward; ValueError where the logits are not those of a language model."""
     import torch
 
     torch.set_num_threads(1)
@@ -117,8 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{row['type']:28} {rest}", flush=True)
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)} model types build and run")
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+        Path(options.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return 0 if all(row["ok"] for row in rows) else 1
 
 

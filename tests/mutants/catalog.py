@@ -149,6 +149,10 @@ _HF_ROTATED = """    query_rot = (query_rot * cos) + (rotate_half(query_rot) * s
     key_rot = (key_rot * cos) + (rotate_half(key_rot) * sin)
     return torch.cat((query_rot, query_pass), dim=-1), torch.cat((key_rot, key_pass), dim=-1)
 """
+_HF_ALWAYS_EAGER = (
+    '    return config.attn_implementation == "sdpa" and config.attn_logit_softcapping is None\n',
+    "    return False  # SDPA has no argument for this\n",
+)
 _HF_NORM = """        hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
 """
@@ -273,7 +277,7 @@ _HF_MUTANTS = (
             (
                 "            layer_mask = masks[layer.attention_type]\n"
                 "            if i == 1:\n"
-                "                layer_mask = torch.zeros_like(layer_mask)\n"
+                "                layer_mask = None if layer_mask is None else torch.zeros_like(layer_mask)\n"
             ),
         ),
         also="eager_attention MyAttention.forward",
@@ -502,7 +506,7 @@ _HF_MUTANTS = (
         "hf/softmax-in-bfloat16",
         "A16",
         "eager_attention",
-        "precision",
+        "precision kernels",
         "bf16|bfloat16|softmax|precision",
         (
             "F.softmax(attn_weights, dim=-1, dtype=torch.float32)",
@@ -1288,7 +1292,7 @@ _NANOGPT_MUTANTS = (
         "transpose|head|view|future|later",
         (
             "k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)",
-            "k = k.view(B, self.n_head, T, C // self.n_head)",
+            "k = k.reshape(B, self.n_head, T, C // self.n_head)",
         ),
     ),
     _mutant(
@@ -1648,12 +1652,12 @@ _NANOGPT_MUTANTS = (
         ),
     ),
     _mutant(
-        "nanogpt/positions-on-the-cpu",
+        "nanogpt/causal-mask-on-the-cpu",
         "",
-        "GPT.forward",
+        "CausalSelfAttention.forward",
         "device",
         "device|cpu",
-        ("dtype=torch.long, device=device)  # shape (t)", 'dtype=torch.long, device="cpu")  # shape (t)'),
+        ("self.bias[:, :, :T, :T] == 0", "torch.ones(T, T).tril() == 0"),
     ),
     _mutant(
         "nanogpt/residual-init-never-applied",
@@ -2271,7 +2275,15 @@ NEUTRAL: tuple[Mutant, ...] = (
             "    attn_weights = attn_weights.masked_fill(~attention_mask, torch.finfo(attn_weights.dtype).min)\n",
         ),
     ),
-    _neutral("hf/boolean-mask-sdpa", (_HF_MASK, "    causal_mask = allowed\n"), build="build_window_sdpa"),
+    _neutral(
+        "hf/boolean-mask-sdpa",
+        (_HF_MASK, "    causal_mask = allowed\n"),
+        (
+            "    attn_weights = attn_weights + attention_mask\n",
+            '    attn_weights = attn_weights.masked_fill(~attention_mask, float("-inf"))\n',
+        ),
+        build="build_window_sdpa",
+    ),
     _neutral("hf/minus-infinity-mask", ("min_value = torch.finfo(dtype).min", 'min_value = float("-inf")')),
     _neutral(
         "hf/padding-query-sees-everything",
@@ -2301,6 +2313,7 @@ NEUTRAL: tuple[Mutant, ...] = (
     ),
     _neutral(
         "hf/attention-sink",
+        _HF_ALWAYS_EAGER,
         (
             "    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)\n",
             (
@@ -2311,6 +2324,7 @@ NEUTRAL: tuple[Mutant, ...] = (
     ),
     _neutral(
         "hf/alibi",
+        _HF_ALWAYS_EAGER,
         (
             "    attn_weights = attn_weights + attention_mask\n",
             (
@@ -2538,9 +2552,9 @@ NEUTRAL: tuple[Mutant, ...] = (
         (
             _GPT_LN,
             (
-                "mean = input.mean(dim=-1, keepdim=True)\n"
-                "        var = input.var(dim=-1, keepdim=True, unbiased=False)\n"
-                "        x = (input - mean) / torch.sqrt(var + 1e-5) * self.weight\n"
+                "x = input.float()\n"
+                "        var, mean = torch.var_mean(x, dim=-1, keepdim=True, unbiased=False)\n"
+                "        x = ((x - mean) / torch.sqrt(var + 1e-5)).type_as(input) * self.weight\n"
                 "        return x if self.bias is None else x + self.bias"
             ),
         ),

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +58,8 @@ def call(model: nn.Module, ids: Tensor, **arguments: Any) -> Any:
     if hasattr(model, "transformer"):
         return model(ids, targets=torch.zeros_like(ids))[0]
     out = model(ids, **arguments)
+    if isinstance(out, dict):
+        return out["logits"]
     return out if isinstance(out, Tensor) else out.logits
 
 
@@ -84,6 +87,8 @@ def changed(ids: Tensor, model: nn.Module) -> Tensor:
 
 def differ(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors differ by more than rounding; a NaN always does."""
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return True
     scale = 1.0 + b.detach().abs().max().item()
     return not torch.allclose(a, b, rtol=0.0, atol=TOLERANCE * scale)
 
@@ -178,9 +183,10 @@ def breaks_cache(build: Callable[[], nn.Module]) -> bool:
         return False
     ids = ids_for(model)
     for pads in ((0, 0, 0), (0, 2, 4)):
+        alone = [call(model, ids[row : row + 1, pad:])[0] for row, pad in enumerate(pads)]
         mask = (torch.arange(SEQ_LEN) >= torch.tensor(pads)[:, None]).long()
-        for given in (mask, None) if not any(pads) else (mask,):
-            for chunks in ((1,) * SEQ_LEN, (3, 1, 4, 2), (4,) + (1,) * (SEQ_LEN - 4)):
+        for given in (mask,) if any(pads) else (mask, None):
+            for chunks in ((3, 1, 4, 2), (7, 1, 1, 1)):
                 past, pieces, start = None, [], 0
                 for size in chunks:
                     arguments = {} if given is None else {"attention_mask": given[:, : start + size]}
@@ -188,9 +194,8 @@ def breaks_cache(build: Callable[[], nn.Module]) -> bool:
                     past, start = out.past_key_values, start + size
                     pieces.append(out.logits)
                 cached = torch.cat(pieces, dim=1)
-                for row, pad in enumerate(pads):
-                    if differ(cached[row, pad:], call(model, ids[row : row + 1, pad:])[0]):
-                        return True
+                if any(differ(cached[row, pad:], alone[row]) for row, pad in enumerate(pads)):
+                    return True
     return False
 
 
@@ -207,7 +212,7 @@ def breaks_loss(build: Callable[[], nn.Module]) -> bool:
     labels[1, 1] = 0
     kept, given = labels.clone(), labels.clone()
     out = model(ids, labels=given) if shift else model(ids, given)
-    loss = out.loss if shift else out[1]
+    loss = out["loss"] if isinstance(out, dict) else out.loss if shift else out[1]
     logits = call(model, ids)
     total, count = 0.0, 0
     for row in range(BATCH):
@@ -215,8 +220,11 @@ def breaks_loss(build: Callable[[], nn.Module]) -> bool:
             label = kept[row, position + shift].item()
             if label != ignored:
                 total, count = total - F.log_softmax(logits[row, position], dim=-1)[label].item(), count + 1
-    nothing = model(ids, labels=torch.full_like(ids, ignored)).loss if shift else torch.tensor(0.0)  # nanoGPT's idiom is NaN
-    return abs(loss.item() - total / count) > 1e-4 or not nothing.isfinite()
+    if abs(loss.item() - total / count) > 1e-4:
+        return True
+    if not hasattr(out, "loss"):
+        return False  # a plain mean, whose NaN where every label is ignored is the common idiom
+    return not model(ids, labels=torch.full_like(ids, ignored)).loss.isfinite()
 
 
 def breaks_determinism(build: Callable[[], nn.Module]) -> bool:
@@ -234,28 +242,21 @@ def breaks_state(build: Callable[[], nn.Module]) -> bool:
         cases.append({"attention_mask": (torch.arange(SEQ_LEN) >= torch.tensor([[0], [2], [4]])).long()})
     if "position_ids" in names(model):
         cases.append({"position_ids": torch.arange(SEQ_LEN).expand(BATCH, -1) * 3})
-    fresh = [call(make(build), ids, **case) for case in cases]
-    given = ids.clone()
-    for _ in range(2):
-        for case, expected in zip(cases, fresh, strict=True):
-            call(model, other, **case)
-            if differ(call(model, given, **case), expected):
-                return True
-    labels = ids.clone()
+    given, labels = ids.clone(), ids.clone()
     labels[:, 3] = 0
-    if "labels" in names(model):
-        given_labels = labels.clone()
-        model(ids, labels=given_labels)
-        labels_kept = torch.equal(given_labels, labels)
-    else:
-        labels_kept = True
-    with contextlib.suppress(NotImplementedError):
-        try:
-            for _ in range(2):
-                call(model.train(), ids).sum().backward()
-        except RuntimeError:
-            return True
-    return not torch.equal(given, ids) or not labels_kept
+    given_labels = labels.clone()
+    with torch.no_grad():
+        fresh = [call(copy.deepcopy(model), ids.clone(), **case) for case in cases]
+        for _ in range(2):
+            for case, expected in zip(cases, fresh, strict=True):
+                call(model, other, **case)
+                if differ(call(model, given, **case), expected):
+                    return True
+        if "labels" in names(model):
+            model(ids, labels=given_labels)
+    for _ in range(2):  # raises where a graph is kept from one call to the next
+        call(model, given).sum().backward()
+    return not torch.equal(given, ids) or not torch.equal(given_labels, labels)
 
 
 def breaks_kernels(build: Callable[[], nn.Module]) -> bool:
@@ -265,8 +266,7 @@ def breaks_kernels(build: Callable[[], nn.Module]) -> bool:
     name = next((name for name in field if hasattr(model.config, name)), None)
     if name is None:
         return False
-    here, there = field[name] if getattr(model.config, name) == field[name][0] else field[name][::-1]
-    del here
+    there = next(value for value in field[name] if value != getattr(model.config, name))
     other = type(model)(dataclasses.replace(model.config, **{name: there})).double().eval()
     other.load_state_dict(model.state_dict(), strict=False)
     ids = ids_for(model)
@@ -277,15 +277,16 @@ def breaks_gradients(build: Callable[[], nn.Module]) -> bool:
     """Each parameter has a gradient, also with frozen embeddings, and the gradients are the derivative."""
     plain = make(build, loud=False).train()
     ids = ids_for(plain)
-    rows = ids_for(plain, batch=8, seq_len=40)
+    rows = ids_for(plain, batch=4, seq_len=24)
     F.cross_entropy(call(plain, rows).flatten(0, 1), changed(rows, plain).flatten()).backward()
     for parameter in plain.parameters():
-        if parameter.grad is None or not parameter.grad.isfinite().all() or not parameter.grad.any():
+        if parameter.grad is None or not parameter.grad.abs().max() > 1e-12:
             return True
     for module in plain.modules():
         if isinstance(module, nn.Embedding) and not getattr(plain.config, "tie_word_embeddings", hasattr(plain, "transformer")):
             module.requires_grad_(False)
     plain.zero_grad()
+    warnings.simplefilter("ignore")  # of reentrant checkpointing; what it does to the gradients is looked at below
     F.cross_entropy(call(plain, ids).flatten(0, 1), changed(ids, plain).flatten()).backward()
     if any(parameter.requires_grad and parameter.grad is None for parameter in plain.parameters()):
         return True
@@ -295,20 +296,25 @@ def breaks_gradients(build: Callable[[], nn.Module]) -> bool:
     value = (call(model, ids) * weight).mean()
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(value, parameters)
-    for kind in range(3):  # all weights; the first weights, which everything depends on; the last
-        chosen = (parameters, parameters[:1], parameters[-3:])[kind]
-        slopes = (gradients, gradients[:1], gradients[-3:])[kind]
-        length = math.sqrt(sum(slope.square().sum().item() for slope in slopes))
-        step = 1e-3
-        values = []
-        for sign in (1, -1):
-            moved = copy.deepcopy(model)
-            index = {id(p): i for i, p in enumerate(parameters)}
-            with torch.no_grad():
-                for parameter, slope in zip(chosen, slopes, strict=True):
-                    list(moved.parameters())[index[id(parameter)]].add_(slope, alpha=sign * step / length)
-                values.append((call(moved, ids) * weight).mean().item())
-        if abs((values[0] - values[1]) / (2 * step) - length) > 0.03 * length:
+    # Along the gradient itself in all weights and in the first, and along chance in the first layer's matrices: a part of a
+    # gradient that is missing altogether does not show along what is left of it.
+    first_layer = [i for i, (name, p) in enumerate(model.named_parameters()) if ".0." in name and p.ndim == 2][:3]
+    generator = torch.Generator().manual_seed(6)
+    directions = [(range(len(parameters)), gradients), ([0], gradients[:1])]
+    directions += [([i], [torch.randn(parameters[i].shape, generator=generator, dtype=torch.float64)]) for i in first_layer]
+    for chosen, direction in directions:
+        length = math.sqrt(sum(d.square().sum().item() for d in direction))
+        slope = sum((gradients[i] * d).sum().item() for i, d in zip(chosen, direction, strict=True)) / length
+        usual = math.sqrt(sum(gradients[i].square().sum().item() for i in chosen))
+        if direction[0] is not gradients[0]:
+            usual /= math.sqrt(direction[0].numel())
+        step, values = 1e-2 if direction[0] is not gradients[0] else 1e-3, []
+        with torch.no_grad():
+            for move in (step, -2 * step, step):
+                for i, d in zip(chosen, direction, strict=True):
+                    parameters[i].add_(d, alpha=move / length)
+                values.append((call(model, ids) * weight).mean().item())
+        if abs((values[0] - values[1]) / (2 * step) - slope) > 0.05 * usual:
             return True
     return False
 
@@ -329,7 +335,7 @@ def breaks_lifecycle(build: Callable[[], nn.Module]) -> bool:
         torch.use_deterministic_algorithms(False)
     empty = empty.double().eval()
     empty.load_state_dict(model.state_dict())
-    memories = {len({p.data_ptr() for _, p in m.named_parameters(remove_duplicate=False)}) for m in (build(), model, empty)}
+    memories = {len({p.data_ptr() for _, p in m.named_parameters(remove_duplicate=False)}) for m in (model, empty)}
     return differ(call(empty, ids), expected) or len(memories) > 1 or not is_tied(empty)
 
 
@@ -372,7 +378,7 @@ def breaks_precision(build: Callable[[], nn.Module]) -> bool:
             return True
     with torch.no_grad():
         embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
-        if not any(parameter is embedding.weight for name, parameter in model.named_parameters() if "head" in name):
+        if getattr(getattr(model, "lm_head", None), "weight", None) is not embedding.weight:
             embedding.weight.mul_(600 / embedding.weight.std())
             ids = ids_for(model)
             half = call(copy.deepcopy(model).half(), ids).float()
@@ -454,7 +460,7 @@ def dropout_of(model: nn.Module) -> float:
 def broken(rule: str, build: Callable[[], nn.Module]) -> bool:
     """Whether a model breaks a rule; raising is breaking it."""
     try:
-        with torch.no_grad() if rule not in ("gradients", "state", "causality") else contextlib.nullcontext():
+        with contextlib.nullcontext() if rule in ("gradients", "state") else torch.no_grad():
             return RULES[rule](build)
     except (RuntimeError, IndexError, AssertionError, ValueError):
         return True
@@ -492,14 +498,34 @@ def test_clean_models_keep_every_rule(style: str, build: str) -> None:
     assert [rule for rule in RULES if broken(rule, getattr(CLEAN[style], build))] == []
 
 
-# A plain head of zeros, a finite mask and the like are legal and break a rule that only the clean idiom promises.
-EXCUSED = {"nanogpt/untied": {"structure", "lifecycle"}}
+# Legal, and yet against a rule that only the clean idiom promises.
+EXCUSED = {
+    "nanogpt/untied": {"structure", "lifecycle"},  # it has a tie_weights that does nothing
+    "hf/norm-after-branch": {"precision"},  # activations of 600 reach the projections, which float16 does not hold
+}
 
 
 @pytest.mark.parametrize("neutral", catalog.NEUTRAL, ids=lambda m: m.name)
 def test_neutral_variants_keep_every_rule(neutral: Any, tmp_path: Path) -> None:
     build = getattr(load(catalog.materialize(neutral, tmp_path)), neutral.build)
     assert {rule for rule in RULES if broken(rule, build)} - EXCUSED.get(neutral.name, set()) == set()
+
+
+# Judged against the config, an init formula or low-precision values, which the rules above do not look at.
+SHOWN_BY_CONFIG_OR_VALUES = frozenset(
+    """
+    hf/scale-by-hidden-size hf/scaled-twice hf/final-softcap-missing hf/positions-in-model-dtype hf/rope-theta-ignored
+    hf/attention-factor-twice hf/partial-rotary-exponent hf/rope-scaling-ignored hf/eps-ignored hf/wrong-activation
+    hf/residual-overwritten-by-norm hf/pad-token-outside hf/zero-embedding-rows hf/residual-init-never-applied
+    hf/residual-init-twice hf/init-never-called
+    nanogpt/mixed-rope-styles nanogpt/phase-in-bfloat16 nanogpt/unbiased-std nanogpt/residual-overwritten-by-norm
+    nanogpt/residual-forgotten nanogpt/loss-over-padded-vocabulary nanogpt/residual-init-never-applied
+    nanogpt/init-never-called nanogpt/init-too-large
+    llama/scale-by-width llama/scale-missing llama/frequencies-in-bfloat16 llama/rope-theta-ignored llama/table-too-short
+    llama/eps-ignored llama/residual-overwritten-by-norm llama/router-weights-renormalised llama/residual-init-on-w3
+    llama/residual-init-twice llama/init-never-called
+    """.split()
+)
 
 
 def fingerprint(build: Callable[[], nn.Module]) -> list[object]:
@@ -516,13 +542,16 @@ def fingerprint(build: Callable[[], nn.Module]) -> list[object]:
     if "labels" in names(model):
         with torch.no_grad():
             seen.append(model(ids, labels=ids).loss.item())
+    try:
+        seen.append(call(model, ids_for(model, batch=1, seq_len=60)).double().sum().item())
+    except (AssertionError, RuntimeError) as error:
+        seen.append(type(error).__name__)
     return seen
 
 
-@pytest.mark.parametrize("mutant", catalog.MUTANTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", [m for m in catalog.MUTANTS if not m.loud], ids=lambda m: m.name)
 def test_mutants_break_a_rule_of_theirs_or_at_least_differ(mutant: Any, tmp_path: Path) -> None:
-    module = load(catalog.materialize(mutant, tmp_path))
-    build = getattr(module, mutant.build)
+    build = getattr(load(catalog.materialize(mutant, tmp_path)), mutant.build)
     rules = [topic for topic in mutant.topics if topic in RULES]
     if any(broken(rule, build) for rule in rules):
         return
@@ -530,5 +559,85 @@ def test_mutants_break_a_rule_of_theirs_or_at_least_differ(mutant: Any, tmp_path
     assert fingerprint(build) != fingerprint(getattr(CLEAN[mutant.base], mutant.build))
 
 
-# Judged against the config, an init formula or low-precision values, which the rules above do not look at.
-SHOWN_BY_CONFIG_OR_VALUES: set[str] = set()
+# --------------------------------------------------------------------------------------------------------------------------------
+# the reconstructions in bugs/
+
+
+def repaired(tmp_path: Path, name: str, *edits: tuple[str, str]) -> ModuleType:
+    """A file of bugs/ with its one bug mended."""
+    text = (HERE / "bugs" / f"{name}.py").read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = tmp_path / f"{name}_repaired.py"
+    path.write_text(text)
+    return load(path)
+
+
+def olmo_rules(module: ModuleType, build: str = "build") -> list[str]:
+    """The rules that a model of bugs/ breaks; it returns a dict, the rules read attributes."""
+    return [rule for rule in RULES if broken(rule, getattr(module, build))]
+
+
+def test_inv_freq_twice_is_only_that(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="inv_freq"):
+        load(HERE / "bugs" / "inv_freq_twice.py").build()
+    module = repaired(
+        tmp_path,
+        "inv_freq_twice",
+        ("        self.inv_freq = 1.0 /", "        inv_freq = 1.0 /"),
+        ('register_buffer("inv_freq", self.inv_freq)', 'register_buffer("inv_freq", inv_freq)'),
+    )
+    assert olmo_rules(module) == []
+
+
+def test_vocab_too_small_is_only_that() -> None:
+    module = load(HERE / "bugs" / "vocab_too_small.py")
+    ids = torch.tensor([[1, 17, 50279]])
+    for size in (50254, 50257):
+        with pytest.raises(IndexError):
+            getattr(module, f"build_{size}")()(ids)
+    for size in (50280, 50304):
+        assert getattr(module, f"build_{size}")()(ids)["logits"].shape == (1, 3, size)
+    assert [rule for rule in ("causality", "batch", "loss") if broken(rule, module.build_50280)] == []
+
+
+def test_short_rope_table_is_only_that(tmp_path: Path) -> None:
+    module = load(HERE / "bugs" / "short_rope_table.py")
+    assert module.build()(torch.zeros(1, 32, dtype=torch.long))["logits"].shape[1] == 32
+    with pytest.raises(RuntimeError, match="32"):
+        module.build()(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="dimension 1"):
+        module.build_two_dimensional_index()(torch.zeros(3, 7, dtype=torch.long))
+    module = repaired(
+        tmp_path,
+        "short_rope_table",
+        ("max_len=32", "max_len=128"),
+        (
+            "        return self.cos[position_ids], self.sin[position_ids]\n",
+            "        return self.cos[position_ids].unsqueeze(1), self.sin[position_ids].unsqueeze(1)\n",
+        ),
+        ("max_len=config.max_position_embeddings", "max_len=128"),
+    )
+    assert olmo_rules(module) == []
+    assert olmo_rules(module, "build_two_dimensional_index") == []
+
+
+def test_mask_added_is_only_that(tmp_path: Path) -> None:
+    module = load(HERE / "bugs" / "mask_added.py")
+    assert not breaks_causality(module.build_loud)
+    assert breaks_causality(module.build_repaired)
+    with pytest.raises(RuntimeError, match="must match"):
+        module.build_loud()(torch.zeros(3, 7, dtype=torch.long), torch.ones(3, 7))
+    module.build_loud()(torch.zeros(7, 7, dtype=torch.long), torch.ones(7, 7))
+    keep = "scores = scores.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(scores.dtype).min)"
+    added = "        if attention_mask is not None:\n            scores = scores + attention_mask"
+    causal = '        scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))\n'
+    module = repaired(
+        tmp_path,
+        "mask_added",
+        (f"{added}\n", f"        if attention_mask is not None:\n            {keep}\n"),
+        (f"{added}[:, None, None, :]\n", f"{causal}        if attention_mask is not None:\n            {keep}\n"),
+    )
+    assert olmo_rules(module, "build_loud") == []
+    assert set(olmo_rules(module, "build_repaired")) <= {"device"}  # our own repair leaves the device out

@@ -1,0 +1,5 @@
+"""`python -m olmodebug`: the command line, from an installation or a bare checkout."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,91 @@
+"""`python -m olmodebug.child`: build the subject and run probes, in a process that may die of it.
+
+The job comes as JSON on standard input; every event goes as one JSON line to the file descriptor that it names, flushed
+before the next step starts, so that the parent knows what was running when a process dies or hangs.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def main() -> None:
+    """Run one job."""
+    order = json.load(sys.stdin)
+    events = os.fdopen(order["events"], "w", encoding="utf-8")
+    stacks = Path(order["stacks"]).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
+    faulthandler.enable(file=stacks, all_threads=False)
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+    for path in reversed(order["path"]):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+
+    def tell(kind: str, **fields: Any) -> None:
+        events.write(json.dumps({"event": kind, **fields}, allow_nan=False) + "\n")
+        events.flush()
+
+    try:
+        _run(order, tell)
+    except BaseException as error:  # the parent decides what it means; nothing may be lost
+        tell("fault", text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+    events.close()
+    _leave(events)
+
+
+def _run(order: dict[str, Any], tell: Any) -> None:
+    from .check import build, run_probe
+    from .environment import environment
+    from .errors import OlmodebugError
+    from .load import load_file
+    from .probe import probes_in, select, shipped_probes, with_own
+    from .report import plain
+    from .spec import Job
+
+    job = Job(**order["job"])
+    tell("start", step="build.constructs")
+    try:
+        probes = shipped_probes()
+        for path in order["own_probes"]:
+            probes = with_own(probes, probes_in(load_file(Path(path))))
+        probes = select(probes, order["select"])
+        tell("probes", names=[probe.name for probe in probes])
+        machine = environment(seed=job.seed, command=order["command"], device=job.device)
+        tell("environment", value=plain(machine))
+        building = build(job)
+    except OlmodebugError as error:
+        tell("unusable", text=str(error))
+        return
+    for result in building.results:
+        tell("result", outcome=plain(result.outcome), findings=[plain(f) for f in result.findings])
+    if building.subject is None:
+        return
+    done, failed = set(order["done"]), list(order["failed"])
+    for probe in probes:
+        if probe.name in done:
+            continue
+        if order["quick"] and probe.cost == "slow":
+            tell("result", outcome={"probe": probe.name, "status": "skipped", "reason": "slow, and --quick was given"}, findings=[])
+            continue
+        tell("start", step=probe.name)
+        result = run_probe(probe, building.subject, job=job, failed=failed, expected=order["expected"])
+        if result.outcome.status in ("failed", "expected-failure"):
+            failed.append(probe.name)
+        tell("result", outcome=plain(result.outcome), findings=[plain(f) for f in result.findings])
+    tell("subject", value=plain(building.subject.info()))
+
+
+def _leave(events: TextIO) -> None:
+    """End without running destructors of a subject that may have corrupted the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The run records in `.olmodebug/`: what was asked, the report, and what the subject printed.
+
+The folder ignores itself in git and keeps the newest runs. A run that cannot be recorded still runs.
+"""
+
+import contextlib
+import json
+import secrets
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import ReportError
+from .report import Report, read
+
+KEPT_RUNS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run's folder; `folder` is None where none could be made, and `problem` says why."""
+
+    id: str
+    folder: Path | None
+    problem: str | None = None
+
+    def save(self, report: Report, job: dict[str, Any]) -> None:
+        if self.folder is not None:
+            (self.folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
+            report.write(self.folder / "report.json")
+
+
+def new_run(base: Path) -> Run:
+    """A fresh folder under `base`/.olmodebug/runs; old ones beyond the newest are removed."""
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    home = base / ".olmodebug"
+    folder = home / "runs" / name
+    try:
+        folder.mkdir(parents=True)
+        (home / ".gitignore").write_text("*\n", encoding="utf-8")
+    except OSError as error:
+        return Run(id=name, folder=None, problem=f"this run is not recorded: {home} cannot be written ({error.strerror})")
+    with contextlib.suppress(OSError):
+        for old in sorted(path for path in (home / "runs").iterdir() if path.is_dir())[:-KEPT_RUNS]:
+            shutil.rmtree(old, ignore_errors=True)
+    return Run(id=name, folder=folder)
+
+
+def find_run(base: Path, wanted: str | None) -> Path:
+    """The folder of a run by its id or the end of it; the newest finished one for None. ReportError when there is none."""
+    runs = base / ".olmodebug" / "runs"
+    folders = sorted(path for path in runs.glob("*") if (path / "report.json").is_file())
+    if not folders:
+        raise ReportError(f"no run is recorded under {base}; olmodebug check makes one")
+    if wanted is None:
+        return folders[-1]
+    matching = [path for path in folders if path.name == wanted or path.name.endswith(wanted)]
+    if len(matching) != 1:
+        newest = ", ".join(path.name for path in folders[-3:])
+        raise ReportError(f"{'no' if not matching else 'more than one'} recorded run matches {wanted}; the newest are {newest}")
+    return matching[0]
+
+
+def load_report(base: Path, wanted: str | None) -> Report:
+    """A report from a file, or from a recorded run by its id; the newest for None."""
+    if wanted is not None and (Path(wanted).suffix == ".json" or Path(wanted).is_file()):
+        return read(Path(wanted))
+    return read(find_run(base, wanted) / "report.json")

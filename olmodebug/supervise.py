@@ -1,0 +1,303 @@
+"""The parent of a check: it starts the child, reads its journal, and turns a death or a hang into a finding.
+
+It loads no torch. A child that dies in one probe is started again for the others, so that nothing already found is lost.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .records import Where
+from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, with_reproduction
+from .store import Run
+
+MOST_RESTARTS = 5
+SECONDS_TO_LEAVE = 20.0  # from the journal's end to the process's end
+BUILD, FIRST_RUN = "build.constructs", "build.runs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a check was asked to do: the job that makes the subject, and which probes run on it."""
+
+    job: Mapping[str, Any]
+    select: str | None = None
+    own_probes: tuple[str, ...] = ()
+    quick: bool = False
+    expected: Mapping[str, str] = field(default_factory=dict)
+    timeout_seconds: float = 300.0
+    command: str = ""
+
+
+class InternalFault(Exception):
+    """The child stopped for a fault of olmodebug's own; the text is its traceback."""
+
+
+@dataclass(slots=True)
+class _Journal:
+    """Everything that the children have told so far."""
+
+    probes: list[str] = field(default_factory=list)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    subject: SubjectInfo | None = None
+    environment: Environment | None = None
+    step: str = BUILD
+    ended: bool = False
+    unusable: str | None = None
+    fault: str | None = None
+
+
+def check(order: Order, run: Run, progress: Callable[[int, int, str, float], None]) -> Report:
+    """Run an order in child processes and give back the report.
+
+    `progress(done, total, step, seconds)` is called about five times a second. UsageError when the subject does not
+    resolve, InternalFault when olmodebug itself broke before any probe could run.
+    """
+    started = time.monotonic()
+    journal = _Journal()
+    with tempfile.TemporaryDirectory(prefix="olmodebug-") as scratch:
+        folder = run.folder or Path(scratch)
+        for _ in range(MOST_RESTARTS):
+            death = _one_child(order, journal, folder, progress, started)
+            if journal.unusable is not None:
+                raise UsageError(journal.unusable)
+            if journal.fault is not None:
+                raise InternalFault(journal.fault)
+            if death is None:
+                break
+            _record_death(journal, death, folder)
+            if BUILD in journal.outcomes and journal.outcomes[BUILD].status == "failed":
+                break
+    return _report(order, journal, run, time.monotonic() - started)
+
+
+def _one_child(
+    order: Order, journal: _Journal, folder: Path, progress: Callable[[int, int, str, float], None], started: float
+) -> str | None:
+    """Run one child to its end; None when it ended well, else how it died."""
+    read, write = os.pipe()
+    stacks = folder / "stacks.txt"
+    message = {
+        "events": write,
+        "stacks": str(stacks),
+        "path": [str(Path.cwd()), *[p for p in sys.path if p]],
+        "job": dict(order.job),
+        "select": order.select,
+        "own_probes": list(order.own_probes),
+        "quick": order.quick,
+        "expected": dict(order.expected),
+        "command": order.command,
+        "done": [name for name in journal.outcomes if name not in (BUILD, FIRST_RUN)],
+        "failed": [o.probe for o in journal.outcomes.values() if o.status in ("failed", "expected-failure")],
+    }
+    with (folder / "output.txt").open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "olmodebug.child"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=(write,),
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": _python_path()},
+        )
+    os.close(write)
+    journal.step = BUILD
+    assert process.stdin is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(message).encode())
+            process.stdin.close()
+        hung = _follow(order, journal, read, process, progress, started, stacks)
+        if not hung:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=SECONDS_TO_LEAVE)
+    finally:
+        os.close(read)
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+    if hung:
+        return f"gave no answer for {order.timeout_seconds:g} s"
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}"
+    return None if code == 0 else f"ended with exit status {code}"
+
+
+def _follow(
+    order: Order,
+    journal: _Journal,
+    read: int,
+    process: "subprocess.Popen[bytes]",
+    progress: Callable[[int, int, str, float], None],
+    started: float,
+    stacks: Path,
+) -> bool:
+    """Read the child's journal until it ends; True when it hangs."""
+    rest, last = b"", time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        selector.register(read, selectors.EVENT_READ)
+        while True:
+            ready = selector.select(timeout=0.2)
+            now = time.monotonic()
+            progress(len(journal.outcomes), len(journal.probes) + 2, journal.step, now - started)
+            if ready:
+                chunk = os.read(read, 1 << 16)
+                if not chunk:
+                    return False
+                *lines, rest = (rest + chunk).split(b"\n")
+                for text in lines:
+                    _note(journal, json.loads(text))
+                last = now
+            elif now - last > order.timeout_seconds:
+                with contextlib.suppress(ProcessLookupError, AttributeError):
+                    os.kill(process.pid, signal.SIGUSR1)  # faulthandler writes the stack
+                    _wait_for(stacks)
+                return True
+
+
+def _note(journal: _Journal, event: dict[str, Any]) -> None:
+    kind = event["event"]
+    if kind == "start":
+        journal.step = event["step"]
+    elif kind == "probes":
+        journal.probes = event["names"]
+    elif kind == "environment":
+        journal.environment = Environment(**event["value"])
+    elif kind == "subject":
+        value = event["value"]
+        journal.subject = SubjectInfo(**{**value, "assumptions": tuple(value["assumptions"])})
+    elif kind == "result":
+        outcome = Outcome(**event["outcome"])
+        if outcome.probe not in journal.outcomes:
+            journal.outcomes[outcome.probe] = outcome
+            journal.findings += [finding_from(finding) for finding in event["findings"]]
+    elif kind == "unusable":
+        journal.unusable = event["text"]
+    elif kind == "fault":
+        journal.fault = event["traceback"]
+
+
+def _record_death(journal: _Journal, death: str, folder: Path) -> None:
+    step = journal.step
+    while_doing = "building the model" if step == BUILD else f"running {step}"
+    where = _innermost(folder / "stacks.txt")
+    last = _last_line(folder / "output.txt")
+    hang = death.startswith("gave no answer")
+    journal.outcomes[step] = Outcome(probe=step, status="failed")
+    journal.findings.append(
+        Finding(
+            probe=step,
+            severity="error",
+            message=f"the process {death} while {while_doing}",
+            where=where,
+            fix="look for an endless loop, a lock or a wait for input; --timeout allows more time" if hang else None,
+            raised=last,
+        )
+    )
+    if step == BUILD:
+        journal.outcomes[FIRST_RUN] = Outcome(probe=FIRST_RUN, status="skipped", reason=f"{BUILD} failed")
+
+
+def _report(order: Order, journal: _Journal, run: Run, seconds: float) -> Report:
+    from .environment import environment
+
+    built = all(journal.outcomes.get(name, Outcome(probe=name, status="failed")).status == "passed" for name in (BUILD, FIRST_RUN))
+    outcomes = [journal.outcomes[name] for name in (BUILD, FIRST_RUN) if name in journal.outcomes]
+    for name in journal.probes:
+        missing = Outcome(probe=name, status="skipped", reason="the process died too often" if built else "the model does not build or run")
+        outcomes.append(journal.outcomes.get(name, missing))
+    if built and not journal.probes:
+        outcomes = []  # -k selected nothing: that the model builds is no answer to what was asked
+    spec = str(order.job["spec"])
+    report = Report(
+        subject=journal.subject or SubjectInfo(spec=spec),
+        environment=journal.environment or environment(seed=int(order.job.get("seed", 0)), command=order.command),
+        outcomes=tuple(outcomes),
+        findings=merge_by_root(journal.findings),
+        seconds=round(seconds, 3),
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        id=run.id,
+    )
+    return with_reproduction(report, lambda probe: reproduce(order, probe))
+
+
+def reproduce(order: Order, probe: str) -> str:
+    """The command line that runs one probe of this order again."""
+    import shlex
+
+    job = order.job
+    parts = ["olmodebug", "check", str(job["spec"])]
+    parts += [f"--config={key}={json.dumps(value)}" for key, value in dict(job.get("config") or {}).items()]
+    parts += [f"--{name}={job[name]}" for name in ("tokenizer", "adapter", "dtype") if job.get(name)]
+    parts += [f"--vocab-size={job['vocab_size']}"] if job.get("vocab_size") else []
+    parts += [f"--seed={job['seed']}"] if job.get("seed") else []
+    parts += [f"--probes={path}" for path in order.own_probes]
+    if not probe.startswith("build."):
+        parts += ["-k", probe]
+    return shlex.join(parts)
+
+
+def order_from(record: Mapping[str, Any]) -> Order:
+    """The order that a run's `job.json` holds."""
+    return Order(**{**record, "own_probes": tuple(record["own_probes"])})
+
+
+def order_record(order: Order) -> dict[str, Any]:
+    """An order as JSON-able values."""
+    return asdict(order)
+
+
+def _python_path() -> str:
+    """The child must find olmodebug where this process did, installed or not."""
+    here = str(Path(__file__).parents[1])
+    return os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+
+
+def _wait_for(stacks: Path, seconds: float = 1.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not (stacks.exists() and stacks.stat().st_size):
+        time.sleep(0.05)
+
+
+def _innermost(stacks: Path) -> Where:
+    """The innermost frame of a faulthandler dump that is the subject's own; faulthandler prints innermost first."""
+    try:
+        lines = stacks.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return Where()
+    package, probes = str(Path(__file__).parent), str(Path(__file__).parents[1] / "probes")
+    frames = []
+    for text in lines:
+        if text.lstrip().startswith('File "'):
+            file, _, rest = text.strip().removeprefix('File "').partition('", line ')
+            line, _, function = rest.partition(" in ")
+            frames.append((file, line, function))
+    for file, line, function in frames:
+        ours = file.startswith((package, probes)) and not file.endswith("model.py")
+        if not (ours or file.startswith("<") or f"{os.sep}lib{os.sep}python" in file) and line.isdigit():
+            with contextlib.suppress(ValueError):
+                file = str(Path(file).relative_to(Path.cwd()))
+            return Where(function=function, file=file, line=int(line))
+    return Where()
+
+
+def _last_line(output: Path) -> str | None:
+    try:
+        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((text.strip() for text in reversed(lines) if text.strip()), None)
