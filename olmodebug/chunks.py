@@ -41,14 +41,15 @@ class Chunk:
         return self.stop - self.start
 
     def __str__(self) -> str:
-        return f"{self.start}..{self.stop - 1}"
+        return f"position {self.start}" if self.queries == 1 else f"positions {self.start}..{self.stop - 1}"
 
 
 @dataclass(slots=True, kw_only=True)
 class Parting:
     """Where a chunk parts from the full run: the chunk's op, its tensors, and the part of the full run's that they
-    should equal. `missing`: the ops of the full run, at `where`, that the chunk did not run at all. `inputs_agree`: the
-    op alone is to blame. `confirmed`: with the full run's values put here the chunk is right.
+    should equal. `missing`: the ops of the full run, at `where`, that the chunk did not run at all; `own`: an op that the
+    full run has not. `inputs_agree`: the op alone is to blame. `confirmed`: with the full run's values put here the chunk is right. `dropped`: the largest
+    weight that the full run gives to a key which the chunk no longer has.
     """
 
     where: Where
@@ -57,18 +58,24 @@ class Parting:
     kept: Kept | None = None
     good: list[Tensor] = field(default_factory=list)
     missing: tuple[Event, ...] = ()
+    own: bool = False
     inputs_agree: bool = False
     confirmed: bool = False
     module_only: bool = False
+    dropped: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
 class Runs:
-    """The traced full run, the traced chunk, the chunk itself, and where they part (None: nowhere that can be seen)."""
+    """The traced full run, the traced chunk, the chunk itself, and where they part (None: nowhere that can be seen).
+
+    `padded`: how many tokens at the start are padding.
+    """
 
     full: Recording
     part: Recording
     chunk: Chunk
+    padded: int = 0
     parting: Parting | None = None
 
 
@@ -101,7 +108,7 @@ def call_chunk(twin: Subject, case: Case, chunk: Chunk, cache: Any) -> Any:
         return None if rows is None else tuple(row[start : chunk.stop] for row in rows)
 
     piece = Case(
-        name=f"tokens {chunk}",
+        name=str(chunk),
         input_ids=cut(case.input_ids, chunk.start),
         attention_mask=cut(case.attention_mask, 0),
         position_ids=cut(case.position_ids, chunk.start),
@@ -121,10 +128,10 @@ def aligned(full: Tensor, part: Tensor, chunk: Chunk) -> list[Tensor]:
     return views
 
 
-def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, columns: slice = slice(None)) -> Runs | None:
+def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, first: int = 0) -> Runs | None:
     """Where the first chunk whose logits are wrong parts from one full forward; None when no chunk's are.
 
-    `columns` are the positions that count. The case has one row, so that merged dimensions stay readable.
+    `first` is the first position that counts. The case has one row, so that merged dimensions stay readable.
     """
     sources = Sources(twin.model)
     with torch.no_grad(), quiet():
@@ -141,14 +148,13 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, colu
         def wrong(recording: Recording, chunk: Chunk = chunk) -> bool:
             if recording.error is not None:
                 return True
-            first, last, _ = columns.indices(chunk.seq)
-            first, last = max(first, chunk.start), min(last, chunk.stop)
-            mine = recording.result.logits[:, first - chunk.start : last - chunk.start]
-            return first < last and difference(logits[:, first:last], mine, relative_limit=limit) is not None
+            start = max(first, chunk.start)
+            mine = recording.result.logits[:, start - chunk.start :]
+            return start < chunk.stop and difference(logits[:, start : chunk.stop], mine, relative_limit=limit) is not None
 
         part = go(keep=True)
         if part.error is None and wrong(part):
-            runs = Runs(full=full, part=part, chunk=chunk)
+            runs = Runs(full=full, part=part, chunk=chunk, padded=first)
             runs.parting = _parting(runs, go, wrong, limit)
             return runs
     return None
@@ -158,15 +164,17 @@ def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recordin
     """The first line that, put right, puts the chunk right; else the first op that is to blame alone; else a module."""
     tried: set[tuple[Any, ...]] = set()
     alone: Parting | None = None
-    skipped: dict[int, list[Tensor]] = {}
+    own: dict[int, list[Tensor]] = {}
     for parting, values in _candidates(runs, limit):
         if parting.missing:
-            skipped |= values  # what was left out may have several ends, such as queries and keys: they come right together
-            values = skipped
+            # What was left out may end in several places, such as queries and cached keys: they come right together.
+            own |= values
+            values = own
         elif parting.event is None or line_of(parting.event) in tried:
             continue
         else:
             tried.add(line_of(parting.event))
+            own |= values if parting.own else {}
         if len(tried) > MOST_TRIALS:
             break
         if not wrong(go(replace=_writer(values))):
@@ -174,7 +182,7 @@ def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recordin
             return parting
         if alone is None and parting.inputs_agree and parting.good and parting.good[0].is_floating_point():
             alone = parting
-    return alone or _smallest_module(runs, limit)
+    return _dropped_keys(runs) or alone or _smallest_module(runs, limit)
 
 
 def _candidates(runs: Runs, limit: float) -> Iterator[tuple[Parting, dict[int, list[Tensor]]]]:
@@ -183,7 +191,7 @@ def _candidates(runs: Runs, limit: float) -> Iterator[tuple[Parting, dict[int, l
     pairs = _matching(full, part)
     matched = set(pairs.values())
     state: dict[int, str] = {}
-    writer: dict[int, int] = {}
+    writer: dict[Any, int] = {}  # by storage and shape, and by storage alone
     for i, event in enumerate(part.events):
         j = pairs.get(i)
         if j is not None:
@@ -191,7 +199,7 @@ def _candidates(runs: Runs, limit: float) -> Iterator[tuple[Parting, dict[int, l
             outputs = [_state(a, b, chunk, limit) for a, b in zip(full.kept[j].outputs, part.kept[i].outputs, strict=False)]
             state[i] = "differs" if "differs" in outputs else "agrees" if "agrees" in outputs else "unknown"
             for k, (condition, info) in enumerate(zip(inputs, event.inputs, strict=False)):
-                source = writer.get(info.storage)
+                source = writer.get((info.storage, info.shape), writer.get(info.storage))
                 if condition != "differs" or source is None:
                     continue
                 good = _best(full.kept[j].inputs[k], part.kept[i].inputs[k], chunk)
@@ -210,7 +218,7 @@ def _candidates(runs: Runs, limit: float) -> Iterator[tuple[Parting, dict[int, l
                 yield here, _same_line(runs, i, pairs)
         for info in event.outputs:
             if info.storage:
-                writer[info.storage] = i
+                writer[info.storage] = writer[(info.storage, info.shape)] = i
 
 
 def line_of(event: Event) -> tuple[Any, ...]:
@@ -222,7 +230,7 @@ def _own_op(runs: Runs, index: int, good: Tensor) -> Parting:
     """An op that only the chunk has, such as the concatenation with the cache."""
     event, kept = runs.part.events[index], runs.part.kept[index]
     fits = [good] if kept.outputs and kept.outputs[0].shape == good.shape else []
-    return Parting(where=event.where, spot=runs.part.spots[index], event=event, kept=kept, good=fits)
+    return Parting(where=event.where, spot=runs.part.spots[index], event=event, kept=kept, good=fits, own=True)
 
 
 def _same_line(runs: Runs, index: int, pairs: dict[int, int]) -> dict[int, list[Tensor]]:
@@ -289,6 +297,23 @@ def _smallest_module(runs: Runs, limit: float) -> Parting | None:
             if spot is not None:
                 where = Where(module=mine.module, function=spot.function, file=short_path(spot.file), line=spot.line)
             return Parting(where=where, spot=spot, module_only=True)
+    return None
+
+
+def _dropped_keys(runs: Runs) -> Parting | None:
+    """The first softmax of the chunk that lacks a key to which the full run gives weight."""
+    chunk = runs.chunk
+    for i, j in _matching(runs.full, runs.part).items():
+        event = runs.part.events[i]
+        if event.op not in ("_softmax", "_safe_softmax"):
+            continue
+        weights, mine = runs.full.kept[j].outputs[0], runs.part.kept[i].outputs[0]
+        gone = chunk.stop - mine.shape[-1]
+        if weights.shape[-2:] != (chunk.seq, chunk.seq) or gone <= 0:
+            continue
+        largest = float(weights[..., chunk.start : chunk.stop, :gone].max())
+        if largest > 0:
+            return Parting(where=event.where, spot=runs.part.spots[i], event=event, kept=runs.part.kept[i], dropped=largest)
     return None
 
 

@@ -141,7 +141,10 @@ class Subject:
 
     def token_ids(self, *shape: int, seed: int = 0) -> Rows:
         """Random ids `[batch, seq_len]` inside the vocabulary that are no special token of the config."""
-        special = {self.setting(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "mask_token_id")}
+        special: set[object] = set()
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "mask_token_id"):
+            value = self.setting(name)
+            special |= set(value) if isinstance(value, list | tuple) else {value}
         allowed = [i for i in range(self.vocab_size) if i not in special and (i >= 10 or self.vocab_size < 20)][:4096]
         generator = torch.Generator().manual_seed(seed)
         rows, columns = shape
@@ -278,6 +281,8 @@ def from_model(
         seed=seed,
     )
     subject.convention = settle_convention(subject)
+    if subject.convention.labels and _decodes_for_an_encoder(subject.config):
+        subject.convention = replace(subject.convention, labels_aligned=True)
     return subject
 
 
@@ -292,6 +297,17 @@ def settle_convention(subject: Subject) -> Convention:
         if output.logits.shape[1] == 1 and length > 1 and subject.convention.labels:
             return replace(subject.convention, logits_need_labels=True)
     return subject.convention
+
+
+def _decodes_for_an_encoder(config: object) -> bool:
+    """Whether a config class describes an encoder with a decoder by default: its decoder alone takes labels that the
+    caller has aligned, as in BartForCausalLM."""
+    default = getattr(type(config), "is_encoder_decoder", False)
+    if isinstance(default, bool) and default:
+        return True
+    with suppress(Exception):  # not every class builds from nothing
+        return hasattr(config, "is_encoder_decoder") and bool(type(config)().is_encoder_decoder)  # type: ignore[attr-defined]
+    return False
 
 
 def config_of(model: nn.Module) -> object:

@@ -8,7 +8,7 @@ import torch
 from olmodebug.diagnose import Diagnosis
 from olmodebug.invariance import Pair, base_part, findings_of, limit_of, settings_of, smallest, violation
 from olmodebug.load import SubjectCodeError
-from olmodebug.probe import probe, skip
+from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Rows
 from olmodebug.report import Finding
 from olmodebug.subject import Subject
@@ -18,6 +18,8 @@ from olmodebug.trace import record
 QUERY_KEY = re.compile(
     r"(^|[._])(q|k|wq|wk|to_q|to_k|query|key|q_proj|k_proj|qkv|qkv_proj|wqkv|c_attn|att_proj|query_key_value|in_proj|q_norm|k_norm)[._]?weight$"
 )
+# Causal-LM classes of transformers whose published architecture reads a prefix in both directions.
+PREFIX_MODELS = ("cpmant", "prophetnet")
 # A finite mask constant such as -1e4 is beaten when scores reach this size; float16 training gets there (minGPT#75).
 BEATING_SCORE = 1e5
 
@@ -30,6 +32,8 @@ def no_future(subject: Subject) -> Iterator[Finding]:
     Catches: a causal mask that is missing, inverted or off by one, in any attention implementation and in train mode;
     heads merged without a transpose; a norm or mean over the sequence.
     """
+    if (kind := subject.setting("model_type")) in PREFIX_MODELS:
+        not_applicable(f"{kind} attends in both directions by design")
     seen: set[tuple[str | None, int | None]] = set()
     for setting, twin in settings_of(subject):
         limit = limit_of(twin)

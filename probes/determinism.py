@@ -95,9 +95,11 @@ def leaves_things_alone(subject: Subject) -> Iterator[Finding]:
     ids = torch.tensor(twin.token_ids(batch, seq, seed=18))
     kept = ids.clone()
     state = {name: t.clone() for name, t in twin.model.state_dict().items()}
-    arguments = {twin.convention.ids: ids}
+    arguments: dict[str, Tensor | bool] = {twin.convention.ids: ids}
     if twin.convention.labels:
         arguments[twin.convention.labels] = ids
+    if twin.convention.use_cache:
+        arguments[twin.convention.use_cache] = False
     if twin.adapter is None:
         first = arguments.pop(twin.convention.ids)
         case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=18))

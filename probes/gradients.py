@@ -11,6 +11,7 @@ from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.trace import record
 
 
 @probe()
@@ -29,7 +30,9 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
         for seed in (14, 15):
             case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=seed))
             with own_code(twin, case):
-                logits = twin.call(case).logits
+                recording = record(twin.model, lambda: twin.call(case).logits)  # noqa: B023 - called at once
+            logits = recording.result
+            called = {call.module for call in recording.calls}
             if not logits.requires_grad:
                 yield Found(
                     probe="",
@@ -47,11 +50,15 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
         yield _finding(twin, bad, "error", "a gradient that is not finite", None, None)
     missing = [name for name, p in trainable.items() if p.grad is None]
     zero = [name for name, p in trainable.items() if p.grad is not None and not bool(p.grad.any())]
-    share = sum(trainable[name].numel() for name in missing) / sum(p.numel() for p in trainable.values())
-    whole = share > 0.5 and not any("expert" in name for name in missing)
-    if missing:
-        cause = "forward does not use it, or the path from it to the logits is cut (detach, .data, no_grad)"
-        yield _finding(twin, missing, "error" if whole else "warning", "no gradient", cause, "use it in forward, or remove it")
+    cut = [name for name in missing if name.rpartition(".")[0] in called]
+    unused = [name for name in missing if name not in cut]
+    if cut:
+        share = sum(trainable[name].numel() for name in cut) / sum(p.numel() for p in trainable.values())
+        cause = "forward calls its module, and the path from there to the logits carries no gradient (detach, .data, no_grad, or a choice by index)"
+        yield _finding(twin, cut, "error" if share > 0.5 else "warning", "no gradient", cause, "let the gradient through, or freeze it openly")
+    if unused:
+        cause = "forward never calls its module"
+        yield _finding(twin, unused, "warning", "no gradient", cause, "use it in forward, or remove it")
     if zero and not any("expert" in name for name in zero):
         yield _finding(twin, zero, "warning", "a gradient of exactly zero", None, None)
 

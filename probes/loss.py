@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmodebug.explain import place_of, source_lines
 from olmodebug.compare import roundings_limit
+from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case

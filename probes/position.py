@@ -1,9 +1,11 @@
 """Positions: honoured, and valid over the whole context that the configuration declares."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from olmodebug.compare import difference
 from olmodebug.invariance import crash, limit_of, run
@@ -12,11 +14,13 @@ from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case
 from olmodebug.repair import Found
 from olmodebug.report import Finding
-from olmodebug.subject import Subject
+from olmodebug.subject import Subject, quiet
+from olmodebug.trace import record
 
 # A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.
 MOST_LOGITS = 40_000_000
 LONGEST = 8192
+POSITION_TABLE = re.compile(r"(^|[._])(cos|sin|rope|rotary|inv_freq|freqs|freqs_cis|wpe|pos|position|positions|alibi)")
 
 
 @probe()
@@ -30,6 +34,7 @@ def whole_context_runs(subject: Subject) -> Iterator[Finding]:
     longest = subject.max_positions
     if longest is None:
         not_applicable("its config declares no context length")
+    longest -= _rows_before_the_first_position(subject, longest)
     twin = subject.twin(dtype=torch.float32)
     for case in _cases(twin, longest):
         try:
@@ -64,6 +69,8 @@ def honoured(subject: Subject) -> Iterator[Finding]:
     limit = limit_of(twin)
     if difference(run(twin, counted), run(twin, stretched), relative_limit=limit) is not None:
         return
+    if not _encodes_positions(twin, counted):
+        not_applicable("the model encodes no positions at all, which is a design of its own (NoPE)")
     swapped = replace(counted, input_ids=tuple((row[1], row[0], *row[2:]) for row in ids))
     if difference(usual[:, -1], run(twin, replace(swapped, position_ids=None))[:, -1], relative_limit=limit) is None:
         cause = "the order of the tokens does not matter to the last position either: no position reaches the model at all"
@@ -81,6 +88,22 @@ def honoured(subject: Subject) -> Iterator[Finding]:
         observed="the same logits",
         case=stretched,
     )
+
+
+def _encodes_positions(twin: Subject, case: Case) -> bool:
+    """Whether forward computes sines and cosines, or reads a table whose name says that it holds positions."""
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case))
+    named = (name.lower() for event in recording.events for name in event.parameters)
+    return any(event.op in ("cos", "sin", "polar") for event in recording.events) or any(POSITION_TABLE.search(name) for name in named)
+
+
+def _rows_before_the_first_position(subject: Subject, longest: int) -> int:
+    """RoBERTa's family keeps the rows up to padding_idx of its position table for padding, inside the declared number."""
+    for module in subject.model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == longest and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def _cases(twin: Subject, longest: int) -> Iterator[Case]:

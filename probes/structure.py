@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Where
@@ -59,9 +60,10 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
     tied = subject.setting("tie_word_embeddings", "tie_weights", "weight_tying")
     if not isinstance(tied, bool):
         not_applicable("its config does not say whether embeddings are tied")
-    embedding = next((m for m in subject.model.modules() if isinstance(m, nn.Embedding)), None)
-    head = subject.model.get_output_embeddings() if hasattr(subject.model, "get_output_embeddings") else _head(subject.model)
-    if embedding is None or head is None or not isinstance(getattr(head, "weight", None), Tensor):
+    model = subject.model
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else first_embedding(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else _head(model)
+    if not all(isinstance(getattr(table, "weight", None), Tensor) for table in (embedding, head)):
         not_applicable("no embedding and head of the same shape")
     if tuple(head.weight.shape) != tuple(embedding.weight.shape):
         not_applicable("the head has another shape than the embedding")
@@ -99,7 +101,7 @@ def _inside(value: Any, kind: type) -> list[Any]:
 
 
 def _head(model: nn.Module) -> nn.Linear | None:
-    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    embedding = first_embedding(model)
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if embedding is None or not linears or linears[-1].weight.shape != embedding.weight.shape:
         return None

@@ -22,7 +22,7 @@ from olmodebug.render.terminal import (
     probes_view,
     report_view,
 )
-from olmodebug.report import Environment, Finding, Outcome, Report, SourceLine, SubjectInfo
+from olmodebug.report import Environment, Finding, Outcome, Report, Scalar, SourceLine, SubjectInfo
 
 WIDTHS = (40, 60, 80, 120)
 
@@ -299,7 +299,7 @@ def test_a_line_loses_nothing_and_stays_within_its_width(text: str, head: str, i
 def test_a_pipe_gets_one_line_for_each_record() -> None:
     lines = drawn(finding_view(FINDING), None).splitlines()
     assert f"  {FINDING.message}" in lines
-    assert len(lines) == 20
+    assert len(lines) == 19
     assert lines[-1] == f"  reproduce  {FINDING.reproduce}"
 
 
@@ -379,7 +379,7 @@ olmo_model.py:OLMo  OLMoForCausalLM, 3.74M parameters (14.3
   assumed    vocab_size 97, from the embedding
 
 skipped      device.cuda, device.half: no CUDA device
-not for it   cache.chunked: the model keeps no cache
+n/a          cache.chunked: the model keeps no cache
 ! error      nothing was checked: 0 ran (0 pass), 1 not
              applicable, 2 skipped, of 3 probes; 3.2 s
 next         olmodebug probes
@@ -419,7 +419,7 @@ note  init.scale
 – skipped                  0 ms  device.cuda: no CUDA device
 
 ✓ pass       1 ran (1 pass), 1 skipped, of 2 probes; 1 note; 3.2 s
-next         olmodebug report 3f9a --html report.html
+next         olmodebug probes --verbose
 """,
     )
 
@@ -496,7 +496,7 @@ def test_no_probes_are_no_lines() -> None:
 
 
 def test_the_machine_is_a_line_for_each_topic() -> None:
-    details = {
+    details: dict[str, Scalar | dict[str, Scalar]] = {
         "memory": {"total_bytes": 25269370880, "available_bytes": None},
         "sdpa": {"flash": True, "math": False},
         "gpu": "no NVIDIA driver: NVML Shared Library Not Found",

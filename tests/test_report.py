@@ -41,9 +41,7 @@ FINDING = Finding(
     cause="no causal mask",
     fix="mask the scores",
     fix_verified=True,
-    where=Where(
-        module="model.layers.0.self_attn", function="Attention.forward", file="model.py", line=88, op="softmax"
-    ),
+    where=Where(module="model.layers.0.self_attn", function="Attention.forward", file="model.py", line=88, op="softmax"),
     source=(SourceLine(number=88, text="    weights = scores.softmax(-1)", marked=True),),
     expected="0",
     observed="0.43",
@@ -119,9 +117,7 @@ findings = st.builds(
     reproduce=maybe,
 )
 outcomes = st.builds(Outcome, probe=names, status=st.sampled_from(get_args(Status)), reason=maybe, seconds=seconds)
-subjects = st.builds(
-    SubjectInfo, spec=words, kind=words, file=maybe, parameters=st.integers(0), assumptions=tuples(words)
-)
+subjects = st.builds(SubjectInfo, spec=words, kind=words, file=maybe, parameters=st.integers(0), assumptions=tuples(words))
 environments = st.builds(
     Environment,
     olmodebug=words,
@@ -284,9 +280,7 @@ def ended(*statuses: Status, found: tuple[Finding, ...] = ()) -> Report:
         (("skipped", "not-applicable"), "error", 5),
     ],
 )
-def test_verdict_and_exit_code_follow_from_the_outcomes(
-    statuses: tuple[Status, ...], verdict: str, exit_code: int
-) -> None:
+def test_verdict_and_exit_code_follow_from_the_outcomes(statuses: tuple[Status, ...], verdict: str, exit_code: int) -> None:
     report = ended(*statuses)
     assert (report.verdict, report.exit_code) == (verdict, exit_code)
 

@@ -75,16 +75,12 @@ def test_seconds_choose_their_unit_after_rounding(seconds: float, text: str) -> 
     assert seconds_text(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("number", "text"), [(0.03124, "0.0312"), (1.2e-9, "1.2e-09"), (431.2, "431"), (1234567, "1234567")]
-)
+@pytest.mark.parametrize(("number", "text"), [(0.03124, "0.0312"), (1.2e-9, "1.2e-09"), (431.2, "431"), (1234567, "1234567")])
 def test_numbers_keep_three_digits_and_integers_all(number: float, text: str) -> None:
     assert number_text(number) == text
 
 
-@pytest.mark.parametrize(
-    ("dtype", "text"), [("torch.bfloat16", "bf16"), ("float32", "f32"), ("bool", "bool"), ("quint8", "quint8")]
-)
+@pytest.mark.parametrize(("dtype", "text"), [("torch.bfloat16", "bf16"), ("float32", "f32"), ("bool", "bool"), ("quint8", "quint8")])
 def test_dtypes_are_short_and_unknown_ones_stay(dtype: str, text: str) -> None:
     assert dtype_text(dtype) == text
 

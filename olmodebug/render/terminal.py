@@ -114,7 +114,7 @@ def _reasons(outcomes: Sequence[Outcome], status: Status) -> Iterator[Line]:
     for outcome in outcomes:
         if outcome.status == status:
             probes.setdefault((outcome.reason or "no reason given").rstrip(), []).append(outcome.probe)
-    word = {"error": "broke", "expected-failure": "expected", "not-applicable": "not for it"}.get(status, status)
+    word = {"error": "broke", "expected-failure": "expected", "not-applicable": "n/a"}.get(status, status)
     for reason, names in probes.items():
         yield line(f"{', '.join(names)}: {reason}", head=(word, SYMBOLS[status][1]), indent=LABEL)
 
@@ -127,7 +127,7 @@ def _next_command(report: Report, verbose: bool) -> str:
     repeat = repeat or f"olmodebug check {report.subject.spec}"
     worst = {"fail": report.of("error"), "pass": report.of("warning"), "error": ()}[report.verdict]
     commands = [finding.reproduce or (f"olmodebug replay {report.id}" if report.id else "") for finding in worst]
-    return next(filter(None, commands), f"{repeat} --html report.html" if verbose else f"{repeat} --verbose")
+    return next(filter(None, commands), "olmodebug probes --verbose" if verbose else f"{repeat} --verbose")
 
 
 def _outcome(outcome: Outcome) -> Line:

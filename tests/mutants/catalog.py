@@ -34,9 +34,7 @@ def source(mutant: Mutant) -> str:
     text = (CLEAN / f"{mutant.base}.py").read_text()
     for old, _ in mutant.edits:
         if text.count(old) != 1:
-            raise ValueError(
-                f"{mutant.name}: expected this once in {mutant.base}.py, found {text.count(old)} times: {old!r}"
-            )
+            raise ValueError(f"{mutant.name}: expected this once in {mutant.base}.py, found {text.count(old)} times: {old!r}")
     for old, new in mutant.edits:
         text = text.replace(old, new)
     return text
@@ -81,9 +79,7 @@ def _mutant(
 
 
 def _neutral(name: str, *edits: tuple[str, str], build: str = "build") -> Mutant:
-    return Mutant(
-        name=name, base=_BASES[name.split("/")[0]], row="", edits=edits, function="", topics=(), words=(), build=build
-    )
+    return Mutant(name=name, base=_BASES[name.split("/")[0]], row="", edits=edits, function="", topics=(), words=(), build=build)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------
@@ -353,6 +349,28 @@ _HF_MUTANTS = (
         "row|padding|pad |mask",
         ("attention_mask[:, None, None, :].bool()", "attention_mask[:1, None, None, :].bool()"),
         also="eager_attention",
+    ),
+    _mutant(
+        "hf/learned-positions-count-padding",
+        "R07",
+        "MyModel.forward",
+        "padding cache",
+        "position|pad",
+        (
+            "        self.rotary_emb = MyRotaryEmbedding(config)\n\n    def forward",
+            (
+                "        self.rotary_emb = MyRotaryEmbedding(config)\n"
+                "        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)\n\n"
+                "    def forward"
+            ),
+        ),
+        (
+            "        position_embeddings = self.rotary_emb(hidden_states, position_ids)\n",
+            (
+                "        position_embeddings = self.rotary_emb(hidden_states, position_ids)\n"
+                "        hidden_states = hidden_states + self.embed_positions(position_ids)\n"
+            ),
+        ),
     ),
     _mutant(
         "hf/decode-positions-count-padding",
@@ -820,7 +838,7 @@ _HF_MUTANTS = (
     # --- state
     _mutant(
         "hf/padding-mask-of-an-earlier-call",
-        "M08",
+        "",
         "MyModel.forward",
         "state padding",
         "state|earlier|call|kept|padding|pad ",
@@ -1029,7 +1047,7 @@ _HF_MUTANTS = (
     ),
     _mutant(
         "hf/tying-lost-by-to-empty",
-        "E02,S05",
+        "E02",
         "MyForCausalLM.tie_weights",
         "lifecycle",
         "tie|tying",
@@ -1546,7 +1564,7 @@ _NANOGPT_MUTANTS = (
     ),
     _mutant(
         "nanogpt/tying-lost-by-to-empty",
-        "E02,S05",
+        "E02",
         "GPT.tie_weights",
         "lifecycle",
         "tie|tying",
@@ -1622,7 +1640,7 @@ _NANOGPT_MUTANTS = (
     ),
     _mutant(
         "nanogpt/position-embedding-kept",
-        "M08",
+        "",
         "GPT.forward",
         "state gradients lifecycle",
         "state|earlier|call|kept|backward|stale|second",
@@ -1645,10 +1663,7 @@ _NANOGPT_MUTANTS = (
         ("        self.mlp = MLP(config)\n\n", "        self.mlp = MLP(config)\n        self.previous = 0.0\n\n"),
         (
             _GPT_MLP,
-            (
-                "        x = x + self.mlp(self.ln_2(x + 0.1 * self.previous))\n"
-                "        self.previous = x.detach().mean(dim=(0, 1))\n"
-            ),
+            ("        x = x + self.mlp(self.ln_2(x + 0.1 * self.previous))\n        self.previous = x.detach().mean(dim=(0, 1))\n"),
         ),
     ),
     _mutant(
@@ -1694,9 +1709,7 @@ _NANOGPT_MUTANTS = (
 # --------------------------------------------------------------------------------------------------------------------------------
 # Llama style
 
-_LLAMA_MASK = (
-    '    mask = torch.full((seqlen, seqlen), float("-inf"), device=device)\n    return torch.triu(mask, diagonal=1)\n'
-)
+_LLAMA_MASK = '    mask = torch.full((seqlen, seqlen), float("-inf"), device=device)\n    return torch.triu(mask, diagonal=1)\n'
 _LLAMA_ADD = "    scores = scores + mask  # (bs, n_heads, seqlen, seqlen)\n"
 _LLAMA_SOFTMAX = "    scores = F.softmax(scores.float(), dim=-1).type_as(xq)\n"
 _LLAMA_ATTN = "        h = x + self.attention(normed, freqs_cos, freqs_sin, mask)\n"
@@ -1995,15 +2008,12 @@ _LLAMA_MUTANTS = (
     ),
     _mutant(
         "llama/positions-of-an-earlier-call",
-        "M08",
+        "",
         "PositionedTransformer.forward",
         "state position",
         "state|earlier|call|kept|position",
         (
-            (
-                "        cos = self.freqs_cos[position_ids]  # (bs, seqlen, head_dim / 2)\n"
-                "        sin = self.freqs_sin[position_ids]\n"
-            ),
+            ("        cos = self.freqs_cos[position_ids]  # (bs, seqlen, head_dim / 2)\n        sin = self.freqs_sin[position_ids]\n"),
             (
                 '        if getattr(self, "kept_length", None) != seqlen:\n'
                 "            self.kept = self.freqs_cos[position_ids], self.freqs_sin[position_ids]\n"
@@ -2349,7 +2359,7 @@ NEUTRAL: tuple[Mutant, ...] = (
         (
             (
                 "            attn_output = eager_attention(\n"
-                "                query, key, value, attention_mask, self.scaling, dropout=dropout, softcap=softcap, training=self.training\n"
+                "                query, key, value, attention_mask, self.scaling, dropout, softcap, training=self.training\n"
                 "            )\n"
             ),
             (

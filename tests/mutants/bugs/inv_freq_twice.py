@@ -1,4 +1,5 @@
 """OLMo, rotary embedding with inv_freq as a buffer."""
+# ruff: noqa: RET504
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """OLMo with an attention_mask."""
+# ruff: noqa: RET504
 
 import math
 from dataclasses import dataclass

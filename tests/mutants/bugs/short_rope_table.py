@@ -1,4 +1,5 @@
 """OLMo with the rotary angles in a table."""
+# ruff: noqa: RET504
 
 import math
 from dataclasses import dataclass

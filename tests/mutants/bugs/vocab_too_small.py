@@ -1,4 +1,5 @@
 """OLMo with the vocabulary of its tokenizer (allenai/gpt-neox-olmo-dolma-v1_5)."""
+# ruff: noqa: RET504
 
 import math
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 Clean: every test of the corpus must pass on each `build*` function here. The mutants are line edits of this file.
 """
+# ruff: noqa: RET504
 
 import math
 from dataclasses import dataclass
@@ -244,7 +245,7 @@ class MyAttention(nn.Module):
             )
         else:
             attn_output = eager_attention(
-                query, key, value, attention_mask, self.scaling, dropout=dropout, softcap=softcap, training=self.training
+                query, key, value, attention_mask, self.scaling, dropout, softcap, training=self.training
             )
         attn_output = attn_output.reshape(batch_size, query_length, self.num_heads * self.head_dim)
         return self.o_proj(attn_output), present

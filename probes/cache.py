@@ -1,0 +1,487 @@
+"""With a cache the model gives what it gives without one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmodebug.chunks import NoCache, Parting, Runs, locate, pieces, run_chunks
+from olmodebug.compare import difference, roundings_limit
+from olmodebug.diagnose import Diagnosis, is_fused_attention
+from olmodebug.explain import explain_run, source_lines
+from olmodebug.invariance import limit_of, run
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import not_applicable, probe, skip
+from olmodebug.records import Case, Difference, Event
+from olmodebug.repair import Found
+from olmodebug.report import Finding, Scalar
+from olmodebug.settle import settled
+from olmodebug.subject import Subject, attention_choices, own_code
+from olmodebug.trace import Recording
+
+# Widths of uneven chunks: a prompt, a second turn, one token, a third turn.
+UNEVEN = (4, 3, 1, 2, 1)
+# Windows and contexts longer than this are not run on a CPU in float64.
+LONGEST = 1024
+MOST_LOGITS = 4_000_000
+# RoPE whose frequencies depend on how long the sequence is: a prefix has other ones than the whole, by design.
+LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
+REFUSALS = (NotImplementedError, ValueError, AssertionError, TypeError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a sequence is cut into chunks, and the case that says what is passed with them."""
+
+    case: Case
+    sizes: tuple[int, ...]
+    given: str
+    first: int = 0  # the first position that counts: those before it are padding
+
+    def __str__(self) -> str:
+        cut = f"chunks of {', '.join(map(str, self.sizes))} tokens"
+        return f"{cut} with the cache{f' ({self.given} given)' if self.given else ''}"
+
+
+@probe(after=("causality.no-future",))
+def matches_full_forward(subject: Subject) -> Iterator[Finding]:
+    """Prefill and one-token decoding, and uneven chunks, give the logits of one full forward at every position.
+
+    Why: generation with a cache is another code path than training; where the two disagree, generation is wrong.
+    Catches: positions that restart or drift in decode; is_causal=True with fewer queries than keys; keys that are not
+    rotated, not kept or in the wrong order; an ALiBi bias as long as the queries.
+    """
+    _needs_cache(subject)
+    yield from _broken(subject, lambda twin: _ways(twin, _length(twin), brief=twin is not subject.twin()))
+
+
+@probe(after=("cache.matches-full-forward",))
+def left_padded_rows_decode(subject: Subject) -> Iterator[Finding]:
+    """A left-padded batch, prefilled and decoded in steps, gives the logits of the full padded forward at real tokens.
+
+    Why: batched generation pads on the left; with wrong positions only the longest prompt is answered well.
+    Catches: decode positions taken from the length of the cache, prefill positions from the mask.
+    """
+    _needs_cache(subject)
+    if subject.convention.attention_mask is None:
+        not_applicable("forward takes no attention_mask")
+    yield from _broken(subject, lambda twin: _padded_ways(twin, _length(twin)))
+
+
+@probe(after=("cache.matches-full-forward",))
+def past_the_window(subject: Subject) -> Iterator[Finding]:
+    """Decoding goes on as one full forward does when the sequence grows longer than the sliding window.
+
+    Why: a cache that drops old keys goes wrong only then, hundreds of tokens into an answer.
+    Catches: positions counted from the rows that are left; a ring buffer that is read unordered.
+    """
+    _needs_cache(subject)
+    window = subject.setting("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size")
+    if not isinstance(window, int) or window < 1:
+        not_applicable("its config declares no sliding window")
+    longest = subject.max_positions or 10**6
+    seq = max(window + 4, _length(subject)) if window <= LONGEST else 0
+    if not seq or seq > longest:
+        skip(f"a sequence longer than the window of {window} tokens is too long to be run here")
+    yield from _broken(subject, lambda twin: _ways(twin, seq, prefill=(max(1, window - 1), window + 1), brief=True))
+
+
+@probe(after=("cache.matches-full-forward", "position.whole-context-runs"))
+def table_end(subject: Subject) -> Iterator[Finding]:
+    """Decoding works up to the last position that the config declares, and gives there what one full forward gives.
+
+    Why: a table that is checked against the new tokens only comes back short at the end of a long answer.
+    Catches: a bound tested against seq_len, not against past + seq_len.
+    """
+    _needs_cache(subject)
+    longest = subject.max_positions
+    if longest is None or longest < 6:
+        not_applicable("its config declares no context length")
+    if _rope_type(subject) in LENGTH_DEPENDENT:
+        not_applicable("its RoPE scaling depends on the length of the sequence")
+
+    def ways(twin: Subject) -> Iterator[Way]:
+        if longest <= LONGEST and longest * twin.vocab_size <= MOST_LOGITS:
+            yield Way(case=Case(name="the whole context", input_ids=twin.token_ids(1, longest, seed=21)), sizes=(longest - 2, 1, 1), given="")
+        elif twin.convention.position_ids:
+            case = Case(name="the end of the context", input_ids=twin.token_ids(1, 6, seed=21), position_ids=(tuple(range(longest - 6, longest)),))
+            yield Way(case=case, sizes=(4, 1, 1), given=twin.convention.position_ids)
+        else:
+            skip(f"a sequence of {longest} tokens is too long to be run here")
+
+    yield from _broken(subject, ways, shrink=False)
+
+
+def _needs_cache(subject: Subject) -> None:
+    if subject.convention.cache is None:
+        not_applicable("forward takes no cache")
+    twin = subject.twin()
+    try:
+        with own_code(twin, case := Case(name="a first chunk", input_ids=twin.token_ids(1, 2))):
+            run_chunks(twin, case, pieces((2,)))
+    except NoCache:
+        not_applicable("use_cache=True gives no cache back")
+
+
+def _length(twin: Subject) -> int:
+    return twin.sizes()[1]
+
+
+def _ways(twin: Subject, seq: int, *, prefill: tuple[int, ...] = (), brief: bool = False) -> Iterator[Way]:
+    """One-token decoding, then uneven chunks; with what generation passes: nothing, a mask of ones, positions, both."""
+    if seq < 2:
+        skip("the model takes one token only")
+    form, batch = twin.convention, 2
+    plain = Case(name="one sequence", input_ids=twin.token_ids(batch, seq, seed=20))
+    starts = prefill or (max(1, seq - 3),)
+    plans = [*((start, *(1,) * (seq - start)) for start in starts if 0 < start < seq), _uneven(seq, starts[-1] if prefill else 0)]
+    for sizes in dict.fromkeys(plans):
+        for mask in (False, True) if form.attention_mask else (False,):
+            for positions in (False, True) if form.position_ids else (False,):
+                if (brief or sizes == plans[-1]) and mask != positions and form.attention_mask and form.position_ids:
+                    continue  # with nothing and with everything is enough here
+                given = " and ".join(name for name, on in ((form.attention_mask, mask), (form.position_ids, positions)) if on and name)
+                case = replace(
+                    plain,
+                    attention_mask=((1,) * seq,) * batch if mask else None,
+                    position_ids=(tuple(range(seq)),) * batch if positions else None,
+                )
+                yield Way(case=case, sizes=sizes, given=given)
+
+
+def _uneven(seq: int, first: int = 0) -> tuple[int, ...]:
+    sizes: list[int] = [first] if first else []
+    while sum(sizes) < seq:
+        sizes.append(min(UNEVEN[len(sizes) % len(UNEVEN)], seq - sum(sizes)))
+    return tuple(sizes)
+
+
+def _padded_ways(twin: Subject, seq: int) -> Iterator[Way]:
+    """Rows padded on the left, decoded token by token and in pairs, with and without positions; each row judged alone."""
+    batch, prompt = max(2, min(3, twin.sizes()[0])), max(2, seq - 4)
+    widths = [i * max(1, (prompt - 1) // 2) % prompt for i in range(batch)]
+    mask = tuple((0,) * w + (1,) * (seq - w) for w in widths)
+    counted = tuple(tuple(max(0, sum(row[: i + 1]) - 1) for i in range(seq)) for row in mask)
+    ids = twin.token_ids(batch, seq, seed=22)
+    form = twin.convention
+    for tail in ((1,) * (seq - prompt), (2, 1, seq - prompt - 3)):
+        if min(tail) < 1:
+            continue
+        for positions in (True, False) if form.position_ids else (False,):
+            given = f"{form.attention_mask} with left padding" + (f" and {form.position_ids}" if positions else "")
+            case = Case(name="rows padded on the left", input_ids=ids, attention_mask=mask, position_ids=counted if positions else None)
+            yield Way(case=case, sizes=(prompt, *tail), given=given, first=max(widths))
+
+
+def _broken(subject: Subject, ways: Any, *, shrink: bool = True) -> Iterator[Finding]:
+    """A finding for the line at which chunks part from the full forward, in any attention implementation."""
+    for setting, twin in _settings(subject):
+        limit = limit_of(twin)
+        full: dict[Case, Tensor] = {}
+        for way in ways(twin):
+            twin, limit = _finite(twin, way, limit)
+            try:
+                broken = _breach(twin, way, limit, full)
+            except SubjectCodeError as error:
+                finding = _refused(twin, way, error)
+                if finding is not None:
+                    yield finding
+                    return
+                continue
+            if broken is None:
+                continue
+            small = _smaller(twin, way, limit, broken.index[0]) if shrink else None
+            yield _finding(twin, way, small or _one_row(way, broken.index[0]), broken, limit, setting)
+            return
+
+
+def _settings(subject: Subject) -> Iterator[tuple[str, Subject]]:
+    yield "", subject.twin()
+    used = getattr(subject.config, "_attn_implementation", None) or getattr(subject.config, "attn_implementation", None)
+    for name in attention_choices(subject):
+        if name != used:
+            yield f"{name} attention", subject.twin(attention=name)
+
+
+def _finite(twin: Subject, way: Way, limit: float) -> tuple[Subject, float]:
+    """A float32 twin where float64 gives NaN: finfo.min of float64 is -inf in code that casts to float32."""
+    if way.case.attention_mask is None or twin.dtype != torch.float64 or bool(torch.isfinite(run(twin, way.case)[:, way.first :]).all()):
+        return twin, limit
+    return twin.fresh_twin(dtype=torch.float32), max(limit, roundings_limit({"float32"}))
+
+
+def _breach(twin: Subject, way: Way, limit: float, full: dict[Case, Tensor] | None = None) -> Difference | None:
+    """How far the chunks' logits are from those of one full forward; None where they agree."""
+    full = {} if full is None else full
+    if way.case not in full:
+        full[way.case] = run(twin, way.case)
+    with settled(), own_code(twin, way.case):
+        try:
+            logits = torch.cat(run_chunks(twin, way.case, pieces(way.sizes))[0], dim=1)
+        except NoCache:
+            return None
+    found = difference(full[way.case][:, way.first :], logits[:, way.first :], relative_limit=limit)
+    if found is None:
+        return None
+    floor = difference(full[way.case], run(twin, way.case))
+    return None if floor is not None and found.max_abs <= 32 * floor.max_abs else found
+
+
+def _one_row(way: Way, row: int, seq: int | None = None) -> Way:
+    """The same with one row, its padding kept."""
+
+    def cut(rows: Any) -> Any:
+        return None if rows is None else (rows[row][:seq],)
+
+    case = replace(way.case, input_ids=cut(way.case.input_ids), attention_mask=cut(way.case.attention_mask), position_ids=cut(way.case.position_ids))
+    padded = way.case.attention_mask[row].count(0) if way.case.attention_mask else 0
+    return replace(way, case=case, first=padded)
+
+
+def _smaller(twin: Subject, way: Way, limit: float, row: int) -> Way | None:
+    """The shortest sequence of this row alone, in as few chunks as possible, that still goes wrong."""
+    first = way.sizes[0]
+    starts = dict.fromkeys((1, 2, 3, first - 1, first, first + 1))
+    plans = [(start, *tail) for start in starts for tail in ((1,), (2,), (1, 1), (1, 2)) if start > 0]
+    for sizes in [*sorted((p for p in plans if sum(p) <= way.case.seq_len), key=lambda p: (sum(p), len(p))), way.sizes]:
+        small = replace(_one_row(way, row, sum(sizes)), sizes=sizes)
+        try:
+            if small.first < sum(sizes) and _breach(twin, small, limit) is not None:
+                return small
+        except SubjectCodeError:
+            continue
+    return None
+
+
+def _refused(twin: Subject, way: Way, error: SubjectCodeError) -> Finding | None:
+    """A chunk that raises: an error for one token, a warning for several unless the model says so itself."""
+    several = any(size > 1 for size in way.sizes[1:])
+    if isinstance(error.__cause__, REFUSALS) and several:
+        return None
+    told = explain_run(twin, lambda: run_chunks(twin, way.case, pieces(way.sizes)), error, case=way.case)
+    message = f"{way}: {told.message}"
+    return told.finding(case=way.case, message=message, severity="warning" if several else "error")
+
+
+def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: float, setting: str) -> Found:
+    position = way.first + broken.index[1]
+    runs = locate(twin, small.case, pieces(small.sizes), limit=limit, first=small.first)
+    parting = runs.parting if runs else None
+    told = _why(runs) if runs and parting else Diagnosis()
+    evidence: dict[str, Scalar] = {
+        "largest difference": broken.max_abs,
+        "logits of magnitude": broken.scale,
+        "limit": limit * broken.scale,
+        "smallest chunks that show it": ", ".join(map(str, small.sizes)),
+    }
+    if setting:
+        evidence["setting"] = setting
+    if parting is not None and parting.confirmed:
+        evidence["confirmed"] = "with the full forward's values put here the chunk is right"
+    if parting is not None and parting.module_only:
+        evidence["placed at"] = "the smallest module; its ops could not be told apart"
+    where = parting.where if parting else None
+    found = Found(
+        probe="",
+        severity="error",
+        message=f"logits at position {position} differ by {broken.max_abs:.3g} between one full forward and {way}" + (f" ({setting})" if setting else ""),
+        cause=told.cause,
+        fix=told.fix,
+        expected="the logits of the full forward",
+        observed=f"a difference of {broken.max_abs:.3g} at row {broken.index[0]}, position {position}",
+        evidence=evidence | (told.evidence or {}),
+        case=replace(small.case, name=str(small)),
+    )
+    return replace(found, where=where, source=source_lines(where)) if where else found
+
+
+def _why(runs: Runs) -> Diagnosis:
+    """What the captured tensors establish about the line at which a chunk parts from the full run."""
+    parting = runs.parting
+    assert parting is not None
+    for rule in (_left_out, _causal_top_left, _wrong_order, _shifted, _short_bias, _keys_missing, _cached_part):
+        told = rule(runs, parting)
+        if told is not None:
+            return told
+    return Diagnosis()
+
+
+def _left_out(runs: Runs, parting: Parting) -> Diagnosis | None:
+    if not parting.missing:
+        return None
+    names = ", ".join(dict.fromkeys(event.where.function or event.op for event in parting.missing))
+    lines = sorted({event.where.line for event in parting.missing if event.where.line})
+    return Diagnosis(
+        cause=f"the cached path leaves out {len(parting.missing)} ops that the full forward runs, in {names}: new tokens reach "
+        f"{parting.event.where.function if parting.event else 'attention'} as they were before them",
+        fix=f"do in the cached path what lines {lines[0]}..{lines[-1]} do without a cache" if lines else "do the same with a cache as without one",
+        evidence={"ops that are left out": ", ".join(dict.fromkeys(event.op for event in parting.missing))},
+    )
+
+
+def _causal_top_left(runs: Runs, parting: Parting) -> Diagnosis | None:
+    if parting.event is None or parting.kept is None or not is_fused_attention(parting.event.op):
+        return None
+    arguments = parting.kept.arguments
+    query, key = arguments.get("query"), arguments.get("key")
+    if not arguments.get("is_causal") or not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.shape[-2] == key.shape[-2]:
+        return None
+    queries, keys = query.shape[-2], key.shape[-2]
+    return Diagnosis(
+        cause=f"is_causal=True with {queries} queries and {keys} keys: torch aligns the causal mask top-left, so the first new query, "
+        f"position {runs.chunk.start}, sees key 0 only",
+        fix="with a cache pass attn_mask with True where key <= past + query; is_causal=True only where queries and keys are as many",
+        evidence={"queries": queries, "keys": keys},
+    )
+
+
+def _wrong_order(runs: Runs, parting: Parting) -> Diagnosis | None:
+    if not parting.good or parting.kept is None or not parting.kept.outputs:
+        return None
+    good, bad, length = parting.good[0], parting.kept.outputs[0], runs.chunk.stop
+    if good.shape != bad.shape:
+        return None
+    for dim in (d for d, size in enumerate(bad.shape) if size == length):
+        for by in range(1, length):
+            if difference(good.roll(by, dim), bad, relative_limit=1e-6) is None:
+                what = "the new tokens stand in front of the cached ones" if by == runs.chunk.queries else f"they are rolled by {by}"
+                return Diagnosis(
+                    cause=f"the cached and the new tokens are put together in the wrong order: {what}",
+                    fix="concatenate the cache first: torch.cat([past, new], dim)",
+                    evidence={"dimension": dim},
+                )
+    return None
+
+
+def _shifted(runs: Runs, parting: Parting) -> Diagnosis | None:
+    if not parting.good or parting.kept is None or parting.event is None or not parting.kept.outputs:
+        return None
+    good, bad = parting.good[0], parting.kept.outputs[0]
+    if bad.is_floating_point() and not bool((bad == bad.round()).all()) or good.shape != bad.shape or good.dtype == torch.bool:
+        return None
+    gaps = (good - bad).unique()
+    if gaps.numel() != 1 or not float(gaps[0]):
+        return None
+    gap = int(gaps[0])
+    values = _span(bad), _span(good)
+    use = _used_for(runs.part, parting.event)
+    restart = gap == runs.chunk.start and int(bad.min()) == 0
+    if use == "mask":
+        cause = f"the causal mask is aligned top-left: its query index is {values[0]} in the chunk at {runs.chunk}, and {values[1]} in the full forward"
+        fix = "add the cache's length: query_index = torch.arange(past_length, past_length + query_length)"
+    elif use == "positions":
+        padding = runs.padded and -gap == runs.padded
+        drift = "restart at 0 in each chunk" if restart else f"count the {runs.padded} padded tokens" if padding else f"are off by {-gap}"
+        cause = f"positions {drift}: the chunk at {runs.chunk} gets {values[0]}, the full forward has {values[1]}"
+        fix = (
+            "derive positions from the mask in every chunk: (attention_mask.cumsum(-1) - 1)[:, -seq_len:]"
+            if padding
+            else "count positions on from the tokens seen so far: torch.arange(past_length, past_length + seq_len)"
+        )
+    else:
+        return None
+    return Diagnosis(cause=cause, fix=fix, evidence={"in the chunk": values[0], "in the full forward": values[1]})
+
+
+def _short_bias(runs: Runs, parting: Parting) -> Diagnosis | None:
+    """A bias with as many columns as the chunk has queries, added to scores that have a column for each key."""
+    chunk = runs.chunk
+    if parting.event is None or parting.kept is None or parting.event.op not in ("add", "add_", "baddbmm") or len(parting.kept.inputs) < 2:
+        return None
+    scores, bias = parting.kept.inputs[:2]
+    scores, bias = (scores, bias) if scores.shape[-1:] == (chunk.stop,) else (bias, scores)
+    if scores.shape[-1:] != (chunk.stop,) or bias.shape[-1:] != (chunk.queries,) or chunk.queries == chunk.stop:
+        return None
+    return Diagnosis(
+        cause=f"a bias built over the query length {chunk.queries} is added to scores over {chunk.stop} keys"
+        + (": one column for all keys, so it has no effect" if chunk.queries == 1 else ""),
+        fix="build the bias over the keys: cached and new ones",
+        evidence={"bias": str(tuple(bias.shape)), "scores": str(tuple(scores.shape))},
+    )
+
+
+def _keys_missing(runs: Runs, parting: Parting) -> Diagnosis | None:
+    """Attention over fewer keys than have been read, where the full forward has no window of that size."""
+    keys = _key_length(parting.event)
+    if parting.dropped and keys is not None:
+        return Diagnosis(
+            cause=f"the cache holds {keys} of the {runs.chunk.stop} tokens read, and the full forward gives weight up to "
+            f"{parting.dropped:.2g} to those that are gone",
+            fix="keep every key that a later query may look at, and drop old ones only where the layer has a sliding window",
+            evidence={"keys seen": keys, "tokens read": runs.chunk.stop},
+        )
+    if keys is None or keys >= runs.chunk.stop or parting.event is None:
+        return None
+    if keys == runs.chunk.queries:
+        return Diagnosis(
+            cause=f"attention sees the {keys} new keys only: the cached ones are not concatenated in front of them",
+            fix="concatenate the cache and the new keys and values before attention",
+            evidence={"keys seen": keys, "tokens read": runs.chunk.stop},
+        )
+    return Diagnosis(
+        cause=f"attention sees {keys} keys where {runs.chunk.stop} tokens have been read, and the full forward gives weight to more",
+        fix="keep every key that a later query may look at",
+        evidence={"keys seen": keys, "tokens read": runs.chunk.stop},
+    )
+
+
+def _cached_part(runs: Runs, parting: Parting) -> Diagnosis | None:
+    """Old and new tokens joined: which of the two is not what the full forward has."""
+    if not parting.good or parting.kept is None or not parting.kept.outputs or parting.good[0].shape != parting.kept.outputs[0].shape:
+        return None
+    good, bad, chunk = parting.good[0], parting.kept.outputs[0], runs.chunk
+    dims = [d for d, size in enumerate(bad.shape) if size == chunk.stop]
+    if len(dims) != 1 or not bad.is_floating_point():
+        return None
+    old, new = (
+        difference(good.narrow(dims[0], *span), bad.narrow(dims[0], *span), relative_limit=1e-6) is not None
+        for span in ((0, chunk.start), (chunk.start, chunk.queries))
+    )
+    if old == new:
+        return None
+    which = f"the cached tokens 0..{chunk.start - 1} are" if old else f"the new tokens at {chunk} are"
+    return Diagnosis(
+        cause=f"{which} not what the full forward has at this place; the {'new' if old else 'cached'} ones are right",
+        fix="put the same tensors into the cache that the forward without a cache attends to" if old else "treat new tokens as without a cache",
+    )
+
+
+def _used_for(part: Recording, event: Event) -> str | None:
+    """What integers end up in: `positions` (an angle or an embedding) or `mask` (a comparison); the first that comes."""
+    tainted = {info.storage for info in event.outputs}
+    for later in part.events[event.index + 1 :]:
+        if not tainted & {info.storage for info in later.inputs}:
+            continue
+        if later.op in ("cos", "sin", "embedding", "index", "index_select", "polar", "gather"):
+            return "positions"
+        if later.op in ("le", "lt", "ge", "gt", "le_", "lt_", "ge_", "gt_"):
+            return "mask"
+        tainted |= {info.storage for info in later.outputs if info.storage}
+    return None
+
+
+def _key_length(event: Event | None) -> int | None:
+    if event is None:
+        return None
+    if is_fused_attention(event.op) and len(event.inputs) > 1:
+        return event.inputs[1].shape[-2]
+    if event.op in ("_softmax", "_safe_softmax"):
+        return event.outputs[0].shape[-1]
+    return None
+
+
+def _span(values: Tensor) -> str:
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low}..{high}"
+
+
+def _rope_type(subject: Subject) -> str | None:
+    """The declared kind of RoPE scaling, under the names that configs use for it."""
+    declared = subject.setting("rope_parameters", "rope_scaling")
+    if not isinstance(declared, dict):
+        return None
+    kinds = [declared, *(value for value in declared.values() if isinstance(value, dict))]
+    found = [str(kind.get("rope_type") or kind.get("type")) for kind in kinds if kind.get("rope_type") or kind.get("type")]
+    return next((kind for kind in found if kind in LENGTH_DEPENDENT), found[0] if found else None)

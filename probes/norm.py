@@ -1,0 +1,396 @@
+"""Norms give what they promise, with the configured eps, and stand where they should."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from olmodebug.blocks import blocks_of, final_norm, hidden_of, silence_branches
+from olmodebug.compare import difference, roundings_limit
+from olmodebug.explain import place_of, source_lines
+from olmodebug.invariance import run
+from olmodebug.norms import LARGE, NormCall, acts_as_norm, isolated, norm_calls, norm_width, traced
+from olmodebug.probe import not_applicable, probe
+from olmodebug.records import Case, Event, Where
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.subject import Subject, quiet
+from olmodebug.trace import Recording, record
+
+EPS_NAMES = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "layernorm_epsilon",
+    "layernorm_eps",
+    "norm_eps",
+    "norm_epsilon",
+    "rms_norm_epsilon",
+    "layer_norm_rms_epsilon",
+)
+# Norms cast to float32 inside, and unit scale is judged on squares.
+UNIT_LIMIT = roundings_limit({"float32"})
+# Activations of a few hundred are ordinary in trained models; their squares leave float16, whose largest number is 65504.
+BIG_ACTIVATION = 600.0
+FINAL_SCALES = (1e6, 1e9)
+
+
+@probe()
+def unit_scale(subject: Subject) -> Iterator[Finding]:
+    """A norm that divides by a standard deviation divides by that of the values it has, n of them, not n - 1.
+
+    Why: the output is off by half a percent at width 100, and no longer matches any other implementation.
+    Catches: x.std(-1) or x.var(-1) with torch's default correction inside a LayerNorm written by hand.
+    """
+    seen: set[type] = set()
+    norms = 0
+    for path, module in subject.model.named_modules():
+        width = norm_width(module)
+        if width is None or width < 2 or type(module) in seen:
+            continue
+        twin = _plain(module)
+        if not acts_as_norm(twin, width):
+            continue
+        norms += 1
+        seen.add(type(module))
+        size = _unit_rms(twin, width)
+        if size is None or abs(size - ((width - 1) / width) ** 0.5) > UNIT_LIMIT or abs(size - 1.0) <= UNIT_LIMIT:
+            continue
+        x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        event = _unbiased(traced(twin, lambda: twin(x)))  # noqa: B023 - called at once
+        if event is None:
+            continue
+        where = replace(event.where, module=path)
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"{path} gives a variance of {size**2:.6f} for width {width}, which is (n-1)/n: an unbiased std, not the layer norm's own",
+            where=where,
+            source=source_lines(where),
+            cause=f"{event.op} divides by n - 1 unless it is told otherwise",
+            fix=f"{event.op}(..., correction=0), or F.layer_norm",
+            expected="variance 1",
+            observed=f"variance {size**2:.6f}",
+            evidence={"width": width, "(n-1)/n": (width - 1) / width},
+        )
+    if not norms:
+        not_applicable("no module was recognised as a norm")
+
+
+@probe()
+def eps_as_configured(subject: Subject) -> Iterator[Finding]:
+    """Every norm over the hidden size uses the eps that the configuration declares.
+
+    Why: at small activations a wrong eps shrinks the output; weights trained with another give random words.
+    Catches: an eps argument that is not passed on, so that the default of the norm's class counts.
+    """
+    declared = {value for name in EPS_NAMES if isinstance(value := subject.setting(name), float)}
+    if not declared:
+        not_applicable("its config declares no eps")
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq))
+    calls = norm_calls(_recorded(twin, case))
+    if not calls:
+        not_applicable("no norm with an eps was recognised in a run")
+    width = _hidden_width(subject)
+    main = [call for call in calls if call.width == width]
+    wrong = [call for call in main if not any(_near(call.eps, eps) for eps in declared)]
+    seen: set[tuple[str | None, int | None, float]] = set()
+    for call in wrong:
+        key = (call.where.file, call.where.line, call.eps)
+        if key not in seen:
+            seen.add(key)
+            yield _wrong_eps(call, declared, len(main), [c for c in wrong if c.eps == call.eps], case)
+
+
+@probe()
+def final_norm_applied(subject: Subject) -> Iterator[Finding]:
+    """A model that owns a norm behind its last block uses it: the logits do not grow with the scale of the last hidden states.
+
+    Why: without it the logits grow with depth and training, and the norm's weight is never trained.
+    Catches: a final norm that is made in __init__ and forgotten in forward.
+    """
+    twin = subject.fresh_twin()
+    name = final_norm(twin.model)
+    blocks = blocks_of(twin.model)
+    if name is None or not blocks:
+        not_applicable("no norm behind the last block was recognised")
+    batch, seq = twin.sizes()
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq))
+    recording = _recorded(twin, case)
+    owned = {name} | {f"{name}.{part}" for part in ("weight", "bias", "scale")}
+    called = any(call.module == name for call in recording.calls) or any(owned & set(e.parameters) for e in recording.events)
+    if called:
+        return
+    small, large = (_scaled_last(twin, case, blocks[-1][1], scale) for scale in FINAL_SCALES)
+    if small is None or large is None or difference(small, large, relative_limit=0.5) is None:
+        return  # something else normalises them, or a cap does
+    spot = next((c.spot for c in reversed(recording.kept_calls) if c.module == blocks[-1][0]), None)
+    where = Where(module=blocks[-1][0].rpartition(".")[0].rpartition(".")[0])
+    if spot is not None:
+        where = place_of(spot, module=where.module)
+    grown = float(large.abs().max() / small.abs().max())
+    yield Found(
+        probe="",
+        severity="error",
+        message=f"the final norm {name} is never used: the logits grow {grown:.3g} times when the last hidden states grow 1000 times",
+        where=where,
+        source=source_lines(where),
+        cause=f"forward reads no parameter of {name} and calls no such module between the last block and the head",
+        fix=f"apply {name} to the hidden states after the last block",
+        expected="logits that do not depend on the scale of the last hidden states",
+        observed=f"logits {grown:.3g} times as large",
+        case=case,
+    )
+
+
+@probe()
+def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
+    """A block whose branches give nothing hands its input on unchanged, unless it ends in a norm (post-norm).
+
+    Why: a residual stream that is normalised or dropped on the way loses the gradient's straight path through the depth.
+    Catches: x = norm(x); x = x + attn(x), and x = mlp(norm(x)) without the addition.
+    """
+    blocks = blocks_of(subject.model)
+    if len(blocks) < 2 or not _is_block(blocks[0][1]):
+        not_applicable("no repeated blocks with attention and feed-forward in one module were recognised")
+    twin, usual = subject.fresh_twin(), subject.twin()
+    for _, block in blocks_of(twin.model):
+        if not silence_branches(block):
+            not_applicable("its blocks have no matrices")
+    batch, seq = twin.sizes()
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq))
+    silent, loud = _recorded(twin, case), _recorded(usual, case)
+    limit = roundings_limit(silent.dtypes())
+    first = blocks[0][0]
+    streams = [_stream(silent, path) for path, _ in blocks]
+    if any(stream is None for stream in streams):
+        not_applicable("its blocks do not map hidden states to hidden states of the same shape")
+    changed = [s for s in streams if s is not None and difference(s[0], s[1], relative_limit=limit) is not None]
+    if not changed:
+        return
+    before, after = changed[0]
+    add = _last_add(loud, first)
+    if bool((after == 0).all()):
+        what, cause = "zeros: the residual is not added", "the last step of the block replaces the stream by its branch"
+        fix = "x = x + mlp(norm(x))"
+        place = _caller(loud, first)
+    elif add is not None and not _ends_in_norm(loud, first) and _normalised(silent, first, after, limit):
+        what, cause = "its input normalised: the residual stream goes through a norm", "the norm's output is used for the branch and for the residual"
+        fix = "keep x itself for the addition: x = x + branch(norm(x))"
+        place = add.where
+    else:
+        return  # gates, layer scales, hyper-connections: nothing that this probe understands
+    yield Found(
+        probe="",
+        severity="warning",
+        message=f"{first}: with branches that give nothing the block returns {what}",
+        where=place,
+        source=source_lines(place),
+        cause=cause,
+        fix=fix,
+        expected="its input, unchanged",
+        observed=f"a largest difference of {float((after - before).abs().max()):.3g}",
+        evidence={"blocks that do so": f"{len(changed)} of {len(blocks)}"},
+        case=case,
+    )
+
+
+@probe()
+def large_inputs_in_float16(subject: Subject) -> Iterator[Finding]:
+    """No norm squares in float16: activations of 600 must not overflow inside it.
+
+    Why: 600 squared is above float16's largest number, 65504; the norm then returns zeros, and nothing says so.
+    Catches: x * rsqrt(x.pow(2).mean(-1) + eps) without .float() before the square.
+    """
+    twin = subject.fresh_twin(dtype=torch.float16)
+    if twin.dtype != torch.float16:
+        not_applicable("it does not run in float16")
+    batch, seq = twin.sizes()
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq))
+    table = next((m for m in twin.model.modules() if isinstance(m, nn.Embedding)), None)
+    if table is None:
+        not_applicable("no embedding table to make the activations large with")
+    with torch.no_grad():
+        largest = float(table.weight.abs().max())
+        table.weight.copy_((table.weight.double() * (BIG_ACTIVATION / largest)).clamp(-BIG_ACTIVATION, BIG_ACTIVATION))
+    recording = _recorded(twin, case)
+    seen: set[tuple[str | None, int | None]] = set()
+    for event, largest in _overflowing_squares(recording):
+        key = (event.where.file, event.where.line)
+        if key in seen:
+            continue
+        seen.add(key)
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"in float16 a norm's square overflows: an input of {largest:.0f} squared is above 65504, so the norm returns zeros or NaN",
+            where=event.where,
+            source=source_lines(event.where),
+            cause=f"{event.op} squares in float16",
+            fix="upcast first: x.float() before the square, and cast back after the rsqrt",
+            expected="finite squares",
+            observed="inf in the mean square",
+            evidence={"condition": "the model in float16, activations of some hundreds", "largest input": largest},
+            case=case,
+        )
+
+
+def _recorded(twin: Subject, case: Case) -> Recording:
+    run(twin, case)  # an exception of the model is a finding of its own
+    with torch.no_grad(), quiet():
+        return record(twin.model, lambda: twin.call(case), keep=True)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A copy in float64 with weights of one and no bias."""
+    twin = copy.deepcopy(module).double().eval()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.fill_(0.0 if "bias" in name else 1.0)
+    return twin
+
+
+def _unit_rms(module: nn.Module, width: int) -> float | None:
+    """The root mean square of its output before the weight; with weights w and with 1 + w both tried."""
+    sizes = []
+    for weight in (1.0, 0.0):
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.fill_(0.0 if "bias" in name else weight)
+        sizes.append(float(isolated(module, width, scale=LARGE).pow(2).mean().sqrt()))
+    if sizes[1] > 0:  # 1 + w
+        return sizes[1]
+    return sizes[0] if sizes[0] > 0 else None
+
+
+def _unbiased(recording: Recording) -> Event | None:
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        correction = kept.arguments.get("correction", 1)
+        if event.op in ("std", "var", "var_mean", "std_mean") and kept.arguments.get("unbiased", True) and correction in (None, 1):
+            return event
+    return None
+
+
+def _hidden_width(subject: Subject) -> int:
+    table = next((m for m in subject.model.modules() if isinstance(m, nn.Embedding)), None)
+    declared = subject.setting("hidden_size", "n_embd", "d_model", "dim")
+    return declared if isinstance(declared, int) else (table.embedding_dim if table is not None else 0)
+
+
+def _near(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * max(abs(a), abs(b))
+
+
+def _wrong_eps(call: NormCall, declared: set[float], total: int, same: list[NormCall], case: Case) -> Found:
+    wanted = ", ".join(f"{eps:g}" for eps in sorted(declared))
+    return Found(
+        probe="",
+        severity="error",
+        message=f"this {call.kind} uses eps {call.eps:g}, and the config declares {wanted}",
+        where=call.where,
+        source=source_lines(call.where),
+        cause=f"eps {call.eps:g} is added here, whatever the config says",
+        fix="pass the config's eps on to the norm",
+        expected=f"eps {wanted}",
+        observed=f"eps {call.eps:g}",
+        evidence={"norms with this eps": f"{len(same)} of {total}", "width": call.width},
+        case=case,
+    )
+
+
+def _scaled_last(twin: Subject, case: Case, block: nn.Module, scale: float) -> Tensor | None:
+    """The logits when what the last block returns is scaled; None where it returns something else."""
+    found = []
+
+    def hook(module: nn.Module, args: object, output: object) -> object:
+        hidden = hidden_of(output)
+        found.append(hidden is not None)
+        if isinstance(output, Tensor):
+            return output * scale
+        return (hidden * scale, *output[1:]) if hidden is not None and isinstance(output, tuple) else output
+
+    handle = block.register_forward_hook(hook)
+    try:
+        logits = run(twin, case)
+    finally:
+        handle.remove()
+    return logits if found and all(found) else None
+
+
+def _is_block(block: nn.Module) -> bool:
+    """Whether attention and feed-forward stand in one module: at least three matrices, in two children or more."""
+    children = [child for child in block.children() if any(p.ndim >= 2 for p in child.parameters())]
+    return len(children) >= 2
+
+
+def _stream(recording: Recording, path: str) -> tuple[Tensor, Tensor] | None:
+    call = next((c for c in recording.kept_calls if c.module == path), None)
+    if call is None or not call.inputs or not call.outputs or call.inputs[0].shape != call.outputs[0].shape:
+        return None
+    return call.inputs[0], call.outputs[0]
+
+
+def _ends_in_norm(recording: Recording, path: str) -> bool:
+    """Whether the block's output comes straight from a norm: true post-norm."""
+    call = next(c for c in recording.kept_calls if c.module == path)
+    events = recording.events[call.first_event : call.last_event + 1]
+    add = _last_add(recording, path)
+    if add is None:
+        return True
+    return any(e.op in ("rsqrt", "sqrt", "native_layer_norm", "_fused_rms_norm", "std", "pow") for e in events if e.index > add.index)
+
+
+def _last_add(recording: Recording, path: str) -> Event | None:
+    """The last addition of two hidden states inside a block."""
+    call = next(c for c in recording.kept_calls if c.module == path)
+    shape = tuple(call.outputs[0].shape)
+    for event in reversed(recording.events[call.first_event : call.last_event + 1]):
+        hidden = [info for info in event.inputs if info.shape == shape]
+        if event.op in ("add", "add_") and len(hidden) == 2 and event.where.module == path:
+            return event
+    return None
+
+
+def _normalised(recording: Recording, path: str, after: Tensor, limit: float) -> bool:
+    """Whether what the silent block returns is what a norm inside it wrote."""
+    call = next(c for c in recording.kept_calls if c.module == path)
+    rooted = False
+    for index in range(call.first_event, call.last_event + 1):
+        event = recording.events[index]
+        rooted |= event.op in ("rsqrt", "native_layer_norm", "_fused_rms_norm", "std", "sqrt")
+        if rooted and event.op != "add" and any(
+            out.shape == after.shape and out.is_floating_point() and difference(out, after, relative_limit=limit) is None
+            for out in recording.kept[index].outputs
+        ):
+            return True
+    return False
+
+
+def _caller(recording: Recording, path: str) -> Where:
+    """The last place inside the block's own forward."""
+    call = next(c for c in recording.kept_calls if c.module == path)
+    inner = [c for c in recording.kept_calls if c.module.startswith(path + ".") and c.last_event <= call.last_event and c.spot is not None]
+    direct = [c for c in inner if "." not in c.module[len(path) + 1 :]]
+    return place_of(direct[-1].spot, module=path) if direct else Where(module=path)
+
+
+def _overflowing_squares(recording: Recording) -> Iterator[tuple[Event, float]]:
+    """(event, largest input) of float16 squares that turn finite inputs into inf and go into a mean next."""
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        if event.op not in ("pow", "mul", "square") or not kept.outputs or kept.outputs[0].dtype != torch.float16:
+            continue
+        if event.op == "pow" and kept.arguments.get("exponent") != 2:
+            continue
+        if event.op == "mul" and (len(kept.inputs) < 2 or not torch.equal(kept.inputs[0], kept.inputs[-1])):
+            continue
+        finite = all(bool(torch.isfinite(t).all()) for t in kept.inputs)
+        if not finite or bool(torch.isfinite(kept.outputs[0]).all()):
+            continue
+        following = recording.events[index + 1 : index + 4]
+        written = event.outputs[0].storage
+        if any(e.op in ("mean", "sum") and e.inputs and e.inputs[0].storage == written for e in following):
+            yield event, float(kept.inputs[0].abs().max())
