@@ -1,0 +1,28 @@
+"""The doctor for language-model code.
+
+`check(model)` says whether a causal language model is right, and where not, which line and why; `trace` records every op of a
+run with its line; `shapes` gives the tree with named dimensions. Importing this package loads no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import check, shapes, trace
+    from .report import Finding, Report
+
+__all__ = ["Finding", "Report", "check", "shapes", "trace"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names on first use, so that the command line starts without torch."""
+    import importlib
+
+    if name in ("check", "shapes", "trace"):
+        return getattr(importlib.import_module(".api", __name__), name)
+    if name in ("Finding", "Report"):
+        return getattr(importlib.import_module(".report", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

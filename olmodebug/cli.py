@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import OlmodebugError, UsageError
-from .report import EXIT_COULD_NOT_RUN, EXIT_INTERNAL, EXIT_NOTHING_CHECKED
+from .report import EXIT_COULD_NOT_RUN, EXIT_FINDINGS, EXIT_INTERNAL, EXIT_NOTHING_CHECKED
 
 if TYPE_CHECKING:
     from .report import Report
@@ -101,6 +101,36 @@ def probes(arguments: argparse.Namespace) -> int:
     if not found:
         raise UsageError(_no_such_probe(arguments.name, [item.name for item in declared_probes()]))
     console(sys.stdout).print(probes_view([(item.name, item.title, item.doc) for item in found], full=arguments.verbose))
+    return 0
+
+
+def shapes(arguments: argparse.Namespace) -> int:
+    """Print the tree of a model with named dimensions, parameters and bytes; a model of any size, without its memory."""
+    from .render.shapes import shapes_view
+    from .render.terminal import console
+    from .spec_text import parse_config
+
+    _say("loading torch ...")
+    from .explain import explain
+    from .load import SubjectCodeError
+    from .shapes import shape_tree
+    from .spec import Job, resolve
+
+    config = parse_config(arguments.config)
+    sys.path.insert(0, str(Path.cwd()))
+    tree = None
+    for meta in (True, False):
+        try:
+            tree = shape_tree(resolve(Job(spec=arguments.subject, config=config, meta=meta)))
+            break
+        except SubjectCodeError as error:
+            if not meta:
+                from .render.terminal import finding_view
+
+                console(sys.stdout).print(finding_view(explain(error).finding()))
+                return EXIT_FINDINGS
+    assert tree is not None
+    console(sys.stdout).print(shapes_view(tree))
     return 0
 
 
@@ -285,6 +315,10 @@ def _parser() -> argparse.ArgumentParser:
     listing = command(probes)
     listing.add_argument("name", nargs="?", metavar="EXPR", help="only probes whose name fits")
     listing.add_argument("-v", "--verbose", action="store_true", help="the whole description of each")
+
+    tree = command(shapes)
+    tree.add_argument("subject", nargs="?", default=DEFAULT_SUBJECT, metavar="SUBJECT", help=SUBJECT_HELP)
+    tree.add_argument("--config", action="append", default=[], metavar="KEY=VALUE|FILE", help="what a class that needs a config gets")
 
     command(env)
 

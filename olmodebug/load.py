@@ -30,10 +30,7 @@ def load_attribute(spec: str) -> object:
     Python runs a script. SubjectError when the spec leads nowhere, SubjectCodeError when the module itself raises.
     """
     place, _, attribute = spec.rpartition(":")
-    if place.endswith(".py"):
-        module = load_file(Path(place))
-    else:
-        module = _load_module(place)
+    module = load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     value: object = module
     for name in attribute.split("."):
         if not hasattr(value, name):

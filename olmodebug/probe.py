@@ -183,5 +183,4 @@ def select(probes: Iterable[Named], expression: str | None) -> list[Named]:
 
 
 def _words(expression: str) -> Iterator[str]:
-    for chunk in expression.replace("(", " ( ").replace(")", " ) ").split():
-        yield chunk
+    yield from expression.replace("(", " ( ").replace(")", " ) ").split()

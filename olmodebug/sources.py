@@ -104,7 +104,7 @@ class Sources:
         return best or near
 
     def _judge(self, file: str) -> int:
-        if file.startswith("<") or file.startswith((_PACKAGE, _TORCH)):
+        if file.startswith(("<", _PACKAGE, _TORCH)):
             return OUTSIDE
         for root in _INSTALLED:
             if file.startswith(root):

@@ -39,6 +39,7 @@ class Job:
     device: str = "cpu"
     dtype: str | None = None
     download: bool = False
+    meta: bool = False  # build on the meta device, whole: nothing is allocated
 
 
 def resolve(job: Job) -> Subject:
@@ -49,8 +50,9 @@ def resolve(job: Job) -> Subject:
         raise SubjectError(f"--adapter {job.adapter} is no function")
     if job.tokenizer and not Path(job.tokenizer).exists():
         raise SubjectError(f"no such tokenizer file: {job.tokenizer}")
-    built = _build(job)
-    built.model.to(device=_device(job.device), dtype=_dtype(job.dtype))
+    built = _on_meta(job) if job.meta else _build(job)
+    if not job.meta:
+        built.model.to(device=_device(job.device), dtype=_dtype(job.dtype))
     subject = from_model(
         built.model,
         spec=job.spec,
@@ -64,6 +66,22 @@ def resolve(job: Job) -> Subject:
     subject.remake = lambda seed: _build(dataclasses.replace(job, seed=seed)).model
     subject.assumptions[:0] = built.assumptions
     return subject
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Built:
+    model: nn.Module
+    config: object = None
+    assumptions: list[str] = dataclasses.field(default_factory=list)
+
+
+def _on_meta(job: Job) -> _Built:
+    """The subject built without memory; one whose own code cannot be built so is built as usual."""
+    try:
+        with torch.device("meta"):
+            return _build(job)
+    except SubjectCodeError:
+        return _build(job)
 
 
 def _device(name: str) -> torch.device:
@@ -85,13 +103,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise SubjectError(f"--dtype {name}: expected float32, float64, bfloat16 or float16")
     return dtype
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _Built:
-    model: nn.Module
-    config: object = None
-    assumptions: list[str] = dataclasses.field(default_factory=list)
 
 
 def _build(job: Job) -> _Built:
@@ -136,6 +147,8 @@ def _from_preset(name: str, job: Job) -> _Built:
     except (ValueError, TypeError) as error:
         raise SubjectError(f"--config does not fit {name}: {error}") from None
     parameters = sum(p.numel() for p in full.parameters())
+    if job.meta:
+        return _Built(model=full, config=config)
     if parameters <= SHRINK_ABOVE:
         return _Built(model=Olmo(config), config=config)
     group = max(1, config.num_attention_heads // config.num_key_value_heads)

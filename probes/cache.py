@@ -1,5 +1,6 @@
 """With a cache the model gives what it gives without one."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,8 @@ LONGEST = 1024
 MOST_LOGITS = 4_000_000
 # RoPE whose frequencies depend on how long the sequence is: a prefix has other ones than the whole, by design.
 LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
+# Layers that carry a state: state-space models, linear attention, gated recurrences.
+RECURRENT = re.compile(r"mamba|ssm|recurrent|deltanet|linearattention|lightning|rwkv|xlstm|lstm|retention", re.IGNORECASE)
 REFUSALS = (NotImplementedError, ValueError, AssertionError, TypeError)
 
 
@@ -67,6 +70,8 @@ def left_padded_rows_decode(subject: Subject) -> Iterator[Finding]:
     _needs_cache(subject)
     if subject.convention.attention_mask is None:
         not_applicable("forward takes no attention_mask")
+    if _stateful_only(subject):
+        not_applicable("it has no attention that a mask over earlier tokens could reach")
     yield from _broken(subject, lambda twin: _padded_ways(twin, _length(twin)))
 
 
@@ -125,6 +130,16 @@ def _needs_cache(subject: Subject) -> None:
         not_applicable("use_cache=True gives no cache back")
 
 
+def _recurrent(twin: Subject) -> bool:
+    """Whether some layer carries a state instead of keys and values: one token at a time is then all that is promised."""
+    return any(RECURRENT.search(type(module).__name__) or isinstance(module, torch.nn.Conv1d) for module in twin.model.modules())
+
+
+def _stateful_only(twin: Subject) -> bool:
+    """Whether there is no attention at all, so that nothing has a use for a mask over tokens read before."""
+    return _recurrent(twin) and not any("attention" in type(module).__name__.lower() for module in twin.model.modules())
+
+
 def _length(twin: Subject) -> int:
     return twin.sizes()[1]
 
@@ -138,7 +153,7 @@ def _ways(twin: Subject, seq: int, *, prefill: tuple[int, ...] = (), brief: bool
     starts = prefill or (max(1, seq - 3),)
     plans = [*((start, *(1,) * (seq - start)) for start in starts if 0 < start < seq), _uneven(seq, starts[-1] if prefill else 0)]
     for sizes in dict.fromkeys(plans):
-        for mask in (False, True) if form.attention_mask else (False,):
+        for mask in (False, True) if form.attention_mask and not _stateful_only(twin) else (False,):
             for positions in (False, True) if form.position_ids else (False,):
                 if (brief or sizes == plans[-1]) and mask != positions and form.attention_mask and form.position_ids:
                     continue  # with nothing and with everything is enough here
@@ -193,7 +208,10 @@ def _broken(subject: Subject, ways: Any, *, shrink: bool = True) -> Iterator[Fin
             if broken is None:
                 continue
             small = _smaller(twin, way, limit, broken.index[0]) if shrink else None
-            yield _finding(twin, way, small or _one_row(way, broken.index[0]), broken, limit, setting)
+            finding = _finding(twin, way, small or _one_row(way, broken.index[0]), broken, limit, setting)
+            if _recurrent(twin) and any(size > 1 for size in way.sizes[1:]):
+                finding = replace(finding, severity="warning", message=f"several tokens that continue a recurrent state: {finding.message}")
+            yield finding
             return
 
 

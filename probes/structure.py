@@ -27,7 +27,7 @@ def registered(subject: Subject) -> Iterator[Finding]:
     known_tensors = {id(p) for p in [*subject.model.parameters(), *subject.model.buffers()]}
     for path, module in subject.model.named_modules():
         for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers", "_modules") or key.startswith("_forward") or key.startswith("_backward"):
+            if key in ("_parameters", "_buffers", "_modules") or key.startswith(("_forward", "_backward")):
                 continue
             lost_modules = [m for m in _inside(value, nn.Module) if id(m) not in known_modules and list(m.parameters())]
             lost_tensors = [t for t in _inside(value, Tensor) if id(t) not in known_tensors and (t.requires_grad and t.is_leaf)]

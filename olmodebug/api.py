@@ -1,0 +1,95 @@
+"""What `import olmodebug` offers to Python: the same work as the command line, on live models, in this process."""
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from torch import nn
+
+from .check import BUILD, FIRST_RUN, run_probe
+from .environment import environment
+from .explain import explain
+from .load import SubjectCodeError
+from .probe import select, shipped_probes
+from .report import Finding, Outcome, Report, SubjectInfo, merge_by_root
+from .shapes import ShapeTree, shape_tree
+from .spec import Job, resolve
+from .subject import Subject, from_model
+from .trace import Recording, record
+
+
+def check(
+    model: nn.Module | str,
+    *,
+    select_probes: str | None = None,
+    config: object = None,
+    adapter: Callable[..., Any] | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    expected_failures: Mapping[str, str] | None = None,
+) -> Report:
+    """The report on a live model, or on a subject given by its spec. The model is left exactly as it was.
+
+    Unlike the command line this runs in the calling process: a model that aborts takes it along. SubjectError when the spec
+    or the call cannot be resolved; a model that raises is a finding.
+    """
+    started = time.perf_counter()
+    outcomes: list[Outcome] = []
+    findings: list[Finding] = []
+    job = Job(spec=model, seed=seed, tokenizer=tokenizer, vocab_size=vocab_size) if isinstance(model, str) else None
+    try:
+        subject = _subject(model, job, config=config, adapter=adapter, tokenizer=tokenizer, vocab_size=vocab_size, seed=seed)
+    except SubjectCodeError as error:
+        name = FIRST_RUN if error.stage == "first run" else BUILD
+        finding = explain(error).finding()
+        values = {key: getattr(finding, key) for key in Finding.__dataclass_fields__}
+        info = SubjectInfo(spec=model if isinstance(model, str) else type(model).__name__)
+        return _report(info, [Outcome(probe=name, status="failed")], [Finding(**{**values, "probe": name})], seed, started)
+    outcomes += [Outcome(probe=name, status="passed") for name in (BUILD, FIRST_RUN)]
+    failed: list[str] = []
+    for probe in select(shipped_probes(), select_probes):
+        if quick and probe.cost == "slow":
+            outcomes.append(Outcome(probe=probe.name, status="skipped", reason="slow, and quick=True was given"))
+            continue
+        result = run_probe(probe, subject, job=job, failed=failed, expected=expected_failures)
+        if result.outcome.status == "failed":
+            failed.append(probe.name)
+        outcomes.append(result.outcome)
+        findings += result.findings
+    return _report(subject.info(), outcomes, findings, seed, started)
+
+
+def trace(model: nn.Module, run: Callable[[], Any], *, keep: bool = False, statistics: bool = False) -> Recording:
+    """Every op and module call of `run()`, forward and backward, with module, function, line, shapes and dtypes.
+
+    `keep` also keeps copies of the tensors, `statistics` the finiteness and largest magnitude of every output.
+    """
+    return record(model, run, keep=keep, statistics=statistics)
+
+
+def shapes(model: nn.Module | str) -> ShapeTree:
+    """The tree of a model with named dimensions; a spec is built on the meta device, whole."""
+    if isinstance(model, str):
+        return shape_tree(resolve(Job(spec=model, meta=True)))
+    return shape_tree(from_model(model))
+
+
+def _subject(model: nn.Module | str, job: Job | None, *, tokenizer: str | None, **options: Any) -> Subject:
+    if job is not None:
+        return resolve(job)
+    assert isinstance(model, nn.Module)
+    return from_model(model, tokenizer=tokenizer, **options)
+
+
+def _report(info: SubjectInfo, outcomes: list[Outcome], findings: list[Finding], seed: int, started: float) -> Report:
+    return Report(
+        subject=info,
+        environment=environment(seed=seed, command="olmodebug.check()"),
+        outcomes=tuple(outcomes),
+        findings=merge_by_root(findings),
+        seconds=round(time.perf_counter() - started, 3),
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    )

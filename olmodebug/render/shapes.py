@@ -1,0 +1,73 @@
+"""The tree of named shapes as text: one line a module, identical layers folded, sizes beside it."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Group
+
+from ..units import bytes_text, count_text, dtype_text
+from .layout import Line, line
+
+NAME_COLUMN = 40  # columns for the indented module name; a longer one pushes the shapes to the right
+
+
+class Module(Protocol):
+    """What a row of the tree is drawn from."""
+
+    path: str
+    kind: str
+    depth: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: int
+    parameter_bytes: int
+    dtype: str
+    repeat: int
+    called: bool
+
+
+class Tree(Protocol):
+    """What a tree is drawn from."""
+
+    subject: str
+    rows: tuple[Module, ...]
+    names: dict[str, int]
+    parameters: int
+    parameter_bytes: int
+    device: str
+
+
+def shapes_view(tree: Tree) -> Group:
+    """The whole tree under a legend of its names."""
+    return Group(*_lines(tree))
+
+
+def _lines(tree: Tree) -> Iterator[Line]:
+    size = f"{count_text(tree.parameters)} parameters, {bytes_text(tree.parameter_bytes)}"
+    where = ", nothing was allocated (meta device)" if tree.device == "meta" else ""
+    yield line((tree.subject, "bold"), f"  {size}{where}")
+    legend = "B batch, T sequence length" + "".join(f", {name} {number}" for name, number in sorted(tree.names.items(), key=lambda n: -n[1]))
+    yield line((legend, "dim"))
+    yield line("")
+    for row in tree.rows:
+        yield _row(row)
+
+
+def _row(row: Module) -> Line:
+    name = row.path.rpartition(".")[2] or row.kind
+    last = f"..{int(name) + row.repeat - 1}  x {row.repeat}" if row.repeat > 1 else ""
+    head = f"{'  ' * row.depth}{name}{last}"
+    kind = "" if name == row.kind else f"{row.kind}  "
+    if not row.called:
+        shapes = "not called" if row.parameters and not kind.startswith(("ModuleList", "ModuleDict")) else ""
+    else:
+        shapes = f"{_joined(row.inputs)} -> {_joined(row.outputs)}"
+    size = f"  {count_text(row.parameters)} {bytes_text(row.parameter_bytes)}" if row.parameters else ""
+    dtype = f" {dtype_text(row.dtype)}" if row.dtype else ""
+    padded = f"{head:{NAME_COLUMN}s} "
+    return line((f"{kind}", "dim"), (shapes, "cyan"), (size + dtype, ""), head=(padded, "bold" if row.depth < 2 else ""), indent=NAME_COLUMN + 1)
+
+
+def _joined(shapes: tuple[str, ...]) -> str:
+    shown = ", ".join(shapes[:3])
+    return f"{shown}, ..." if len(shapes) > 3 else shown or "()"

@@ -1,0 +1,112 @@
+"""Everything that a forward makes is made on the device of its inputs."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from olmodebug.devices import Stray, first_stray, plain_tensors
+from olmodebug.explain import place_of, source_lines
+from olmodebug.probe import probe, skip
+from olmodebug.records import Case
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.settle import settled
+from olmodebug.subject import Subject, quiet
+
+
+@probe()
+def made_where_the_inputs_are(subject: Subject) -> Iterator[Finding]:
+    """No op of a forward mixes the model's device with another: positions, masks and tables are made where the inputs are.
+
+    Why: on the CPU everything is on the CPU; on a GPU the same code raises, often only in the branch with a mask or labels.
+    Catches: torch.arange(seq_len) without device=; device="cpu"; a table kept as a plain attribute that .to(device) does not move.
+    """
+    twin = subject.fresh_twin(dtype=subject.dtype)
+    model = _on_meta(twin.model)
+    twin.model = model
+    batch, seq = twin.sizes()
+    ids = twin.token_ids(batch, seq)
+    ran, refused = 0, ""
+    for case in _cases(twin, ids):
+        try:
+            with settled(seed=twin.seed), quiet():
+                stray = first_stray(model, lambda c=case: twin.call(c))  # type: ignore[misc]
+        except Exception as error:  # values are asked for (.item(), a branch on a mask): meta has none
+            refused = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+            continue
+        ran += 1
+        if stray is not None:
+            finding = _finding(subject, stray, case)
+            if finding is not None:
+                yield finding
+            return
+    if not ran:
+        skip(f"forward asks for values, which meta tensors do not have ({refused})")
+
+
+def _cases(twin: Subject, ids: tuple[tuple[int, ...], ...]) -> Iterator[Case]:
+    yield Case(name="a batch", input_ids=ids)
+    if twin.convention.attention_mask:
+        yield Case(name="a padded batch", input_ids=ids, attention_mask=tuple((1,) * len(row) for row in ids))
+    if twin.convention.position_ids:
+        yield Case(name="a batch with positions", input_ids=ids, position_ids=tuple(tuple(range(len(row))) for row in ids))
+    if twin.convention.labels:
+        yield Case(name="a batch with labels", input_ids=ids, labels=ids)
+
+
+def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
+    shape = f"{stray.dtype}{list(stray.shape)}"
+    if stray.made is not None:
+        where = place_of(stray.made, module=stray.module, op=stray.maker)
+        return Found(
+            probe="",
+            severity="error",
+            message=f"{stray.maker} makes {shape} on the {stray.device}, whatever the device of the model; {stray.op} then mixes two devices",
+            where=where,
+            source=source_lines(where),
+            cause=f"{stray.maker} is called without the inputs' device" if stray.device == "cpu" else f"the device {stray.device} is written down",
+            fix="make it with device=input_ids.device (or that of the hidden states)",
+            expected="every tensor on the device of the inputs",
+            observed=f"{shape} on {stray.device}",
+            evidence={"used at": str(place_of(stray.used, op=stray.op)), "found by": "a run on the meta device"},
+            case=case,
+        )
+    if stray.attribute is None:
+        return None  # where it came from is not known
+    where = place_of(stray.used, module=stray.module, op=stray.op)
+    fresh = _in_fresh_build(subject, stray.attribute)
+    why = "it is a plain attribute, which .to(device) does not move" if fresh else "it was kept from an earlier call, and is not made anew when the model moves"
+    return Found(
+        probe="",
+        severity="error" if fresh else "warning",
+        message=f"{stray.attribute} ({shape}) stays on the {stray.device} when the model moves; {stray.op} then mixes two devices",
+        where=where,
+        source=source_lines(where),
+        cause=why if fresh is not None else None,
+        fix="register it: self.register_buffer(name, tensor, persistent=False)" if fresh else "compare its device before it is used again",
+        expected="every tensor on the device of the inputs",
+        observed=f"{shape} on {stray.device}",
+        evidence={"found by": "a run on the meta device"},
+        case=case,
+    )
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are on meta."""
+    moved = copy.deepcopy(model).to("meta")
+    # Some models put their tables back on their own after a move; what is a buffer is moved, whoever wrote it.
+    for module in moved.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.device.type != "meta":
+                setattr(module, name, torch.empty_like(buffer, device="meta"))
+    return moved
+
+
+def _in_fresh_build(subject: Subject, attribute: str) -> bool | None:
+    """Whether a model that never ran holds this tensor already; None where no fresh one can be built."""
+    if subject.remake is None:
+        return None
+    with quiet():
+        return attribute in plain_tensors(subject.remake(subject.seed)).values()

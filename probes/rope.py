@@ -1,0 +1,501 @@
+"""Rotary position embeddings: a rotation, by the angles that the configuration says, that only distance can be read from."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmodebug.compare import difference, roundings_limit
+from olmodebug.diagnose import Diagnosis
+from olmodebug.explain import place_of, source_lines
+from olmodebug.invariance import run
+from olmodebug.probe import not_applicable, probe
+from olmodebug.records import Case, Where
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.rotation import Angles, Scores, angle_tables, attentions, constant_case, maker, trace_case, varies
+from olmodebug.sources import Spot
+from olmodebug.subject import Subject
+from olmodebug.trace import Recording
+
+# Rounding of angles grows with the position: float32 angles at position p are off by p * 6e-8 radians, and scores with them.
+FLOAT32 = roundings_limit({"float32"})
+FURTHEST = 4096
+# Angles in float16 carry 11 bits and in bfloat16 8; in float32 24. Between them lies no doubt.
+COARSE = 2.0**-14
+# Radians that can be felt at the end of a context.
+FELT = 0.02
+KNOWN_TYPES = (None, "default", "linear")
+
+
+@dataclass(slots=True, kw_only=True)
+class Rotated:
+    """A run on one repeated token and its first rotary attention."""
+
+    recording: Recording
+    first: Scores
+    case: Case
+
+
+@probe(after=("causality.no-future",))
+def depends_on_distance(subject: Subject) -> Iterator[Finding]:
+    """Scores between a query and a key depend on how far they are apart, not on where they are.
+
+    Why: this is what rotary embeddings are for; a model without it cannot carry what it learned to other positions.
+    Catches: cos and sin laid out in halves with pairs taken side by side; queries rotated and keys not; a partner
+    outside the rotated part; positions that are clamped.
+    """
+    rotated = _rotated(subject)
+    if _scaled_by_position(rotated.first.query) or _scaled_by_position(rotated.first.key):
+        not_applicable("queries or keys are scaled by their position, all heads alike")
+    scores = rotated.first.scores
+    apart = difference(scores[:, :-1, :-1], scores[:, 1:, 1:], relative_limit=FLOAT32)
+    if apart is None:
+        return
+    head, query, key = apart.index
+    told = _why_not_relative(subject, rotated)
+    yield _placed(
+        rotated,
+        told,
+        f"one repeated token gives a query at {query} and a key at {key} another score than {query + 1} and {key + 1}: "
+        f"{apart.max_abs:.3g} apart; at the same distance scores must be the same",
+        expected="equal scores at equal distance",
+        observed=f"{float(scores[head, query, key]):.6g} and {float(scores[head, query + 1, key + 1]):.6g} in head {head}",
+    )
+
+
+@probe(after=("rope.depends-on-distance",))
+def relative_shift(subject: Subject) -> Iterator[Finding]:
+    """Logits do not change when all position_ids move by the same number.
+
+    Why: left-padded and packed rows start at other positions than training rows do.
+    Catches: positions that are clamped, wrapped or rounded far from the start.
+    """
+    if subject.convention.position_ids is None:
+        not_applicable("forward takes no position_ids")
+    _rotated(subject)
+    twin = subject.twin()
+    seq = twin.sizes()[1]
+    longest = min(twin.max_positions or FURTHEST, FURTHEST)
+    moves = sorted({k for k in (1, 7, (longest - seq) // 2, longest - seq) if 0 < k <= longest - seq})
+    if not moves:
+        not_applicable("its context is too short to shift positions")
+    ids = twin.token_ids(1, seq, seed=31)
+    start = Case(name="positions from 0", input_ids=ids, position_ids=(tuple(range(seq)),))
+    for by in moves:
+        moved = replace(start, name=f"positions from {by}", position_ids=(tuple(range(by, by + seq)),))
+        limit = max(FLOAT32, 8 * 1.2e-7 * (by + seq))
+        apart = difference(run(twin, start), run(twin, moved), relative_limit=limit)
+        if apart is None:
+            continue
+        parted = _parted(twin, start, moved, seq, limit)
+        if parted is None:
+            continue  # something else than rotary attention reads the positions, as a recurrence that restarts at 0 does
+        recording, place = parted
+        yield _placed(
+            Rotated(recording=recording, first=place, case=moved),
+            _shared_rotations(subject) or Diagnosis(),
+            f"logits change by {apart.max_abs:.3g} when all position_ids move by {by}",
+            expected="no change beyond rounding",
+            observed=f"scores of {place.module} change already",
+        )
+        return
+
+
+@probe(after=("rope.depends-on-distance",))
+def keeps_norm(subject: Subject) -> Iterator[Finding]:
+    """A rotation keeps the length of queries and keys, up to one factor that the configuration declares.
+
+    Why: a factor that is applied twice, or never declared, sharpens all attention; nothing fails.
+    Catches: YaRN's attention_factor applied twice. (Pairs that turn by two angles fail depends-on-distance.)
+    """
+    rotated = _rotated(subject)
+    norms = rotated.first.query.double().norm(dim=-1)
+    if float(((norms - norms[:, :1]).abs() / norms[:, :1].clamp(min=1e-300)).max()) > FLOAT32:
+        not_applicable("the length of queries changes with the position, and scores depend on the distance alone (xPos)")
+    expected = _declared_factor(subject)
+    observed = _factor(rotated)
+    if expected is None or observed is None or min(abs(observed - expected), abs(observed - 1.0)) <= 1e-3 * expected:
+        return
+    twice = abs(observed - expected**2) <= 1e-3 * observed
+    yield _placed(
+        rotated,
+        Diagnosis(
+            cause=f"the attention factor {expected:.4g} is applied twice: {observed:.4g} is its square" if twice else None,
+            fix="multiply cos and sin by the attention factor once" if twice else None,
+        ),
+        f"rotary embeddings scale queries by {observed:.4g}, and the config declares the factor {expected:.4g}",
+        expected=f"{expected:.6g}",
+        observed=f"{observed:.6g}",
+        in_angles=True,
+    )
+
+
+@probe()
+def angles_are_precise(subject: Subject) -> Iterator[Finding]:
+    """Angles grow by the same step from each position to the next, over the whole context, and no two positions share one.
+
+    Why: angles in 16 bits are wrong by radians at position 2000, and only long texts suffer.
+    Catches: positions or frequencies in bfloat16; positions that are clamped; a table that model.to(bfloat16) rounds.
+    """
+    dtype = subject.dtype if subject.dtype.is_floating_point else torch.float32
+    tables = _tables(subject.twin(dtype=dtype))
+    if not tables:
+        not_applicable("no rotary angles were seen")
+    seen = set()
+    for positions, table in tables:
+        told = _imprecise(positions, table)
+        if told is None or (key := (table.where.file, table.where.line)) in seen:
+            continue
+        seen.add(key)
+        message, diagnosis = told
+        yield _at(subject, table, message, diagnosis)
+    if seen or dtype != torch.float32:
+        return
+    yield from _after_cast(subject, tables)
+
+
+@probe(after=("rope.angles-are-precise",))
+def frequencies_as_configured(subject: Subject) -> Iterator[Finding]:
+    """The angle per position of each pair is theta ** (-2i / rotary_dim), with the theta and the scaling of the config.
+
+    Why: another base is fluent on short texts and incoherent on long ones, and no other check can see it.
+    Catches: a rope_theta that is not passed on; an exponent over head_dim where only a part is rotated; a scaling that
+    is declared and never applied.
+    """
+    declared = _declared(subject)
+    if not declared:
+        not_applicable("its config declares no rope_theta with a scaling of kind default or linear")
+    tables = _tables(subject.twin(dtype=torch.float32), near=True)
+    if not tables:
+        not_applicable("no rotary angles were seen")
+    for _, table in tables:
+        frequencies = table.frequencies.sort(descending=True).values
+        if frequencies.numel() < 3 or float(frequencies[-1]) <= 0:
+            continue
+        if any(_fits(frequencies, theta, factor) for theta, factor in declared):
+            continue
+        yield _at(subject, table, *_wrong_frequencies(subject, frequencies, declared))
+        return
+
+
+def _rotated(subject: Subject) -> Rotated:
+    """The first attention of the float64 twin whose queries turn while its values stay; leaves the probe without one."""
+    twin = subject.twin()
+    case = constant_case(twin)
+    seq = case.seq_len
+    if seq < 5:
+        not_applicable("its context is too short")
+    recording = trace_case(twin, case)
+    found = attentions(recording, seq)
+    if not found:
+        not_applicable("no attention scores over the sequence were recognised")
+    for scores in found:
+        if scores.value is None or varies(scores.value, FLOAT32):
+            not_applicable("positions reach the hidden states before the first rotation (learned or absolute positions)")
+        if varies(scores.query, FLOAT32) or varies(scores.key, FLOAT32):
+            if not any(event.op in ("cos", "sin", "polar") for event in recording.events) and not angle_tables(recording, seq):
+                not_applicable("queries change with the position, and no cosines were seen")
+            return Rotated(recording=recording, first=scores, case=case)
+    not_applicable("queries and keys are not rotated")
+
+
+def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:
+    first = rotated.first
+    query, key = varies(first.query, FLOAT32), varies(first.key, FLOAT32)
+    if query != key:
+        turned, still = ("queries", "keys") if query else ("keys", "queries")
+        return Diagnosis(
+            cause=f"{turned} are rotated and {still} are not: {still} are the same at every position, so scores depend on where a token is",
+            fix="rotate queries and keys alike",
+        )
+    shared = _shared_rotations(subject)
+    if shared is not None:
+        return shared
+    coarse = next((told[1] for positions, table in _tables(subject.twin()) if (told := _imprecise(positions, table, felt=0.0)) is not None), None)
+    if coarse is not None and coarse.cause:
+        return coarse
+    norms = [float((n.amax(-1) / n.amin(-1)).max()) - 1 for n in (t.double().norm(dim=-1) for t in (first.query, first.key))]
+    if max(norms) > FLOAT32:
+        return Diagnosis(
+            cause="the two members of a pair do not turn by one angle: the angles are laid out for other pairs (halves i, i + d/2, or "
+            f"neighbours 2i, 2i + 1) than the rotation takes, so it is no isometry (lengths change by {max(norms):.2g})",
+            fix="lay cos and sin out as the pairs are taken: cat((f, f)) for halves, repeat_interleave(2) for neighbours; "
+            "pair within the rotary part only",
+        )
+    same = _same_order(first)
+    if same is not None:
+        return Diagnosis(
+            cause=f"queries and keys are rotated, and their dimensions stand in a different order afterwards: {same}",
+            fix="put the pairs of queries and of keys together in the same way",
+        )
+    return Diagnosis()
+
+
+def _scaled_by_position(states: Tensor) -> bool:
+    """Whether lengths change with the position by one factor for all heads, as log-n scaling or xPos makes them."""
+    norms = states.double().norm(dim=-1)
+    shape = norms / norms[:, :1].clamp(min=1e-300)
+    return len(shape) > 1 and float((shape - 1).abs().max()) > FLOAT32 and float((shape - shape[:1]).abs().max()) <= FLOAT32
+
+
+def _same_order(first: Scores) -> str | None:
+    """Whether the speeds at which dimensions turn stand in another order in the keys than in the queries."""
+    speeds = [_speeds(t) for t in (first.query[0], first.key[0])]
+    if torch.allclose(speeds[0], speeds[1], atol=1e-3) or not torch.allclose(speeds[0].sort().values, speeds[1].sort().values, atol=1e-3):
+        return None
+    place = int((speeds[0] - speeds[1]).abs().argmax())
+    return f"dimension {place} turns by {float(speeds[0][place]):.3g} rad a position in queries and by {float(speeds[1][place]):.3g} in keys"
+
+
+def _speeds(states: Tensor) -> Tensor:
+    """The angle per position of each dimension of `[seq_len, dim]`, by x(p+1) + x(p-1) = 2 cos(w) x(p), least squares."""
+    x = states.double()
+    middle, around = x[1:-1], x[2:] + x[:-2]
+    cosine = (middle * around).sum(0) / (2 * middle.square().sum(0)).clamp(min=1e-300)
+    return cosine.clamp(-1, 1).arccos()
+
+
+def _shared_rotations(subject: Subject) -> Diagnosis | None:
+    """Positions that share one rotation, by the tables that the model uses."""
+    for positions, table in _tables(subject.twin(dtype=torch.float32)):
+        pairs = _shared(positions, table)
+        if pairs:
+            return _saturated(pairs, positions)
+    return None
+
+
+def _shared(positions: list[int], table: Angles) -> list[tuple[int, int]]:
+    """Neighbouring positions with the same angles in every pair."""
+    same = ((table.cos[1:] == table.cos[:-1]) & (table.sin[1:] == table.sin[:-1])).all(1)
+    return [(positions[i], positions[i + 1]) for i in range(len(positions) - 1) if bool(same[i]) and positions[i] != positions[i + 1]]
+
+
+def _saturated(pairs: list[tuple[int, int]], positions: list[int]) -> Diagnosis:
+    low, high = pairs[0][0], pairs[-1][1]
+    whole = high == positions[-1] and len(pairs) > 2 and [a for a, _ in pairs] == positions[positions.index(low) : -1]
+    cause = (
+        f"positions saturate: {low}..{high} all share one rotation, so that tokens there cannot be told apart by position"
+        if whole
+        else f"positions {low} and {pairs[0][1]} share one rotation, and {len(pairs) - 1} more neighbours of those tried"
+    )
+    fix = "do not clamp positions: to reach further, scale the frequencies" if whole else "compute positions and angles in float32"
+    return Diagnosis(cause=cause, fix=fix, evidence={"first shared position": low})
+
+
+def _imprecise(positions: list[int], table: Angles, *, felt: float = FELT) -> tuple[str, Diagnosis] | None:
+    """What is wrong with the angles of a table, by their own step from position 0 to 1."""
+    pairs = _shared(positions, table)
+    if pairs:
+        return f"positions {pairs[0][0]} and {pairs[0][1]} get the same rotary angles", _saturated(pairs, positions)
+    if positions[:2] != [0, 1]:
+        return None
+    steps = torch.tensor(positions, dtype=torch.float64)[:, None]
+    ideal = steps * table.frequencies
+    off = _radians(table, ideal)
+    allowed = (COARSE * ideal).clamp(min=max(felt, 1e-6))
+    wrong = off > allowed
+    if not bool(wrong.any()):
+        return None
+    place = int((off * wrong).max(1).values.argmax())
+    pair = int((off * wrong)[place].argmax())
+    size = float(off[place, pair])
+    relative = size / max(1e-9, float(ideal[place, pair]))
+    coarse = 2.0**-12 < relative < 2.0**-5
+    cause = f"the angles carry about {round(-math.log2(relative))} bits, as in bfloat16 or float16: position * inv_freq is rounded" if coarse else None
+    return (
+        f"the rotary angle of pair {pair} at position {positions[place]} is off by {size:.2g} rad from {positions[place]} times its step",
+        Diagnosis(cause=cause, fix="compute positions, inv_freq and their product in float32" if coarse else None, evidence={"radians": size}),
+    )
+
+
+def _after_cast(subject: Subject, exact: list[tuple[list[int], Angles]]) -> Iterator[Finding]:
+    """What model.to(bfloat16) does to the angles."""
+    twin = subject.fresh_twin(dtype=torch.bfloat16)
+    if twin.dtype != torch.bfloat16:
+        return
+    for (positions, before), (_, after) in zip(exact, _tables(twin), strict=False):
+        if before.cos.shape != after.cos.shape:
+            continue
+        pairs = _shared(positions, after)
+        if pairs:
+            finding = _at(subject, after, f"after model.to(bfloat16) positions {pairs[0][0]} and {pairs[0][1]} get the same rotary angles", _saturated(pairs, positions))
+            yield replace(
+                finding,
+                severity="warning",
+                cause=f"positions are computed in bfloat16, which has 8 bits: above 256 neighbours share one rotation ({pairs[0][0]} and {pairs[0][1]} here)",
+                fix="compute positions and angles in float32, and cast cos and sin afterwards",
+            )
+            return
+        size = float(_radians(after, torch.atan2(before.sin, before.cos)).max())
+        if size > 0.01:
+            yield replace(
+                _at(subject, after, f"after model.to(bfloat16) rotary angles are off by up to {size:.2g} rad at position {positions[-1]}", Diagnosis()),
+                severity="note",
+                cause="model.to(bfloat16) rounds the buffer that the angles come from (inv_freq or its table) to 8 bits",
+                fix="keep the buffer in float32: recompute it after a cast, or build the model in bfloat16 with inv_freq in float32",
+            )
+            return
+
+
+def _radians(table: Angles, angles: Tensor) -> Tensor:
+    """How far each angle of a table is from these, in radians."""
+    return torch.atan2(table.sin * angles.cos() - table.cos * angles.sin(), table.cos * angles.cos() + table.sin * angles.sin()).abs()
+
+
+def _tables(twin: Subject, *, near: bool = False) -> list[tuple[list[int], Angles]]:
+    """The tables of angles that a run uses, each with its positions: the first, and with position_ids the last too."""
+    longest = min(twin.max_positions or 2048, 1 << 17)
+    case = constant_case(twin)
+    seq, positions = case.seq_len, list(range(case.seq_len))
+    if twin.convention.position_ids and not near and longest > 4 * seq:
+        spots = [*range(seq // 3), *(p for p in (257, 258, 259) if p < longest // 2), longest // 2, longest // 2 + 1]
+        positions = [*spots, *range(longest - (seq - len(spots)), longest)]
+        case = replace(case, position_ids=(tuple(positions),))
+    elif not near and twin.convention.position_ids is None:
+        seq = min(longest, 512) if twin.vocab_size * 512 < 2_000_000 else seq
+        case = replace(case, input_ids=(case.input_ids[0][:1] * seq,))
+        positions = list(range(seq))
+    return [(positions, table) for table in angle_tables(trace_case(twin, case), seq)]
+
+
+def _parted(twin: Subject, left: Case, right: Case, seq: int, limit: float) -> tuple[Recording, Scores] | None:
+    """The first attention whose scores change while its values do not."""
+    before, recording = trace_case(twin, left), trace_case(twin, right)
+    for a, b in zip(attentions(before, seq), attentions(recording, seq), strict=False):
+        if a.value is None or b.value is None or difference(a.value, b.value, relative_limit=limit) is not None:
+            return None
+        if difference(a.scores, b.scores, relative_limit=limit) is not None:
+            return recording, b
+    return None
+
+
+def _factor(rotated: Rotated) -> float | None:
+    """What the rotation multiplies queries by: at position 0 it turns by nothing. Seen where the whole head is rotated."""
+    first = rotated.first
+    made = maker(rotated.recording, first.index, 0)
+    if made is None or rotated.case.position_ids is not None:
+        return None
+    turned = first.query.double()
+    for index in range(made, max(-1, made - 40), -1):
+        for tensor in rotated.recording.kept[index].inputs:
+            flat = tensor.squeeze(0) if tensor.ndim == 4 and len(tensor) == 1 else tensor
+            if flat.shape != turned.shape or not flat.is_floating_point() or varies(flat, FLOAT32):
+                continue
+            ratios = turned[:, 0] / flat[:, 0].double()
+            if float((ratios - ratios.flatten()[0]).abs().max()) <= 1e-4 * float(ratios.abs().max()):
+                return float(ratios.flatten()[0])
+    return None
+
+
+def _declared_factor(subject: Subject) -> float | None:
+    """The attention factor that the config declares; None where that is not said plainly."""
+    scaling = subject.setting("rope_scaling", "rope_parameters")
+    if scaling is None:
+        return 1.0 if _declared(subject) else None
+    read = scaling.get if isinstance(scaling, dict) else lambda name: getattr(scaling, name, None)
+    if any(read(name) is not None for name in ("mscale", "mscale_all_dim")):
+        return None
+    factor = read("attention_factor")
+    if isinstance(factor, int | float) and factor > 0:
+        return float(factor)
+    return 1.0 if read("rope_type") in ("default", "linear", "llama3") else None
+
+
+def _declared(subject: Subject) -> list[tuple[float, float]]:
+    """Every (theta, linear factor) that the config declares; empty when any part of it is not understood."""
+    found: list[tuple[float, float]] = []
+    parameters = subject.setting("rope_parameters")
+    theta = subject.setting("rope_theta")
+    scaling = subject.setting("rope_scaling")
+    holders: list[Any] = [{"rope_theta": theta, **scaling} if isinstance(scaling, dict) else {"rope_theta": theta}]
+    if scaling is not None and not isinstance(scaling, dict):
+        return []
+    if isinstance(parameters, dict):
+        nested = [value for value in parameters.values() if isinstance(value, dict)]
+        holders = nested or [{"rope_theta": theta, **parameters}]
+    for holder in holders:
+        base, kind = holder.get("rope_theta"), holder.get("rope_type", holder.get("type"))
+        factor = holder.get("factor", 1.0) if kind == "linear" else 1.0
+        if not isinstance(base, int | float) or base <= 1 or kind not in KNOWN_TYPES or not isinstance(factor, int | float):
+            return []
+        found.append((float(base), float(factor)))
+    return found
+
+
+def _fits(frequencies: Tensor, theta: float, factor: float) -> bool:
+    return torch.allclose(frequencies, _ideal(frequencies.numel(), theta, factor), rtol=2e-3, atol=1e-6)
+
+
+def _ideal(pairs: int, theta: float, factor: float) -> Tensor:
+    return theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs) / factor
+
+
+def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tuple[float, float]]) -> tuple[str, Diagnosis]:
+    """Which declared number is not the one in use."""
+    pairs = frequencies.numel()
+    theta, factor = declared[0]
+    base = float(frequencies[0] / frequencies[1]) ** pairs
+    regular = torch.allclose(frequencies / frequencies[0], _ideal(pairs, base, 1.0), rtol=1e-2, atol=1e-6)
+    message = f"rotary frequencies are not those of the config: pair 1 turns by {float(frequencies[1]):.5g} rad a position, theta {theta:g}"
+    message += f" and factor {factor:g} give {float(_ideal(pairs, theta, factor)[1]):.5g}"
+    evidence: dict[str, Any] = {"theta in use": base if regular else None, "theta declared": theta, "rotary dimensions": 2 * pairs}
+    head_dim = subject.setting("head_dim")
+    if _fits(frequencies, theta, 1.0) and factor != 1:
+        cause, fix = f"rope_scaling declares the linear factor {factor:g} and has no effect on inv_freq", "divide inv_freq by the factor"
+    elif isinstance(head_dim, int) and head_dim > 2 * pairs and _fits(frequencies, theta ** (2 * pairs / head_dim), factor):
+        cause = f"the exponent of inv_freq is divided by head_dim {head_dim}, and only {2 * pairs} dimensions are rotated (rotary_dim)"
+        fix = "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"
+    elif regular and abs(base - theta) > 0.01 * theta and abs(float(frequencies[0]) * factor - 1) < 1e-3:
+        cause, fix = f"the base in use is {base:.6g}; the config's rope_theta {theta:g} does not reach inv_freq", "use config.rope_theta as the base"
+    else:
+        return message, Diagnosis(evidence=evidence)
+    return message, Diagnosis(cause=cause, fix=fix, evidence=evidence)
+
+
+def _placed(
+    rotated: Rotated, told: Diagnosis, message: str, *, expected: str, observed: str, operand: int | None = None, in_angles: bool = False
+) -> Found:
+    """The finding at the op that made the rotated queries or keys."""
+    recording, index = rotated.recording, rotated.first.index
+    if operand is None:
+        operand = 0 if varies(rotated.first.query, FLOAT32) else 1
+    made = maker(recording, index, operand)
+    where, spot = place_of(None, module=rotated.first.module), None
+    if made is not None:
+        event, spot = recording.events[made], recording.spots[made]
+        where = place_of(spot, module=event.where.module, op=event.op)
+    tables = angle_tables(recording, rotated.case.seq_len)
+    if (in_angles or told.evidence is not None) and tables:
+        where = tables[0].where
+    return Found(
+        probe="", severity="error", message=message, where=where, source=source_lines(where), cause=told.cause, fix=told.fix,
+        expected=expected, observed=observed, evidence=told.evidence or {}, case=rotated.case,
+    )  # fmt: skip
+
+
+def _at(subject: Subject, table: Angles, message: str, told: Diagnosis) -> Found:
+    where = _built(subject, table)
+    return Found(
+        probe="", severity="error", message=message, where=where, source=source_lines(where), cause=told.cause, fix=told.fix,
+        evidence=told.evidence or {},
+    )  # fmt: skip
+
+
+def _built(subject: Subject, table: Angles) -> Where:
+    """Where angles are made: the line that takes the cosine, or the one that registers the table."""
+    if table.name is None:
+        return table.where
+    path, _, leaf = table.name.rpartition(".")
+    try:
+        init = type(subject.model.get_submodule(path)).__init__
+        code: Any = init.__code__
+        lines, first = inspect.getsourcelines(code)
+    except (AttributeError, OSError, TypeError):
+        return table.where
+    line = next((first + k for k, text in enumerate(lines) if f'"{leaf}"' in text or f"'{leaf}'" in text or f"self.{leaf}" in text), None)
+    return place_of(Spot(code, 0, line), module=path) if line else table.where
