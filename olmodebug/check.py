@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
 from .errors import SubjectError
 from .explain import explain
 from .load import SubjectCodeError
@@ -16,6 +18,7 @@ from .probe import NotApplicable, Probe, Skipped
 from .repair import Found, RepairedSource
 from .report import Finding, Outcome
 from .settle import settled
+from .sources import Sources, traceback_frames
 from .spec import Job, resolve
 from .subject import Subject
 
@@ -90,6 +93,8 @@ def run_probe(
         if not findings:
             return Result(outcome=outcome("skipped", str(error)))
     except (SubjectCodeError, SubjectError) as error:
+        if (refusal := refused(error)) is not None and not findings:
+            return Result(outcome=outcome("not-applicable", f"the model refuses this case: {refusal}"))
         findings.append(replace(_raised(error), probe=probe.name))
     except Exception:
         return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(_plain(f) for f in findings))
@@ -132,6 +137,20 @@ def _builds(job: Job, finding: Finding) -> bool:
     edits = finding.edits if isinstance(finding, Found) else ()
     with RepairedSource(job, edits) as subject:
         return subject is not None
+
+
+def refused(error: BaseException) -> str | None:
+    """The model's own words when it declines a case openly, by raising ValueError, AssertionError or NotImplementedError
+    itself; None for what torch raised in its place. A clear refusal is no wrong answer."""
+    original = error.__cause__
+    if not isinstance(error, SubjectCodeError) or error.stage != "run" or original is None:
+        return None
+    if not isinstance(original, ValueError | AssertionError | NotImplementedError):
+        return None
+    frames = traceback_frames(original.__traceback__)
+    if not frames or Sources(nn.Module()).is_torch(frames[-1][0].f_code.co_filename):
+        return None
+    return f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}"
 
 
 def _raised(error: BaseException) -> Finding:

@@ -73,8 +73,11 @@ def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording 
         "roll": ("torch.roll wraps around: it brings the end of the sequence to its start", "shift with padding instead of rolling"),
         "flip": ("it reverses a dimension that holds the sequence", "do not flip along the sequence"),
         "convolution": (
-            f"the convolution reaches over {hidden}: its window is not confined to the past",
-            "pad kernel_size - 1 on the left only, and cut the right end off",
+            f"the convolution reads {hidden}"
+            + (": they are not zeroed before it" if part.columns is not None and part.columns.start else ": its window is not confined to the past"),
+            "set padded positions to zero before the convolution"
+            if part.columns is not None and part.columns.start
+            else "pad kernel_size - 1 on the left only, and cut the right end off",
         ),
         "cumsum": ("the running sum goes over a dimension that holds more than one sequence position or row", "sum along the sequence only"),
         "sort": (f"it sorts along a dimension that holds {hidden}", "sort within one position only"),

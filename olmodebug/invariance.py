@@ -66,7 +66,7 @@ def limit_of(twin: Subject) -> float:
 def _measured_limit(twin: Subject) -> float:
     batch, seq = twin.sizes()
     case = Case(name="dtypes", input_ids=twin.token_ids(batch, seq))
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), own_code(twin, case):
         recording = record(twin.model, lambda: twin.call(case))
     return roundings_limit(recording.dtypes())
 

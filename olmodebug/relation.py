@@ -150,6 +150,8 @@ def first_break(left: Recording, right: Recording, *, part: Part, limit: float) 
     for index, (event, other) in enumerate(zip(left.events, right.events, strict=False)):
         if event.key != other.key:
             break
+        if "empty" in event.op:
+            continue  # memory that nothing has written yet
         mine, theirs = left.kept[index], right.kept[index]
         source = None
         inputs_agree = True

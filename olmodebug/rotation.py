@@ -144,6 +144,24 @@ def angle_tables(recording: Recording, seq: int) -> list[Angles]:
     return found
 
 
+def table_factor(recording: Recording, table: Angles, seq: int) -> float | None:
+    """What cosines are multiplied by on their way to the queries: 1, or an attention factor. Read from the very table
+    that states are multiplied with, so that a scale on the queries alone does not count; None where it is not seen."""
+    pairs = table.cos.shape[1]
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        if event.op not in ("mul", "mul_") or len(kept.inputs) < 2 or max(t.ndim for t in kept.inputs) < 3:
+            continue
+        for tensor, other in (kept.inputs[:2], kept.inputs[1::-1]):
+            rows = _rows(tensor, seq)
+            if rows is None or rows.is_complex() or rows.shape[1] not in (pairs, 2 * pairs) or other.numel() <= tensor.numel():
+                continue
+            factor = float(rows[0, 0])
+            layouts = (rows, rows[:, :pairs], rows[:, ::2])
+            if factor > 0 and any(t.shape == table.cos.shape and torch.allclose(t.double() / factor, table.cos, atol=1e-4) for t in layouts):
+                return factor
+    return None
+
+
 def _add(found: list[Angles], cos: Tensor, sin: Tensor, recording: Recording, index: int, name: str | None) -> None:
     """One table more, unless it is there already; a pair that stands twice (two halves, or side by side) counts once."""
     both = torch.cat([cos, sin]).T

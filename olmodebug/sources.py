@@ -73,6 +73,10 @@ class Sources:
             rank = self._ranks[file] = self._judge(file)
         return rank
 
+    def is_torch(self, file: str) -> bool:
+        """Whether a file is part of torch."""
+        return file.startswith(_TORCH)
+
     def spot(self, frame: FrameType | None, stop: CodeType | None = None) -> Spot | None:
         """The innermost own frame at or above `frame`, else the innermost near one; the search ends at `stop`."""
         near: Spot | None = None

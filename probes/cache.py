@@ -75,7 +75,7 @@ def left_padded_rows_decode(subject: Subject) -> Iterator[Finding]:
     yield from _broken(subject, lambda twin: _padded_ways(twin, _length(twin)))
 
 
-@probe(after=("cache.matches-full-forward",))
+@probe(after=("cache.matches-full-forward", "window.receptive-field"))
 def past_the_window(subject: Subject) -> Iterator[Finding]:
     """Decoding goes on as one full forward does when the sequence grows longer than the sliding window.
 
@@ -123,10 +123,7 @@ def _needs_cache(subject: Subject) -> None:
     if subject.convention.cache is None:
         not_applicable("forward takes no cache")
     twin = subject.twin()
-    try:
-        with own_code(twin, case := Case(name="a first chunk", input_ids=twin.token_ids(1, 2))):
-            run_chunks(twin, case, pieces((2,)))
-    except NoCache:
+    if _chunked(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), (2,)) is None:
         not_applicable("use_cache=True gives no cache back")
 
 
@@ -182,7 +179,7 @@ def _padded_ways(twin: Subject, seq: int) -> Iterator[Way]:
     ids = twin.token_ids(batch, seq, seed=22)
     form = twin.convention
     for tail in ((1,) * (seq - prompt), (2, 1, seq - prompt - 3)):
-        if min(tail) < 1:
+        if min(tail) < 1 or (max(tail) > 1 and _recurrent(twin)):
             continue
         for positions in (True, False) if form.position_ids else (False,):
             given = f"{form.attention_mask} with left padding" + (f" and {form.position_ids}" if positions else "")
@@ -235,16 +232,23 @@ def _breach(twin: Subject, way: Way, limit: float, full: dict[Case, Tensor] | No
     full = {} if full is None else full
     if way.case not in full:
         full[way.case] = run(twin, way.case)
-    with settled(), own_code(twin, way.case):
-        try:
-            logits = torch.cat(run_chunks(twin, way.case, pieces(way.sizes))[0], dim=1)
-        except NoCache:
-            return None
+    logits = _chunked(twin, way.case, way.sizes)
+    if logits is None:
+        return None
     found = difference(full[way.case][:, way.first :], logits[:, way.first :], relative_limit=limit)
     if found is None:
         return None
     floor = difference(full[way.case], run(twin, way.case))
     return None if floor is not None and found.max_abs <= 32 * floor.max_abs else found
+
+
+def _chunked(twin: Subject, case: Case, sizes: tuple[int, ...]) -> Tensor | None:
+    """The logits of all chunks in a row; None where the model gives no cache back."""
+    with settled(), own_code(twin, case):
+        try:
+            return torch.cat(run_chunks(twin, case, pieces(sizes))[0], dim=1)
+        except NoCache:
+            return None
 
 
 def _one_row(way: Way, row: int, seq: int | None = None) -> Way:

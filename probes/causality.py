@@ -19,7 +19,7 @@ QUERY_KEY = re.compile(
     r"(^|[._])(q|k|wq|wk|to_q|to_k|query|key|q_proj|k_proj|qkv|qkv_proj|wqkv|c_attn|att_proj|query_key_value|in_proj|q_norm|k_norm)[._]?weight$"
 )
 # Causal-LM classes of transformers whose published architecture reads a prefix in both directions.
-PREFIX_MODELS = ("cpmant", "prophetnet")
+PREFIX_MODELS = ("cpmant",)
 # A finite mask constant such as -1e4 is beaten when scores reach this size; float16 training gets there (minGPT#75).
 BEATING_SCORE = 1e5
 

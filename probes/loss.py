@@ -84,6 +84,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, shift: int = 1) -> Tensor:
 def _needs_labels(subject: Subject) -> None:
     if subject.convention.labels is None:
         not_applicable("forward takes no labels or targets")
+    if any(getattr(subject.config, name, None) is not None for name in ("num_codebooks", "vision_config", "audio_config")):
+        not_applicable("its labels belong to images, sound or codebooks too")
+    if getattr(subject.config, "disable_ngram_loss", True) is False:
+        not_applicable("its loss predicts several tokens ahead by design (n-gram loss)")
 
 
 def _loss(twin: Subject, case: Case) -> tuple[Tensor, Tensor]:
@@ -138,6 +142,9 @@ def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: floa
         ("the rows are averaged first, then the batch: short rows weigh more", "one mean over all counted tokens", _mean_of_means(logits, labels, shift)),
         ("the loss is in bits (log2)", "use the natural logarithm", mean / 0.6931471805599453),
     ]
+    low = float(loss.bfloat16())
+    if low == float(loss) and low != mean and abs(low - mean) <= 2**-6 * abs(mean):
+        return "the loss is a bfloat16 number: it was computed in bfloat16, with steps of 1/256 of its size", "compute the loss in float32"
     for cause, fix, value in forms:
         if abs(value - float(loss)) <= max(limit, 1e-9) * max(1.0, abs(value)) and abs(value - mean) > 1e-9:
             return cause, fix

@@ -16,6 +16,7 @@ from olmodebug.relation import Culprit
 from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
+from olmodebug.sources import Spot
 from olmodebug.subject import Subject, quiet
 from olmodebug.trace import record
 
@@ -35,6 +36,9 @@ def mask_is_accepted(subject: Subject) -> Iterator[Finding]:
     plain = run(twin, replace(case, attention_mask=None))
     try:
         masked = run(twin, case)
+        if not bool(torch.isfinite(masked).all()):  # float64's finfo.min overflows where a model casts to float32 inside
+            twin = subject.twin(dtype=subject.dtype)
+            plain, masked = run(twin, replace(case, attention_mask=None)), run(twin, case)
     except SubjectCodeError as error:
         yield crash(twin, case, error, message=f"{twin.convention.attention_mask} [{batch}, {seq}] is not accepted")
         return
@@ -160,8 +164,10 @@ def _explained(twin: Subject, broken: Violation, limit: float, left: bool) -> It
             cause=f"{twin.convention.attention_mask} is accepted and has no effect: logits are the same with it and without it",
             fix="pass the mask on to the attention, or take it out of the signature",
         )
-        if not broken.culprits or all(d.cause is None for d in broken.diagnoses):
-            broken.diagnoses = [fallback for _ in broken.culprits]
+        forward = getattr(type(twin.model).forward, "__code__", None)
+        spot = Spot(forward, 0, forward.co_firstlineno) if forward is not None else None
+        broken.culprits = [Culprit(where=place_of(spot), spot=spot)]
+        broken.diagnoses = [fallback]
     added = _added(twin, pair.left)
     if added is not None:
         yield replace(added, message=text, expected="no change beyond rounding", case=pair.right)

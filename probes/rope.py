@@ -17,7 +17,7 @@ from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
-from olmodebug.rotation import Angles, Scores, angle_tables, attentions, constant_case, maker, trace_case, varies
+from olmodebug.rotation import Angles, Scores, angle_tables, attentions, constant_case, maker, table_factor, trace_case, varies
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject
 from olmodebug.trace import Recording
@@ -59,6 +59,7 @@ def depends_on_distance(subject: Subject) -> Iterator[Finding]:
     head, query, key = apart.index
     told = _why_not_relative(subject, rotated)
     yield _placed(
+        subject,
         rotated,
         told,
         f"one repeated token gives a query at {query} and a key at {key} another score than {query + 1} and {key + 1}: "
@@ -97,6 +98,7 @@ def relative_shift(subject: Subject) -> Iterator[Finding]:
             continue  # something else than rotary attention reads the positions, as a recurrence that restarts at 0 does
         recording, place = parted
         yield _placed(
+            subject,
             Rotated(recording=recording, first=place, case=moved),
             _shared_rotations(subject) or Diagnosis(),
             f"logits change by {apart.max_abs:.3g} when all position_ids move by {by}",
@@ -118,11 +120,16 @@ def keeps_norm(subject: Subject) -> Iterator[Finding]:
     if float(((norms - norms[:, :1]).abs() / norms[:, :1].clamp(min=1e-300)).max()) > FLOAT32:
         not_applicable("the length of queries changes with the position, and scores depend on the distance alone (xPos)")
     expected = _declared_factor(subject)
-    observed = _factor(rotated)
-    if expected is None or observed is None or min(abs(observed - expected), abs(observed - 1.0)) <= 1e-3 * expected:
+    tables = angle_tables(rotated.recording, rotated.case.seq_len)
+    seen = [factor for table in tables if (factor := table_factor(rotated.recording, table, rotated.case.seq_len)) is not None]
+    if expected is None or not seen:
+        return
+    observed = max(seen)
+    if min(abs(observed - expected), abs(observed - 1.0)) <= 2e-3 * expected:
         return
     twice = abs(observed - expected**2) <= 1e-3 * observed
     yield _placed(
+        subject,
         rotated,
         Diagnosis(
             cause=f"the attention factor {expected:.4g} is applied twice: {observed:.4g} is its square" if twice else None,
@@ -146,7 +153,7 @@ def angles_are_precise(subject: Subject) -> Iterator[Finding]:
     tables = _tables(subject.twin(dtype=dtype))
     if not tables:
         not_applicable("no rotary angles were seen")
-    seen = set()
+    seen: set[tuple[str | None, int | None]] = set()
     for positions, table in tables:
         told = _imprecise(positions, table)
         if told is None or (key := (table.where.file, table.where.line)) in seen:
@@ -352,12 +359,15 @@ def _tables(twin: Subject, *, near: bool = False) -> list[tuple[list[int], Angle
     longest = min(twin.max_positions or 2048, 1 << 17)
     case = constant_case(twin)
     seq, positions = case.seq_len, list(range(case.seq_len))
-    if twin.convention.position_ids and not near and longest > 4 * seq:
+    plain = angle_tables(trace_case(twin, case), seq)
+    if not plain or near:
+        return [(positions, table) for table in plain]
+    if twin.convention.position_ids and longest > 4 * seq:
         spots = [*range(seq // 3), *(p for p in (257, 258, 259) if p < longest // 2), longest // 2, longest // 2 + 1]
         positions = [*spots, *range(longest - (seq - len(spots)), longest)]
         case = replace(case, position_ids=(tuple(positions),))
-    elif not near and twin.convention.position_ids is None:
-        seq = min(longest, 512) if twin.vocab_size * 512 < 2_000_000 else seq
+    elif twin.convention.position_ids is None:
+        seq = min(longest, 300) if twin.vocab_size * 300 < 2_000_000 else seq
         case = replace(case, input_ids=(case.input_ids[0][:1] * seq,))
         positions = list(range(seq))
     return [(positions, table) for table in angle_tables(trace_case(twin, case), seq)]
@@ -371,24 +381,6 @@ def _parted(twin: Subject, left: Case, right: Case, seq: int, limit: float) -> t
             return None
         if difference(a.scores, b.scores, relative_limit=limit) is not None:
             return recording, b
-    return None
-
-
-def _factor(rotated: Rotated) -> float | None:
-    """What the rotation multiplies queries by: at position 0 it turns by nothing. Seen where the whole head is rotated."""
-    first = rotated.first
-    made = maker(rotated.recording, first.index, 0)
-    if made is None or rotated.case.position_ids is not None:
-        return None
-    turned = first.query.double()
-    for index in range(made, max(-1, made - 40), -1):
-        for tensor in rotated.recording.kept[index].inputs:
-            flat = tensor.squeeze(0) if tensor.ndim == 4 and len(tensor) == 1 else tensor
-            if flat.shape != turned.shape or not flat.is_floating_point() or varies(flat, FLOAT32):
-                continue
-            ratios = turned[:, 0] / flat[:, 0].double()
-            if float((ratios - ratios.flatten()[0]).abs().max()) <= 1e-4 * float(ratios.abs().max()):
-                return float(ratios.flatten()[0])
     return None
 
 
@@ -458,7 +450,7 @@ def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tup
 
 
 def _placed(
-    rotated: Rotated, told: Diagnosis, message: str, *, expected: str, observed: str, operand: int | None = None, in_angles: bool = False
+    subject: Subject, rotated: Rotated, told: Diagnosis, message: str, *, expected: str, observed: str, operand: int | None = None, in_angles: bool = False
 ) -> Found:
     """The finding at the op that made the rotated queries or keys."""
     recording, index = rotated.recording, rotated.first.index
@@ -471,7 +463,7 @@ def _placed(
         where = place_of(spot, module=event.where.module, op=event.op)
     tables = angle_tables(recording, rotated.case.seq_len)
     if (in_angles or told.evidence is not None) and tables:
-        where = tables[0].where
+        where = _built(subject, tables[0])
     return Found(
         probe="", severity="error", message=message, where=where, source=source_lines(where), cause=told.cause, fix=told.fix,
         expected=expected, observed=observed, evidence=told.evidence or {}, case=rotated.case,

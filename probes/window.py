@@ -113,7 +113,7 @@ def _seen(recording: Recording, index: int, seq: int) -> tuple[int, int | None] 
             return None
         last = scores[..., -1, :seq].reshape(-1, seq).double()
         visible = (last > last.max(-1, keepdim=True).values - MASKED).any(0)
-        return _count(visible), None
+        return None if (keys := _count(visible)) is None else (keys, None)
     if not is_fused_attention(event.op):
         return None
     query, mask = kept.arguments.get("query"), kept.arguments.get("attn_mask", kept.arguments.get("attn_bias"))
@@ -126,12 +126,13 @@ def _seen(recording: Recording, index: int, seq: int) -> tuple[int, int | None] 
     last = mask[..., -1, :].reshape(-1, seq)
     visible = (last if mask.dtype == torch.bool else last > -MASKED).any(0)
     operand = next((k for k, t in enumerate(kept.inputs) if t.shape == mask.shape and t.dtype == mask.dtype), None)
-    return _count(visible), operand
+    return None if (keys := _count(visible)) is None else (keys, operand)
 
 
-def _count(visible: Tensor) -> int:
-    """From the first visible key to the last: holes are other masks' business."""
-    return int(visible.shape[0] - int(visible.nonzero()[0])) if bool(visible.any()) else 0
+def _count(visible: Tensor) -> int | None:
+    """How many keys are visible, in one stretch that ends with the query's own; other patterns are no windows."""
+    keys = int(visible.sum())
+    return keys if keys and bool(visible[-keys:].all()) else None
 
 
 def _finding(

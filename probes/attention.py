@@ -1,0 +1,145 @@
+"""Attention scores are scaled once, by the size of a head."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmodebug.dims import WIDTH_NAMES
+from olmodebug.explain import place_of, source_lines
+from olmodebug.probe import not_applicable, probe
+from olmodebug.records import Case
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
+from olmodebug.trace import Recording, record
+
+# Published architectures that leave the scores unscaled.
+UNSCALED = ("gpt_neo", "t5", "mt5", "umt5")
+# Settings by which a configuration chooses its own scale; where one is present the choice is the model's.
+OWN_SCALE = (
+    "attention_multiplier",
+    "query_pre_attn_scalar",
+    "scale_attn_weights",
+    "attn_scale",
+    "softmax_scale",
+    "attention_scale",
+    "scale_attn_by_inverse_layer_idx",
+    "mup_scale_factor",
+)
+
+
+@probe()
+def scaled_by_head_size(subject: Subject) -> Iterator[Finding]:
+    """Scores are the products of queries and keys divided by the square root of head_dim, once.
+
+    Why: without it, or with it twice, the softmax is far too sharp or too flat; training still works, worse.
+    Catches: hidden_size ** -0.5 instead of head_dim ** -0.5; a scale that scaled_dot_product_attention applies again.
+    """
+    if any(subject.setting(name) not in (None, False) for name in OWN_SCALE):
+        not_applicable("its configuration chooses a scale of its own")
+    if subject.setting("model_type") in UNSCALED:
+        not_applicable("its architecture leaves the scores unscaled")
+    choices = attention_choices(subject) or [None]
+    wrong = [finding for name in choices if (finding := _judged(subject, subject.twin(attention=name))) is not None]
+    yield from wrong[:1]
+
+
+def _judged(subject: Subject, twin: Subject) -> Found | None:
+    batch, seq = twin.sizes()
+    case = Case(name="scores", input_ids=twin.token_ids(batch, seq, seed=30))
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    found = next(iter(_scales(recording, seq)), None)
+    if found is None:
+        return None
+    index, scale, head_dim = found
+    expected = head_dim**-0.5
+    if math.isclose(scale, expected, rel_tol=1e-3):
+        return None
+    width, heads = subject.setting(*WIDTH_NAMES), subject.setting(*HEAD_NAMES)
+    slips: list[tuple[float, str, str]] = [
+        (1.0 / head_dim, "the scale is applied twice", "scale once: scaled_dot_product_attention does it by itself"),
+    ]
+    if isinstance(width, int) and width != head_dim:
+        slips.append((width**-0.5, f"the scale is hidden_size ** -0.5 ({width}), not head_dim ** -0.5 ({head_dim})", "scale by head_dim ** -0.5"))
+    if isinstance(heads, int):
+        slips.append((heads**-0.5, f"the scale is the number of heads ({heads}) ** -0.5", "scale by head_dim ** -0.5"))
+    slips.append((1.0, "the scores are not scaled at all", "multiply the scores by head_dim ** -0.5"))
+    told = next(((cause, fix) for value, cause, fix in slips if math.isclose(scale, value, rel_tol=1e-3)), None)
+    if told is None:
+        return None  # a scale that no known slip gives is a choice
+    event, spot = recording.events[index], recording.spots[index]
+    where = place_of(spot, module=event.where.module, op=event.op)
+    return Found(
+        probe="",
+        severity="warning",
+        message=f"attention scores are scaled by {scale:.4g}, and 1/sqrt(head_dim) is {expected:.4g}",
+        where=where,
+        source=source_lines(where),
+        cause=told[0],
+        fix=told[1],
+        expected=f"{expected:.4g}",
+        observed=f"{scale:.4g}",
+        evidence={"head_dim": head_dim},
+        case=case,
+    )
+
+
+def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, int]]:
+    """(event, scale, head_dim) for each softmax over scores `[.., seq, seq]`, and for each
+    fused attention; the scale is the ratio of what enters the softmax to the product that it came from."""
+    product: tuple[int, Tensor, int] | None = None
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        if event.op.startswith("_scaled_dot_product"):
+            query, scale = kept.arguments.get("query"), kept.arguments.get("scale")
+            if isinstance(query, Tensor):
+                own = float(scale) if scale is not None else query.shape[-1] ** -0.5
+                before = _scaled_before(recording, index, query)
+                yield index, own * before, int(query.shape[-1])
+        elif event.op in ("bmm", "matmul") and kept.outputs[0].shape[-2:] == (seq, seq) and kept.inputs[0].shape[-1] != seq:
+            product = index, kept.outputs[0], int(kept.inputs[0].shape[-1])
+        elif event.op in ("_softmax", "_safe_softmax") and product is not None and kept.inputs[0].shape[-2:] == (seq, seq):
+            at, raw, head_dim = product
+            product = None
+            ratio = _ratio(raw, kept.inputs[0])
+            if ratio is not None:
+                yield at, ratio * _scaled_before(recording, at, recording.kept[at].inputs[0]), head_dim
+
+
+def _ratio(raw: Tensor, scores: Tensor) -> float | None:
+    """The one factor between a product and the scores at the diagonal, which no causal mask hides; None if there is none
+    (a bias such as ALiBi is zero there, a softcap is not)."""
+    if raw.numel() != scores.numel():
+        return None
+    a = raw.reshape(-1, *raw.shape[-2:]).double().diagonal(dim1=-2, dim2=-1).flatten()
+    b = scores.reshape(-1, *scores.shape[-2:]).double().diagonal(dim1=-2, dim2=-1).flatten()
+    usable = a.abs() > 1e-3 * a.abs().max()
+    ratios = (b / a)[usable]
+    middle = float(ratios.median())
+    return middle if bool(((ratios - middle).abs() <= 1e-3 * abs(middle)).all()) else None
+
+
+def _scaled_before(recording: Recording, end: int, states: Tensor) -> float:
+    """The constants that queries and keys were multiplied by on their way into the product, in the ops just before it.
+
+    The way back follows the first tensor that each op read, from the product to the projection.
+    """
+    factor = 1.0
+    for wanted in {info.storage for info in recording.events[end].inputs[:2]}:
+        storage = wanted
+        for index in range(end - 1, max(-1, end - 24), -1):
+            event, kept = recording.events[index], recording.kept[index]
+            if not event.inputs or storage not in {info.storage for info in event.outputs}:
+                continue
+            if event.op in ("mm", "addmm", "bmm", "linear"):
+                break
+            other: Any = kept.arguments.get("other")
+            if event.op in ("mul", "div", "mul_", "div_") and kept.outputs[0].numel() == states.numel():
+                number = other if isinstance(other, int | float) else float(other) if isinstance(other, Tensor) and other.numel() == 1 else None
+                if number:
+                    factor *= number if event.op.startswith("mul") else 1.0 / number
+            storage = event.inputs[0].storage
+    return float(factor)
