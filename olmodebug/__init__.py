@@ -18,7 +18,10 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in ("check", "shapes", "trace"):
-        return getattr(importlib.import_module(".api", __name__), name)
+        api = importlib.import_module(".api", __name__)
+        # api imports the submodules of the same names, which the import system then binds here: bind the functions again
+        globals().update(check=api.check, shapes=api.shapes, trace=api.trace)
+        return globals()[name]
     if name in ("Finding", "Report"):
         return getattr(importlib.import_module(".report", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -95,11 +95,12 @@ def run_probe(
     except (SubjectCodeError, SubjectError) as error:
         if (refusal := refused(error)) is not None and not findings:
             return Result(outcome=outcome("not-applicable", f"the model refuses this case: {refusal}"))
-        findings.append(replace(_raised(error), probe=probe.name))
+        with settled(subject.model, seed=subject.seed):  # the failing run is traced again
+            findings.append(replace(_raised(error), probe=probe.name))
     except Exception:
         return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(_plain(f) for f in findings))
     if job is not None:
-        findings = [verified(f, job, lambda: _holds(probe, job, f)) for f in findings]  # noqa: B023 - called at once
+        findings = [verified(f, job, lambda: _holds(probe, job, f, findings)) for f in findings]  # noqa: B023 - called at once
     wrong = any(finding.severity == "error" for finding in findings)
     reason = (expected or {}).get(probe.name)
     plain = tuple(_plain(finding) for finding in findings)
@@ -124,13 +125,15 @@ def verified(finding: Finding, job: Job, holds: Callable[[], bool]) -> Finding:
         return finding
 
 
-def _holds(probe: Probe, job: Job, finding: Finding) -> bool:
+def _holds(probe: Probe, job: Job, finding: Finding, findings: Iterable[Finding]) -> bool:
+    """Whether the probe on the repaired copy finds no error but those of the other functions that it found before."""
+    others = {other.where.function for other in findings} - {finding.where.function}
     edits = finding.edits if isinstance(finding, Found) else ()
     with RepairedSource(job, edits) as subject:
         if subject is None:
             return False
         with settled(subject.model, seed=subject.seed):
-            return all(other.severity != "error" or other.where.function != finding.where.function for other in probe.function(subject))
+            return all(left.severity != "error" or left.where.function in others for left in probe.function(subject))
 
 
 def _builds(job: Job, finding: Finding) -> bool:

@@ -60,7 +60,11 @@ class NoLogits(Exception):
 
 def read_signature(forward: Callable[..., object]) -> Convention:
     """The convention that the names in a signature say; SubjectError when a required argument cannot be guessed."""
-    parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):  # a scripted or compiled forward
+        raise SubjectError("forward() has no readable signature; state the call with --adapter") from None
+    parameters = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     names = [p.name for p in parameters]
     if not names:
         raise SubjectError("forward() takes no argument that token ids could go into; state it with --adapter")

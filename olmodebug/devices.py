@@ -1,7 +1,8 @@
-"""Tensors on the wrong device, found without a second device: the model runs on `meta`, and what is not there was put elsewhere.
+"""Tensors on the wrong device, found without a second device: the model is moved to `meta`, and what is not there was put elsewhere.
 
-Meta tensors have shapes and no values, so whatever a forward makes on the device of its inputs is on meta too. An op that
-is given a meta tensor and one from the CPU is the op that raises on a GPU.
+To the model its parameters and inputs lie on meta, and so does whatever it makes on the device of its inputs; the values
+are computed beside it on the CPU, so that `.item()` and branches on a mask have their answer. An op that is given a meta
+tensor and one from the CPU is the op that raises on a GPU.
 """
 
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .sources import Sources, Spot
 
@@ -41,8 +42,12 @@ class Stray:
 
 
 def first_stray(model: nn.Module, run: Callable[[], Any]) -> Stray | None:
-    """The first op of a run on meta that mixes devices; None when the run ends without one. Raises what else the run raises."""
+    """The first op of a run that mixes devices when the model is on meta; None when the run ends without one.
+
+    `model` is moved for good: give a copy. Raises what else the run raises.
+    """
     watch = _Watch(model)
+    watch.move(model)
     handles = [
         handle
         for name, module in model.named_modules()
@@ -53,9 +58,6 @@ def first_stray(model: nn.Module, run: Callable[[], Any]) -> Stray | None:
             _run_watched(run)
     except Mixed:
         pass
-    except Exception:
-        if watch.stray is None:
-            raise
     finally:
         for handle in handles:
             handle.remove()
@@ -72,10 +74,28 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.sources = Sources(model)
         self.made: dict[int, tuple[Spot | None, str]] = {}
+        self.values: dict[int, Tensor] = {}  # id of a meta tensor -> what it stands for
         self.alive: list[Tensor] = []  # an id may not be given twice while it is a key
         self.stack: list[str] = [""]
         self.stray: Stray | None = None
         self.attributes = plain_tensors(model)
+
+    def move(self, model: nn.Module) -> None:
+        """Put every parameter and buffer of a model on meta, tied ones once."""
+        moved: dict[int, Tensor] = {}
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in list(table.items()):
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in moved:
+                        meta = self.stand_in(tensor)
+                        if isinstance(tensor, nn.Parameter):
+                            meta = nn.Parameter(meta, requires_grad=False)
+                            self.values[id(meta)] = tensor.detach()
+                        self.alive += [tensor, meta]
+                        moved[id(tensor)] = meta
+                    table[name] = moved[id(tensor)]  # type: ignore[assignment]
 
     def enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -87,30 +107,49 @@ class _Watch(TorchDispatchMode):
         self.stack.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         op = func.__name__.partition(".")[0]
         flat = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
-        elsewhere = [t for t in flat if t.device.type != "meta"]
-        if elsewhere and len(elsewhere) < len(flat) and op not in MOVES:
+        there, elsewhere = [t for t in flat if t.is_meta], [t for t in flat if not t.is_meta]
+        if there and elsewhere and op not in MOVES:
             # Indices may come from the CPU; the table that they index may not.
             read = flat[:1] if op in INDEXING else elsewhere
-            wrong = [t for t in read if t.device.type != "meta" and t.ndim]
+            wrong = [t for t in read if not t.is_meta and t.ndim]
             if wrong:
                 self._report(op, wrong[0])
                 raise Mixed
-        output = func(*args, **kwargs)
-        spot = None
+        asked = kwargs.get("device")
+        on_meta = bool(there) if asked is None else torch.device(asked).type == "meta"
+        if asked is not None and on_meta:
+            kwargs["device"] = "cpu"
+        output = func(*tree_map_only(Tensor, self._value, args), **tree_map_only(Tensor, self._value, kwargs))
+        if on_meta:
+            known = {id(self._value(t)): t for t in there}
+            return tree_map_only(Tensor, lambda t: known.get(id(t)) if id(t) in known else self.stand_in(t), output)
+        self._remember(op, elsewhere, output)
+        return output
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """A meta tensor that stands for this one; ops on it are computed on the values, so that `.item()` has an answer."""
+        with torch.no_grad():
+            value = tensor.detach()
+            meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        self.values[id(meta)] = value
+        self.alive.append(meta)
+        return meta
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        return self.values[id(tensor)] if tensor.is_meta else tensor
+
+    def _remember(self, op: str, inputs: list[Tensor], output: Any) -> None:
+        """Where a tensor on the CPU was first made: by a factory here, or from others that were."""
+        origin = next((self.made[id(t)] for t in inputs if id(t) in self.made), None)
+        if origin is None and not inputs:
+            origin = (self.sources.spot(sys._getframe(2), _run_watched.__code__), op)
         for tensor in [item for item in tree_flatten(output)[0] if isinstance(item, Tensor)]:
-            if tensor.device.type == "meta" or id(tensor) in self.made:
-                continue
-            origin = next((self.made[id(t)] for t in elsewhere if id(t) in self.made), None)
-            if origin is None and not elsewhere:
-                spot = spot or self.sources.spot(sys._getframe(1), _run_watched.__code__)
-                origin = (spot, op)
-            if origin is not None:
+            if origin is not None and id(tensor) not in self.made:
                 self.made[id(tensor)] = origin
                 self.alive.append(tensor)
-        return output
 
     def _report(self, op: str, tensor: Tensor) -> None:
         made, maker = self.made.get(id(tensor), (None, ""))

@@ -41,7 +41,7 @@ def norm_calls(recording: Recording) -> list[NormCall]:
             if shape and isinstance(eps, float):
                 kind = "layer norm" if event.op == "native_layer_norm" else "RMS norm"
                 found.append(NormCall(where=event.where, eps=eps, width=int(shape[-1]), kind=kind))
-        elif event.op in ROOTS or (event.op == "pow" and kept.arguments.get("exponent") == -0.5):
+        elif event.op in ROOTS or (event.op == "pow" and _number(kept.arguments.get("exponent")) == -0.5):
             call = _by_hand(recording, written, event)
             if call is not None:
                 found.append(call)
@@ -86,13 +86,17 @@ def traced(module: nn.Module, run: Callable[[], Any]) -> Recording:
     return record(module, run, keep=True, catch=True)
 
 
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, float | int) and not isinstance(value, bool) else None
+
+
 def _by_hand(recording: Recording, written: dict[int, int], root: Event) -> NormCall | None:
     before = written.get(root.inputs[0].storage) if root.inputs else None
     if before is None:
         return None
     event, kept = recording.events[before], recording.kept[before]
-    eps = kept.arguments.get("other")
-    if event.op not in ("add", "add_") or isinstance(eps, bool) or not isinstance(eps, float | int):
+    eps = _number(kept.arguments.get("other"))
+    if event.op not in ("add", "add_") or eps is None:
         return None
     mean_index = written_before(recording, event.inputs[0].storage, before)
     if mean_index is None or recording.events[mean_index].op not in MEANS:
@@ -103,7 +107,7 @@ def _by_hand(recording: Recording, written: dict[int, int], root: Event) -> Norm
     if not shape or dims not in ([-1], [len(shape) - 1]):
         return None
     kind = "RMS norm" if mean.op == "mean" else "layer norm"
-    return NormCall(where=event.where, eps=float(eps), width=shape[-1], kind=kind)
+    return NormCall(where=event.where, eps=eps, width=shape[-1], kind=kind)
 
 
 def written_before(recording: Recording, storage: int, index: int) -> int | None:

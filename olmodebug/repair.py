@@ -5,6 +5,7 @@ folder and loads the subject from there; the user's file is never touched.
 """
 
 import ast
+import io
 import shutil
 import sys
 import tempfile
@@ -47,9 +48,9 @@ class Expressions:
         self.text = Path(file).read_text(encoding="utf-8")
         self.tree = ast.parse(self.text)
         self._starts = [0]
-        for line in self.text.splitlines(keepends=True):
+        self._lines = io.StringIO(self.text).readlines()  # not splitlines: Python's lines do not end at a form feed
+        for line in self._lines:
             self._starts.append(self._starts[-1] + len(line))
-        self._lines = self.text.splitlines(keepends=True)
 
     def at(self, spot: Spot) -> list[ast.expr | ast.stmt]:
         """The node that was running, and the nodes around it, innermost first."""
@@ -117,7 +118,11 @@ class RepairedSource:
         self._modules = set(sys.modules)
         copy = self._folder / path.name
         copy.write_text(text, encoding="utf-8")
-        return resolve(replace(self.job, spec=f"{copy}:{attribute}"))
+        try:
+            return resolve(replace(self.job, spec=f"{copy}:{attribute}"))
+        except BaseException:
+            self.__exit__(None, None, None)  # Python does not, when __enter__ itself raises
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._folder is None:

@@ -9,7 +9,8 @@ from torch import nn
 
 @contextmanager
 def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Iterator[None]:
-    """Restore the random state, default dtype, grad mode and flags of torch, and the model's modes and gradients.
+    """Restore the random state, default dtype, grad mode and flags of torch, and the model's modes, gradients and
+    buffers.
 
     With `seed` the block starts from that random state.
     """
@@ -18,6 +19,8 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     modes = [(module, module.training) for module in model.modules()] if model else []
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()] if model else []
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers] if model else []
+    values = [(buffer, buffer.clone()) for _, known in buffers for buffer in known.values() if buffer is not None]
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
@@ -31,3 +34,9 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
                 module.training = training
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            for module, known in buffers:  # a forward may write into a buffer, or put another in its place
+                module._buffers.clear()
+                module._buffers.update(known)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.data.copy_(value)

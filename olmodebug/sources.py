@@ -18,6 +18,7 @@ from torch import nn
 OUTSIDE, NEAR, OWN = 0, 1, 2
 
 _PACKAGE = str(Path(__file__).parent)
+_PROBES = str(Path(__file__).parents[1] / "probes")  # where the shipped probes are in a checkout
 _TORCH = str(Path(nn.__file__).parents[1])  # torch/nn/__init__.py
 _PYTHON = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
 _INSTALLED = tuple(dict.fromkeys([*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")]))
@@ -108,7 +109,7 @@ class Sources:
         return best or near
 
     def _judge(self, file: str) -> int:
-        if file.startswith(("<", _PACKAGE, _TORCH)):
+        if file.startswith(("<", _PACKAGE, _PROBES, _TORCH)):
             return OUTSIDE
         for root in _INSTALLED:
             if file.startswith(root):

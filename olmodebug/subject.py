@@ -127,9 +127,7 @@ class Subject:
 
     def sizes(self) -> tuple[int, int]:
         """(batch, seq_len): primes that divide no dimension of the model, so that each is known by its size."""
-        dimensions = {size for t in [*self.model.parameters(), *self.model.buffers()] for size in t.shape if size > 1}
-        heads = self.setting(*HEAD_NAMES)
-        dimensions |= {heads} if isinstance(heads, int) else set()
+        dimensions = self._dimensions()
         longest = min(self.max_positions or 10**6, 10**6)
 
         def clash(number: int) -> int:
@@ -138,6 +136,12 @@ class Subject:
         batch = min(BATCH_SIZES, key=clash)
         lengths = [n for n in SEQ_LENS if n <= longest and n != batch] or [max(longest, 1)]
         return batch, min(lengths, key=lambda n: (clash(n), SEQ_LENS.index(n) if n in SEQ_LENS else 0))
+
+    def _dimensions(self) -> set[int]:
+        """Every size of a parameter or buffer, and the number of heads."""
+        heads = self.setting(*HEAD_NAMES)
+        sizes = {size for t in [*self.model.parameters(), *self.model.buffers()] for size in t.shape if size > 1}
+        return sizes | ({heads} if isinstance(heads, int) else set())
 
     def token_ids(self, *shape: int, seed: int = 0) -> Rows:
         """Random ids `[batch, seq_len]` inside the vocabulary that are no special token of the config."""
@@ -232,9 +236,17 @@ class Subject:
             return self._make_twin(self.dtype, training, attention)
         return twin
 
+    def first_case(self) -> Case:
+        """A short batch, for the first run of a model that may know few positions; its sizes are unlike the model's own."""
+        dimensions = self._dimensions()
+        lengths = [n for n in (5, 4, 6, 7) if n <= (self.max_positions or n)] or [self.max_positions or 4]
+        batch = min((2, 3), key=lambda n: n in dimensions)
+        length = min(lengths, key=lambda n: n in dimensions or n == batch)
+        return Case(name="first run", input_ids=self.token_ids(batch, length))
+
     def runs(self) -> bool:
         """Whether a short forward goes through and gives finite logits."""
-        case = Case(name="first run", input_ids=self.token_ids(2, min(4, self.max_positions or 4)))
+        case = self.first_case()
         with settled(self.model, seed=self.seed), quiet():
             try:
                 return bool(torch.isfinite(self.logits(case)).all())
@@ -288,13 +300,12 @@ def from_model(
 
 def settle_convention(subject: Subject) -> Convention:
     """The convention after one run: whether all positions come back without labels, and whether the mask is accepted."""
-    length = min(4, subject.max_positions or 4)
-    case = Case(name="first run", input_ids=subject.token_ids(2, length))
+    case = subject.first_case()
     with settled(subject.model, seed=subject.seed), torch.no_grad(), quiet():
         subject.model.eval()
         with own_code(subject, case, stage="first run"):
             output = subject.call(case)
-        if output.logits.shape[1] == 1 and length > 1 and subject.convention.labels:
+        if output.logits.shape[1] == 1 and case.seq_len > 1 and subject.convention.labels:
             return replace(subject.convention, logits_need_labels=True)
     return subject.convention
 

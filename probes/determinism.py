@@ -8,12 +8,10 @@ from torch import Tensor, nn
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
 from olmodebug.invariance import run
-from olmodebug.load import SubjectCodeError
 from olmodebug.probe import probe
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
-from olmodebug.settle import settled
 from olmodebug.subject import Subject, attention_choices, own_code, quiet
 from olmodebug.trace import record
 
@@ -55,84 +53,6 @@ def eval_repeats(subject: Subject) -> Iterator[Finding]:
         return
 
 
-@probe()
-def calls_do_not_interfere(subject: Subject) -> Iterator[Finding]:
-    """A call gives the same bits after other calls: of other lengths, batches, masks and positions.
-
-    Why: a mask or table cached under too small a key is right in the first test and wrong ever after.
-    Catches: a mask cached by sequence length alone; a rotary table that keeps what an earlier call put into it.
-    """
-    twin = subject.fresh_twin()
-    batch, seq = twin.sizes()
-    case = Case(name="the first call", input_ids=twin.token_ids(batch, seq, seed=17))
-    before = run(twin, case)
-    for other in _others(twin, batch, seq):
-        try:
-            run(twin, other)
-        except SubjectCodeError:
-            continue  # what does not run at all is told by the probes of masks, positions and batches
-        apart = difference(before, run(twin, case))
-        if apart is not None:
-            yield Found(
-                probe="",
-                severity="error",
-                message=f"a call differs by {apart.max_abs:.3g} from the same call before, after {other.name}",
-                cause="the model keeps something from one call that changes the next",
-                fix="key what is cached by everything it depends on: sizes, offset, window, dtype, device, mask",
-                expected="equal bits",
-                observed=f"{apart.mismatched} of {apart.total} logits differ",
-                evidence={"the call between": f"batch {other.batch_size}, seq_len {other.seq_len}"},
-                case=case,
-            )
-            return
-
-
-@probe()
-def leaves_things_alone(subject: Subject) -> Iterator[Finding]:
-    """A forward in eval mode changes neither its arguments nor the model's parameters and buffers.
-
-    Why: ids that are overwritten in place poison the labels made from them.
-    Catches: labels[mask] = -100 on a view of input_ids; running statistics updated in eval.
-    """
-    twin = subject.fresh_twin()
-    batch, seq = twin.sizes()
-    ids = torch.tensor(twin.token_ids(batch, seq, seed=18))
-    kept = ids.clone()
-    state = {name: t.clone() for name, t in twin.model.state_dict().items()}
-    arguments: dict[str, Tensor | bool] = {twin.convention.ids: ids}
-    if twin.convention.labels:
-        arguments[twin.convention.labels] = ids
-    if twin.convention.use_cache:
-        arguments[twin.convention.use_cache] = False
-    if twin.adapter is None:
-        first = arguments.pop(twin.convention.ids)
-        case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=18))
-        with torch.no_grad(), quiet(), settled(seed=twin.seed):
-            try:
-                twin.model(first, **arguments)
-            except Exception:  # labels of another shape, or none without images: the loss probes speak of those
-                arguments.pop(twin.convention.labels or "", None)
-                with own_code(twin, case):
-                    twin.model(first, **arguments)
-    if not torch.equal(ids, kept):
-        yield Found(
-            probe="",
-            severity="error",
-            message=f"forward writes into its {twin.convention.ids}: {int((ids != kept).sum())} of {ids.numel()} values changed",
-            cause="an in-place write reaches the caller's tensor through a view",
-            fix="clone before writing",
-        )
-    changed = [name for name, t in twin.model.state_dict().items() if name in state and not _same(t, state[name])]
-    if changed:
-        yield Found(
-            probe="",
-            severity="error",
-            message=f"a forward in eval mode changes {changed[0]}" + (f" and {len(changed) - 1} more" if len(changed) > 1 else ""),
-            where=Where(module=changed[0].rpartition(".")[0]),
-            fix="update buffers in train mode only",
-        )
-
-
 def force_dropout(model: nn.Module) -> list[str]:
     """Set every dropout rate of the model to 0.3, in modules and in plain attributes; the names of what was set."""
     forced = []
@@ -163,19 +83,3 @@ def _random_op(twin: Subject, case: Case) -> Where:
         if event.op.startswith("_scaled_dot_product") and spot is not None:
             dropout = place_of(spot, module=event.where.module, op=event.op)
     return locals().get("dropout", Where())
-
-
-def _others(twin: Subject, batch: int, seq: int) -> Iterator[Case]:
-    longest = twin.max_positions or 4 * seq
-    for length in (max(1, seq - 3), min(seq + 5, longest)):
-        yield Case(name=f"a call with {length} tokens", input_ids=twin.token_ids(batch + 1, length, seed=19))
-    if twin.convention.position_ids and longest > seq + 4:
-        moved = (tuple(range(4, 4 + seq)),) * batch
-        yield Case(name="a call with other positions", input_ids=twin.token_ids(batch, seq, seed=19), position_ids=moved)
-    if twin.convention.attention_mask:
-        mask = ((0,) * (seq // 2) + (1,) * (seq - seq // 2),) * batch
-        yield Case(name="a call with a padding mask", input_ids=twin.token_ids(batch, seq, seed=19), attention_mask=mask)
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return difference(left, right) is None

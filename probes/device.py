@@ -1,10 +1,6 @@
 """Everything that a forward makes is made on the device of its inputs."""
 
-import copy
 from collections.abc import Iterator
-
-import torch
-from torch import nn
 
 from olmodebug.devices import Stray, first_stray, plain_tensors
 from olmodebug.explain import place_of, source_lines
@@ -23,17 +19,15 @@ def made_where_the_inputs_are(subject: Subject) -> Iterator[Finding]:
     Why: on the CPU everything is on the CPU; on a GPU the same code raises, often only in the branch with a mask or labels.
     Catches: torch.arange(seq_len) without device=; device="cpu"; a table kept as a plain attribute that .to(device) does not move.
     """
-    twin = subject.fresh_twin(dtype=subject.dtype)
-    model = _on_meta(twin.model)
-    twin.model = model
-    batch, seq = twin.sizes()
-    ids = twin.token_ids(batch, seq)
+    batch, seq = subject.sizes()
+    ids = subject.token_ids(batch, seq)
     ran, refused = 0, ""
-    for case in _cases(twin, ids):
+    for case in _cases(subject, ids):
+        twin = subject.fresh_twin(dtype=subject.dtype)
         try:
             with settled(seed=twin.seed), quiet():
-                stray = first_stray(model, lambda c=case: twin.call(c))  # type: ignore[misc]
-        except Exception as error:  # values are asked for (.item(), a branch on a mask): meta has none
+                stray = first_stray(twin.model, lambda t=twin, c=case: t.call(c))  # type: ignore[misc]
+        except Exception as error:  # what asks a tensor for its memory or its device's kernels has no answer on meta
             refused = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
             continue
         ran += 1
@@ -43,7 +37,7 @@ def made_where_the_inputs_are(subject: Subject) -> Iterator[Finding]:
                 yield finding
             return
     if not ran:
-        skip(f"forward asks for values, which meta tensors do not have ({refused})")
+        skip(f"forward does not run on the meta device ({refused})")
 
 
 def _cases(twin: Subject, ids: tuple[tuple[int, ...], ...]) -> Iterator[Case]:
@@ -91,17 +85,6 @@ def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
         evidence={"found by": "a run on the meta device"},
         case=case,
     )
-
-
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are on meta."""
-    moved = copy.deepcopy(model).to("meta")
-    # Some models put their tables back on their own after a move; what is a buffer is moved, whoever wrote it.
-    for module in moved.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.device.type != "meta":
-                setattr(module, name, torch.empty_like(buffer, device="meta"))
-    return moved
 
 
 def _in_fresh_build(subject: Subject, attribute: str) -> bool | None:

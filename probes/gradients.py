@@ -1,17 +1,27 @@
 """Every parameter takes part in training."""
 
+import inspect
+import linecache
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from olmodebug.explain import place_of, source_lines
+from olmodebug.invariance import limit_of
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
+from olmodebug.sources import OWN, Spot
+from olmodebug.state import keeper
 from olmodebug.subject import Subject, own_code, quiet
-from olmodebug.trace import record
+from olmodebug.trace import Recording, record
+
+FD_TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path that is cut changes the slope by its whole share
+CUTS = ("detach", ".data", "no_grad", "stop_gradient")
 
 
 @probe()
@@ -44,10 +54,15 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
                 )
                 return
             target = torch.tensor(case.input_ids)[:, 1:]
-            F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), target.reshape(-1)).backward()
+            loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), target.reshape(-1))
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                yield _backward_fails(twin, error, case)
+                return
     bad = [name for name, p in trainable.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     if bad:
-        yield _finding(twin, bad, "error", "a gradient that is not finite", None, None)
+        yield _finding(recording, twin, bad, "error", "a gradient that is not finite", None, None)
     missing = [name for name, p in trainable.items() if p.grad is None]
     zero = [name for name, p in trainable.items() if p.grad is not None and not bool(p.grad.any())]
     cut = [name for name in missing if name.rpartition(".")[0] in called]
@@ -55,22 +70,143 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
     if cut:
         share = sum(trainable[name].numel() for name in cut) / sum(p.numel() for p in trainable.values())
         cause = "forward calls its module, and the path from there to the logits carries no gradient (detach, .data, no_grad, or a choice by index)"
-        yield _finding(twin, cut, "error" if share > 0.5 else "warning", "no gradient", cause, "let the gradient through, or freeze it openly")
+        yield _finding(recording, twin, cut, "error" if share > 0.5 else "warning", "no gradient", cause, "let the gradient through, or freeze it openly")
     if unused:
         cause = "forward never calls its module"
-        yield _finding(twin, unused, "warning", "no gradient", cause, "use it in forward, or remove it")
+        yield _finding(recording, twin, unused, "warning", "no gradient", cause, "use it in forward, or remove it")
     if zero and not any("expert" in name for name in zero):
-        yield _finding(twin, zero, "warning", "a gradient of exactly zero", None, None)
+        yield _finding(recording, twin, zero, "warning", "a gradient of exactly zero", None, None)
 
 
-def _finding(twin: Subject, names: list[str], severity: str, what: str, cause: str | None, fix: str | None) -> Found:
-    module = names[0].rpartition(".")[0]
+@probe(after=("gradients.reach-every-parameter",), cost="quick")
+def match_finite_differences(subject: Subject) -> Iterator[Finding]:
+    """The gradient is the derivative of the loss: along a random direction both predict the same change.
+
+    Why: a path that is cut in part trains, towards something else.
+    Catches: .detach() on one branch of a residual or on attention weights; a wrong custom backward.
+    """
+    twin = subject.fresh_twin()
+    trainable = [p for p in twin.model.parameters() if p.requires_grad]
+    if not trainable:
+        not_applicable("no parameter requires a gradient")
+    if twin.dtype != torch.float64 or limit_of(twin) > 1e-9:
+        not_applicable("its forward computes in float32 inside, where finite differences say little")
+    batch, seq = twin.sizes()
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=31))
+    analytic, numeric, trusted = _directional(twin, case, trainable, seed=1)
+    if not trusted or abs(analytic - numeric) <= FD_TOLERANCE * max(abs(numeric), 1e-6):
+        return
+    again, measured, sure = _directional(twin, case, trainable, seed=2)
+    if not sure or abs(again - measured) <= FD_TOLERANCE * max(abs(measured), 1e-6):
+        return
+    with torch.enable_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case).logits)
+    where = _cut(recording, twin, None)
+    yield Found(
+        probe="",
+        severity="warning",
+        message=f"the gradient is not the derivative of the loss: it predicts a slope of {analytic:.4g} where the loss has {numeric:.4g}",
+        where=where,
+        source=source_lines(where),
+        cause=f"{where.op} cuts the gradient of one path here" if where.op == "detach" else None,
+        fix="let the gradient through, unless the cut is meant" if where.op == "detach" else None,
+        expected=f"{numeric:.6g} (central difference in float64)",
+        observed=f"{analytic:.6g}",
+        evidence={"a second direction": f"{again:.4g} where the loss has {measured:.4g}"},
+        case=case,
+    )
+
+
+def _backward_fails(twin: Subject, error: RuntimeError, case: Case) -> Found:
+    """A backward that raises; the second one does when a tensor of the first step's graph is kept and used again."""
+    text = str(error).partition(". ")[0]
+    kept = "backward through the graph a second time" in text
+    where, name = keeper(twin.model) if kept else (Where(), None)
+    return Found(
+        probe="",
+        severity="error",
+        message=f"backward raises RuntimeError: {text}",
+        where=where,
+        source=source_lines(where),
+        cause=f"{name} keeps a tensor of the first step's graph, and the second step uses it again" if name else None,
+        fix="keep it detached, or compute it anew in every forward" if name else None,
+        raised=f"RuntimeError: {text}",
+        case=case,
+    )
+
+
+def _directional(twin: Subject, case: Case, parameters: list[nn.Parameter], *, seed: int) -> tuple[float, float, bool]:
+    """The slope of the loss along a random direction, from the gradient and from central differences at two step widths;
+    the last value says whether those two agree, which they do not where the loss jumps."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        way = [torch.randn(p.shape, generator=generator, dtype=torch.float64) * (p.detach().abs().mean() + 1e-8).double() for p in parameters]
+    target = torch.tensor(case.input_ids)[:, 1:]
+
+    def loss() -> Tensor:
+        with quiet(), own_code(twin, case):
+            logits = twin.call(case).logits
+        return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).double(), target.reshape(-1))
+
+    with torch.enable_grad():
+        twin.model.zero_grad(set_to_none=True)
+        loss().backward()
+    analytic = sum(float((p.grad.double() * d).sum()) for p, d in zip(parameters, way, strict=True) if p.grad is not None)
+    twin.model.zero_grad(set_to_none=True)
+
+    def slope(step: float) -> float:
+        values = []
+        for sign in (1.0, -2.0):
+            with torch.no_grad():
+                for p, d in zip(parameters, way, strict=True):
+                    p.add_(d, alpha=sign * step)
+                values.append(float(loss()))
+        with torch.no_grad():
+            for p, d in zip(parameters, way, strict=True):
+                p.add_(d, alpha=step)
+        return (values[0] - values[1]) / (2 * step)
+
+    wide, narrow = slope(2e-4), slope(1e-4)
+    return analytic, narrow, abs(wide - narrow) <= 1e-3 * max(abs(narrow), 1e-6)
+
+
+def _cut(recording: Recording, twin: Subject, module: str | None) -> Where:
+    """Where the subject's own code cuts the graph: the one line with a detach op, else one that reads `.data` or enters
+    no_grad in the class of the module, else the function that should use the module."""
+    places = {
+        (event.where.file, event.where.line): place_of(spot, module=event.where.module, op="detach")
+        for event, spot in zip(recording.events, recording.spots, strict=True)
+        if event.op == "detach" and event.phase == "forward" and spot is not None
+    }
+    written = {key: place for key, place in places.items() if any(word in linecache.getline(*key) for word in CUTS)}  # type: ignore[misc]
+    if len(written) == 1:
+        return next(iter(written.values()))
+    path = module or ""
+    while True:
+        owner = twin.model.get_submodule(path)
+        code = getattr(type(owner).forward, "__code__", None)
+        own = code is not None and twin.sources.rank(code.co_filename) == OWN
+        if own and code is not None:
+            lines, start = inspect.getsourcelines(code)
+            cut = next((start + i for i, text in enumerate(lines) if any(word in text for word in CUTS)), None)
+            if cut is not None or not path or module is None:
+                return place_of(Spot(code, 0, cut or code.co_firstlineno), module=path, op="detach" if cut else None)
+            if path != module:
+                return place_of(Spot(code, 0, code.co_firstlineno), module=path)
+        if not path:
+            return Where(module=module or "")
+        path = path.rpartition(".")[0]
+
+
+def _finding(recording: Recording, twin: Subject, names: list[str], severity: str, what: str, cause: str | None, fix: str | None) -> Found:
+    where = _cut(recording, twin, names[0].rpartition(".")[0])
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return Found(
         probe="",
         severity=severity,  # type: ignore[arg-type]
         message=f"{names[0]} gets {what}" + (f", and {len(names) - 1} other parameters too" if len(names) > 1 else ""),
-        where=Where(module=module),
+        where=where,
+        source=source_lines(where),
         cause=cause,
         fix=fix,
         evidence={"parameters": listed, "of": sum(1 for p in twin.model.parameters() if p.requires_grad)},

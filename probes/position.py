@@ -1,5 +1,6 @@
 """Positions: honoured, and valid over the whole context that the configuration declares."""
 
+import linecache
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,10 +9,11 @@ import torch
 from torch import nn
 
 from olmodebug.compare import difference
+from olmodebug.explain import place_of, source_lines
 from olmodebug.invariance import crash, limit_of, run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
-from olmodebug.records import Case
+from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, quiet
@@ -78,9 +80,12 @@ def honoured(subject: Subject) -> Iterator[Finding]:
     else:
         cause = f"{twin.convention.position_ids} is accepted and not used; the order of tokens does matter, so positions are rebuilt inside"
         fix = f"use {twin.convention.position_ids} where positions are made, or take it out of the signature"
+    where = _where_positions_are_made(twin, counted)
     yield Found(
         probe="",
         severity="error",
+        where=where,
+        source=source_lines(where),
         message=f"logits do not change when {twin.convention.position_ids} are stretched by {stretch}",
         cause=cause,
         fix=fix,
@@ -96,6 +101,18 @@ def _encodes_positions(twin: Subject, case: Case) -> bool:
         recording = record(twin.model, lambda: twin.call(case))
     named = (name.lower() for event in recording.events for name in event.parameters)
     return any(event.op in ("cos", "sin", "polar") for event in recording.events) or any(POSITION_TABLE.search(name) for name in named)
+
+
+def _where_positions_are_made(twin: Subject, case: Case) -> Where:
+    """The line that counts positions, or cuts them out of a table, without a look at the positions given."""
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case))
+    for event, spot in zip(recording.events, recording.spots, strict=True):
+        counts = event.op == "arange" and "pos" in linecache.getline(event.where.file or "", event.where.line or 0)
+        cuts = event.op in ("slice", "narrow") and any(POSITION_TABLE.search(name) for name in event.parameters)
+        if counts or cuts:
+            return place_of(spot, module=event.where.module, op=event.op)
+    return Where()
 
 
 def _rows_before_the_first_position(subject: Subject, longest: int) -> int:

@@ -70,12 +70,15 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
     if tuple(head.weight.shape) != tuple(embedding.weight.shape):
         not_applicable("the head has another shape than the embedding")
     shared = head.weight.data_ptr() == embedding.weight.data_ptr()
+    where = _tying(model)
     if tied and not shared:
         equal = bool(torch.equal(head.weight, embedding.weight))
         yield Found(
             probe="",
             severity="error",
             message="tie_word_embeddings is set, and the head has its own weight",
+            where=where,
+            source=source_lines(where),
             cause="the weight was copied, not shared: both start with the same values" if equal else "the head was never tied to the embedding",
             fix="self.lm_head.weight = self.embed_tokens.weight, after the weights are made",
             expected="one parameter",
@@ -108,6 +111,18 @@ def _head(model: nn.Module) -> nn.Linear | None:
     if embedding is None or not linears or linears[-1].weight.shape != embedding.weight.shape:
         return None
     return linears[-1]
+
+
+def _tying(model: nn.Module) -> Where:
+    """The model's own function for tying, under the names that people give it, else its __init__."""
+    for cls in type(model).__mro__:
+        if cls.__module__.partition(".")[0] in ("torch", "transformers", "builtins"):
+            continue
+        for name, function in vars(cls).items():
+            code = getattr(function, "__code__", None)
+            if "tie" in name and code is not None:
+                return place_of(Spot(code, 0, code.co_firstlineno))
+    return _class_place(model, "")
 
 
 def _class_place(module: nn.Module, path: str) -> Where:

@@ -1,15 +1,18 @@
 """Every token id has its row, in the embedding and in the logits."""
 
+import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 
+from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
 from olmodebug.invariance import crash, run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
-from olmodebug.repair import Found
+from olmodebug.repair import Found, expressions
 from olmodebug.report import Finding
 from olmodebug.sources import Spot
 from olmodebug.subject import VOCAB_NAMES, Subject
@@ -105,14 +108,24 @@ def _padded(size: int) -> int:
 
 
 def _table(subject: Subject) -> tuple[str, Spot | None]:
-    from torch import nn
+    """The first embedding's module path, and the line that makes it in the __init__ of the subject's class around it."""
+    table, sources = first_embedding(subject.model), subject.sources
+    path = next((name for name, module in subject.model.named_modules() if module is table), "") if table else ""
+    owner = path
+    while owner:
+        owner = owner.rpartition(".")[0]
+        code = getattr(type(subject.model.get_submodule(owner)).__init__, "__code__", None)
+        if code is not None and sources.rank(code.co_filename):  # not torch's own ModuleDict
+            return path, Spot(code, 0, _line_of_embedding(code))
+    return path, None
 
-    for name, module in subject.model.named_modules():
-        if isinstance(module, nn.Embedding):
-            owner = subject.model.get_submodule(name.rpartition(".")[0])
-            init = type(owner).__init__
-            code = getattr(init, "__code__", None)
-            return name, Spot(code, 0, code.co_firstlineno) if code else None
-    return "", None
+
+def _line_of_embedding(code: CodeType) -> int:
+    """The first line of a function that calls something named Embedding; its own first line where none does."""
+    tree = expressions(Spot(code, 0, code.co_firstlineno))
+    last = max((line for _, _, line in code.co_lines() if line), default=code.co_firstlineno)
+    calls = [node for node in ast.walk(tree.tree) if isinstance(node, ast.Call)] if tree else []
+    lines = [node.lineno for node in calls if code.co_firstlineno <= node.lineno <= last and "Embedding" in ast.unparse(node.func)]
+    return min(lines, default=code.co_firstlineno)
 
 

@@ -1,0 +1,59 @@
+"""What `import olmodebug` offers."""
+
+import subprocess
+import sys
+
+import torch
+
+import olmodebug
+from olmodebug.model import Olmo
+from olmodebug.presets import preset
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(olmodebug.__all__) == ["Finding", "Report", "check", "shapes", "trace"]
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, olmodebug; print([m for m in ('torch', 'transformers', 'rich', 'hypothesis', 'pytest') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_live_model_is_checked_and_left_as_it_was() -> None:
+    model = Olmo(preset("olmo1-tiny"))
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    report = olmodebug.check(model, select_probes="causality or loss or vocab")
+    assert report.exit_code == 0, report
+    assert report.counts.passed >= 4
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert "pass" in repr(report)
+
+
+def test_a_model_that_raises_is_a_finding_not_an_exception() -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(97, 8)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.embed(input_ids) @ torch.ones(9, 97)
+
+    report = olmodebug.check(Broken())
+    assert report.exit_code == 1
+    assert report.findings[0].probe == "build.runs"
+    assert report.findings[0].where.function == "test_a_model_that_raises_is_a_finding_not_an_exception.Broken.forward"
+
+
+def test_a_trace_names_module_function_and_line_of_every_op() -> None:
+    model = Olmo(preset("olmo1-tiny"))
+    recording = olmodebug.trace(model, lambda: model(torch.tensor([[5, 6, 7]])))
+    softmax = [event for event in recording if "softmax" in event.op or "scaled_dot" in event.op]
+    assert softmax
+    assert softmax[0].where.module == "model.layers.0.self_attn"
+    assert softmax[0].where.file is not None
+    assert softmax[0].where.file.endswith("model.py")
