@@ -12,8 +12,9 @@ from .environment import environment
 from .explain import explain
 from .load import SubjectCodeError
 from .probe import select, shipped_probes
+from .records import ShapeTree
 from .report import Finding, Outcome, Report, SubjectInfo, merge_by_root
-from .shapes import ShapeTree, shape_tree
+from .shapes import shape_tree
 from .spec import Job, resolve
 from .subject import Subject, from_model
 from .trace import Recording, record

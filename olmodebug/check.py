@@ -52,7 +52,7 @@ def build(job: Job) -> Building:
         name = BUILD if at_build else FIRST_RUN
         explanation = explain(error)
         seconds = time.perf_counter() - started
-        finding = replace(explanation.finding(), probe=name)
+        finding: Finding = replace(explanation.finding(), probe=name)
         finding = verified(finding, job, lambda: _builds(job, finding))
         results = [] if at_build else [Result(outcome=Outcome(probe=BUILD, status="passed", seconds=seconds))]
         results.append(Result(outcome=Outcome(probe=name, status="failed", seconds=seconds), findings=(_plain(finding),)))

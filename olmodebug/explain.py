@@ -228,13 +228,12 @@ def _index_out_of_range(recording: Recording, explanation: Explanation, names: d
 def _bad_index(op: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int, int, int] | None:
     """(table, index, dimension, bound, lowest legal value) of the first index that is out of range."""
     if op in ("index", "index_put_", "_index_put_impl_"):
-        table, dim = arguments["self"], 0
-        for index in arguments["indices"]:
+        table = arguments["self"]
+        for dim, index in enumerate(arguments["indices"]):
             if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and index.numel():
                 bound = table.shape[dim]
                 if int(index.max()) >= bound or int(index.min()) < -bound:
                     return table, index, dim, bound, -bound
-            dim += 1
         return None
     if op == "embedding":
         table, index, dim = arguments["weight"], arguments["indices"], 0

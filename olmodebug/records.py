@@ -109,3 +109,34 @@ class Difference:
     def relative(self) -> float:
         """The largest difference as a share of the largest magnitude."""
         return self.max_abs / self.scale if self.scale else self.max_abs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleShape:
+    """One module of the tree. `repeat` counts identical siblings that are folded into it; sizes are in bytes.
+
+    `inputs` and `outputs` are named shapes; empty for a module that forward never calls.
+    """
+
+    path: str
+    kind: str
+    depth: int
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    parameters: int = 0
+    parameter_bytes: int = 0
+    dtype: str = ""
+    repeat: int = 1
+    called: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeTree:
+    """The modules in the order of the model, what each name of a dimension stands for, and where it was run."""
+
+    subject: str
+    rows: tuple[ModuleShape, ...]
+    names: dict[str, int]
+    parameters: int
+    parameter_bytes: int
+    device: str

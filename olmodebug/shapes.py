@@ -6,48 +6,17 @@ device no weight and no activation is ever allocated, so that a model of any siz
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from .dims import KV_HEAD_NAMES, MLP_NAMES, WIDTH_NAMES
-from .records import Case, ModuleCall
+from .records import Case, ModuleCall, ModuleShape, ShapeTree, TensorInfo
 from .subject import HEAD_NAMES, VOCAB_NAMES, Subject, own_code, quiet
 from .trace import record
 
 FIRST, SECOND = (3, 11), (5, 17)  # (batch, seq_len), pairwise different primes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleShape:
-    """One module of the tree. `repeat` counts identical siblings that are folded into it; sizes are in bytes.
-
-    `inputs` and `outputs` are named shapes; empty for a module that forward never calls.
-    """
-
-    path: str
-    kind: str
-    depth: int
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    parameters: int = 0
-    parameter_bytes: int = 0
-    dtype: str = ""
-    repeat: int = 1
-    called: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShapeTree:
-    """The modules in the order of the model, what each name of a dimension stands for, and where it was run."""
-
-    subject: str
-    rows: tuple[ModuleShape, ...]
-    names: dict[str, int]
-    parameters: int
-    parameter_bytes: int
-    device: str
 
 
 def shape_tree(subject: Subject) -> ShapeTree:
@@ -153,7 +122,7 @@ def _rows(model: nn.Module, first: dict[str, ModuleCall], second: dict[str, Modu
         )
 
 
-def _named(namer: Namer, first: tuple, second: tuple) -> tuple[str, ...]:  # type: ignore[type-arg]
+def _named(namer: Namer, first: tuple[TensorInfo, ...], second: tuple[TensorInfo, ...]) -> tuple[str, ...]:
     return tuple(namer.shape(a.shape, b.shape) for a, b in zip(first, second, strict=False))
 
 

@@ -153,7 +153,7 @@ def _from_preset(name: str, job: Job) -> _Built:
         return _Built(model=Olmo(config), config=config)
     group = max(1, config.num_attention_heads // config.num_key_value_heads)
     heads = 4 if group in (1, 2, 4) else 2 * group
-    small = {
+    small: dict[str, Any] = {
         "num_hidden_layers": (layers := min(config.num_hidden_layers, 4)),
         "layer_types": config.layer_types[:layers] if config.layer_types else config.layer_types,
         "num_attention_heads": heads,

@@ -39,8 +39,9 @@ def _assignment(cls: type, name: str) -> tuple[str, str, int] | None:
         except (OSError, SyntaxError, TypeError):
             continue
         for node in ast.walk(tree):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign | ast.AnnAssign) else []
-            for target in targets:
+            if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+                continue
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 base = target.value if isinstance(target, ast.Subscript) else target
                 if isinstance(base, ast.Attribute) and base.attr == name:
                     spot = Spot(code, 0, start + node.lineno - 1)

@@ -226,7 +226,7 @@ class Subject:
             twin.model.to(dtype)
         if dtype == torch.float64 and hasattr(twin.model, "set_experts_implementation"):
             with suppress(Exception):  # transformers' grouped kernel takes no float64 on the CPU; not every class has another
-                twin.model.set_experts_implementation("eager")
+                twin.model.set_experts_implementation("eager")  # type: ignore[operator]
         twin.config = config_of(twin.model) or self.config
         twin.model.train(training)
         if dtype != self.dtype and not twin.runs() and self.runs():
@@ -346,7 +346,7 @@ def attention_choices(subject: Subject) -> list[str]:
 def set_attention(model: nn.Module, name: str) -> None:
     """Switch every part of the model to one attention implementation."""
     if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation(name)
+        model.set_attn_implementation(name)  # type: ignore[operator]
         return
     seen = set()
     for module in model.modules():

@@ -42,7 +42,7 @@ def scaled_by_head_size(subject: Subject) -> Iterator[Finding]:
         not_applicable("its configuration chooses a scale of its own")
     if subject.setting("model_type") in UNSCALED:
         not_applicable("its architecture leaves the scores unscaled")
-    choices = attention_choices(subject) or [None]
+    choices: list[str | None] = [*attention_choices(subject)] or [None]
     wrong = [finding for name in choices if (finding := _judged(subject, subject.twin(attention=name))) is not None]
     yield from wrong[:1]
 

@@ -178,7 +178,7 @@ def _cut(recording: Recording, twin: Subject, module: str | None) -> Where:
         for event, spot in zip(recording.events, recording.spots, strict=True)
         if event.op == "detach" and event.phase == "forward" and spot is not None
     }
-    written = {key: place for key, place in places.items() if any(word in linecache.getline(*key) for word in CUTS)}  # type: ignore[misc]
+    written = {key: place for key, place in places.items() if any(word in linecache.getline(key[0] or "", key[1] or 0) for word in CUTS)}
     if len(written) == 1:
         return next(iter(written.values()))
     path = module or ""

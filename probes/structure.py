@@ -60,12 +60,12 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
     tied = subject.setting("tie_word_embeddings", "tie_weights", "weight_tying")
     if not isinstance(tied, bool):
         not_applicable("its config does not say whether embeddings are tied")
-    model = subject.model
+    model: Any = subject.model
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else first_embedding(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else _head(model)
     if hasattr(model, "_tied_weights_keys") and not model._tied_weights_keys:
         not_applicable("its transformers class declares no weights that could be tied")
-    if not all(isinstance(getattr(table, "weight", None), Tensor) for table in (embedding, head)):
+    if embedding is None or head is None or not all(isinstance(getattr(t, "weight", None), Tensor) for t in (embedding, head)):
         not_applicable("no embedding and head of the same shape")
     if tuple(head.weight.shape) != tuple(embedding.weight.shape):
         not_applicable("the head has another shape than the embedding")

@@ -6,9 +6,10 @@ import time
 import pytest
 
 from olmodebug.api import shapes
+from olmodebug.records import ModuleShape
 from olmodebug.render.layout import console
 from olmodebug.render.shapes import shapes_view
-from olmodebug.shapes import ModuleShape, folded
+from olmodebug.shapes import folded
 
 
 def _row(tree, path):  # type: ignore[no-untyped-def]

@@ -1,48 +1,22 @@
 """The tree of named shapes as text: one line a module, identical layers folded, sizes beside it."""
 
 from collections.abc import Iterator
-from typing import Protocol
 
 from rich.console import Group
 
+from ..records import ModuleShape, ShapeTree
 from ..units import bytes_text, count_text, dtype_text
 from .layout import Line, line
 
 NAME_COLUMN = 40  # columns for the indented module name; a longer one pushes the shapes to the right
 
 
-class Module(Protocol):
-    """What a row of the tree is drawn from."""
-
-    path: str
-    kind: str
-    depth: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    parameters: int
-    parameter_bytes: int
-    dtype: str
-    repeat: int
-    called: bool
-
-
-class Tree(Protocol):
-    """What a tree is drawn from."""
-
-    subject: str
-    rows: tuple[Module, ...]
-    names: dict[str, int]
-    parameters: int
-    parameter_bytes: int
-    device: str
-
-
-def shapes_view(tree: Tree) -> Group:
+def shapes_view(tree: ShapeTree) -> Group:
     """The whole tree under a legend of its names."""
     return Group(*_lines(tree))
 
 
-def _lines(tree: Tree) -> Iterator[Line]:
+def _lines(tree: ShapeTree) -> Iterator[Line]:
     size = f"{count_text(tree.parameters)} parameters, {bytes_text(tree.parameter_bytes)}"
     where = ", nothing was allocated (meta device)" if tree.device == "meta" else ""
     yield line((tree.subject, "bold"), f"  {size}{where}")
@@ -53,7 +27,7 @@ def _lines(tree: Tree) -> Iterator[Line]:
         yield _row(row)
 
 
-def _row(row: Module) -> Line:
+def _row(row: ModuleShape) -> Line:
     name = row.path.rpartition(".")[2] or row.kind
     last = f"..{int(name) + row.repeat - 1}  x {row.repeat}" if row.repeat > 1 else ""
     head = f"{'  ' * row.depth}{name}{last}"
