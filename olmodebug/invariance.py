@@ -124,7 +124,7 @@ def run(twin: Subject, case: Case) -> Tensor:
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(twin.seed)
         with own_code(twin, case):
-            return twin.logits(case)
+            return twin.logits(case).cpu()
 
 
 def findings_of(

@@ -53,7 +53,7 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
                     case=case,
                 )
                 return
-            target = torch.tensor(case.input_ids)[:, 1:]
+            target = torch.tensor(case.input_ids, device=logits.device)[:, 1:]
             loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), target.reshape(-1))
             try:
                 loss.backward()
@@ -140,8 +140,8 @@ def _directional(twin: Subject, case: Case, parameters: list[nn.Parameter], *, s
     the last value says whether those two agree, which they do not where the loss jumps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        way = [torch.randn(p.shape, generator=generator, dtype=torch.float64) * (p.detach().abs().mean() + 1e-8).double() for p in parameters]
-    target = torch.tensor(case.input_ids)[:, 1:]
+        way = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) * (p.detach().abs().mean() + 1e-8).double() for p in parameters]
+    target = torch.tensor(case.input_ids, device=twin.device)[:, 1:]
 
     def loss() -> Tensor:
         with quiet(), own_code(twin, case):

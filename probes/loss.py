@@ -95,7 +95,7 @@ def _loss(twin: Subject, case: Case) -> tuple[Tensor, Tensor]:
         output = twin.call(case)
     if output.loss is None:
         not_applicable(f"no scalar loss comes back when {twin.convention.labels} are given")
-    return output.logits, output.loss.detach()
+    return output.logits.cpu(), output.loss.detach().cpu()
 
 
 def _close(loss: Tensor, expected: Tensor, limit: float) -> bool:

@@ -91,7 +91,7 @@ def finite(subject: Subject) -> Iterator[Finding]:
             return
         with settled(twin.model), quiet(), torch.enable_grad():
             twin.model.zero_grad(set_to_none=True)
-            twin.call(case).logits[real].float().square().sum().backward()
+            twin.call(case).logits[real.to(twin.device)].float().square().sum().backward()
             bad = [name for name, p in twin.model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
             twin.model.zero_grad(set_to_none=True)
         if bad:
@@ -118,7 +118,7 @@ def same_in_every_dtype(subject: Subject) -> Iterator[Finding]:
         try:
             with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(twin.seed)
-                observed = twin.call(case, attention_mask=real.to(dtype)).logits[real]
+                observed = twin.call(case, attention_mask=real.to(twin.device, dtype)).logits.cpu()[real]
         except Exception:
             continue  # refusing a dtype loudly is a choice; giving another result is not
         apart = difference(expected, observed, relative_limit=limit)
