@@ -10,7 +10,7 @@ from ..report import Finding, Severity, SourceLine
 from ..units import facts_text
 from .layout import Line, line, row
 
-CASE_TOKENS = 24  # integers of one input shown in a finding's smallest case; the report holds them all
+CASE_TOKENS = 40  # integers of one input shown in a finding's smallest case; the report holds them all
 
 STYLES: dict[Severity, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
