@@ -32,8 +32,16 @@ def main() -> None:
 
     try:
         _run(order, tell)
-    except BaseException as error:  # the parent decides what it means; nothing may be lost
+    except Exception as error:  # the parent decides what it means; nothing may be lost
         tell("fault", text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+    except BaseException as error:  # sys.exit or KeyboardInterrupt from the subject's own code: a death like any other
+        traceback.print_exc()
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):  # as faulthandler writes it
+            stacks.write(f'  File "{frame.filename}", line {frame.lineno} in {frame.name}\n')
+        stacks.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    tell("end")
     events.close()
     _leave(events)
 
@@ -42,13 +50,12 @@ def _run(order: dict[str, Any], tell: Any) -> None:
     from .check import build, run_probe
     from .environment import environment
     from .errors import OlmodebugError
-    from .load import load_file
+    from .load import SubjectCodeError, load_file
     from .probe import probes_in, select, shipped_probes, with_own
     from .report import plain
     from .spec import Job
 
     job = Job(**order["job"])
-    tell("start", step="build.constructs")
     try:
         probes = shipped_probes()
         for path in order["own_probes"]:
@@ -57,9 +64,13 @@ def _run(order: dict[str, Any], tell: Any) -> None:
         tell("probes", names=[probe.name for probe in probes])
         machine = environment(seed=job.seed, command=order["command"], device=job.device)
         tell("environment", value=plain(machine))
+        tell("start", step="build.constructs")
         building = build(job)
     except OlmodebugError as error:
         tell("unusable", text=str(error))
+        return
+    except SubjectCodeError as error:  # build() turns the subject's own into findings
+        tell("unusable", text=f"--probes: a file of probes does not load: {type(error.__cause__).__name__}: {error.__cause__}")
         return
     for result in building.results:
         tell("result", outcome=plain(result.outcome), findings=[plain(f) for f in result.findings])

@@ -6,17 +6,14 @@ Results go to standard output, progress and notices to standard error. Nothing h
 
 import argparse
 import contextlib
-import difflib
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import OlmodebugError, UsageError
-from .report import EXIT_COULD_NOT_RUN, EXIT_FINDINGS, EXIT_INTERNAL, EXIT_NOTHING_CHECKED
+from .errors import EXIT_COULD_NOT_RUN, EXIT_FINDINGS, EXIT_INTERNAL, EXIT_NOTHING_CHECKED, OlmodebugError, UsageError
 
 if TYPE_CHECKING:
     from .report import Report
@@ -59,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Check a model: is this implementation right, and where not, which line, why, and how to mend it."""
+    import shlex
+
     from .spec_text import parse_config
     from .supervise import Order
 
@@ -245,6 +244,8 @@ def _known_selection(expression: str | None, own: Sequence[str]) -> None:
 
 
 def _no_such_probe(expression: str, names: Sequence[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(expression, names, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; olmodebug probes lists them"
     return f"no probe matches {expression!r}{hint}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -54,7 +55,7 @@ def first_stray(model: nn.Module, run: Callable[[], Any]) -> Stray | None:
         for handle in (module.register_forward_pre_hook(watch.enter(name)), module.register_forward_hook(watch.leave, always_call=True))
     ]
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), watch, _Literals(watch):
             _run_watched(run)
     except Mixed:
         pass
@@ -144,7 +145,7 @@ class _Watch(TorchDispatchMode):
     def _remember(self, op: str, inputs: list[Tensor], output: Any) -> None:
         """Where a tensor on the CPU was first made: by a factory here, or from others that were."""
         origin = next((self.made[id(t)] for t in inputs if id(t) in self.made), None)
-        if origin is None and not inputs:
+        if origin is None and (not inputs or op.startswith("lift_fresh")):  # torch.tensor(...) arrives as lift_fresh
             origin = (self.sources.spot(sys._getframe(2), _run_watched.__code__), op)
         for tensor in [item for item in tree_flatten(output)[0] if isinstance(item, Tensor)]:
             if origin is not None and id(tensor) not in self.made:
@@ -165,6 +166,23 @@ class _Watch(TorchDispatchMode):
             module=self.stack[-1],
             attribute=self.attributes.get(tensor.untyped_storage().data_ptr()),
         )
+
+
+class _Literals(TorchFunctionMode):
+    """`torch.tensor(data, device=meta)` drops its data before any op runs: keep it."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and device is not None and torch.device(device).type == "meta":
+            if args and isinstance(args[0], Tensor):
+                return args[0].to(device=device, dtype=kwargs.get("dtype"))
+            return self.watch.stand_in(func(*args, **(kwargs | {"device": "cpu"})))
+        return func(*args, **kwargs)
 
 
 def plain_tensors(model: nn.Module) -> dict[int, str]:

@@ -23,3 +23,7 @@ class SubjectError(OlmodebugError):
 
 class ReportError(OlmodebugError):
     """A stored report that cannot be read."""
+
+
+# The exit codes of every command: 0 no error finding, 1 at least one, 2 could not run, 3 a fault of our own, 5 nothing checked.
+EXIT_PASS, EXIT_FINDINGS, EXIT_COULD_NOT_RUN, EXIT_INTERNAL, EXIT_NOTHING_CHECKED = 0, 1, 2, 3, 5

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cases import Sizes, sizes, smallest_breaking
 from .compare import difference, roundings_limit
 from .diagnose import Diagnosis, diagnose
 from .explain import explain_run, source_lines
@@ -191,6 +192,22 @@ def crash(twin: Subject, case: Case, error: BaseException, *, message: str | Non
 def base_part(twin: Subject, case: Case, *, rows: slice | None = None, columns: slice | None = None) -> Part:
     """What must agree between runs on cases of this size."""
     return Part(batch=case.batch_size, seq=case.seq_len, rows=rows, columns=columns, fixed=model_sizes(twin.model))
+
+
+def drawn(twin: Subject, make: Callable[[Sizes], Pair], *, limit: float, least_batch: int = 1) -> Violation | None:
+    """A violation on cases that Hypothesis draws, shrunk to the smallest; None when none of them breaks the rule."""
+    longest = min(24, twin.max_positions or 24)
+
+    def broken(chosen: Sizes) -> bool:
+        try:
+            return violation(twin, make(chosen), limit=limit, place=False) is not None
+        except SubjectCodeError:
+            return False  # a size that the model does not take is another probe's question
+
+    if longest < 2:
+        return None
+    found = smallest_breaking(sizes(least_batch=least_batch, longest=longest), broken)
+    return violation(twin, make(found), limit=limit) if found is not None else None
 
 
 def smallest(candidates: Iterable[Pair], broken: Callable[[Pair], bool]) -> Pair | None:

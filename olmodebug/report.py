@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from .errors import ReportError
+from .errors import EXIT_FINDINGS, EXIT_INTERNAL, EXIT_NOTHING_CHECKED, EXIT_PASS, ReportError
 from .records import Case, Rows, Where
 from .units import plural
 
@@ -18,8 +18,6 @@ SCHEMA = "olmodebug/report@1"
 
 Severity = Literal["error", "warning", "note"]
 Status = Literal["passed", "failed", "expected-failure", "not-applicable", "skipped", "error"]
-
-EXIT_PASS, EXIT_FINDINGS, EXIT_COULD_NOT_RUN, EXIT_INTERNAL, EXIT_NOTHING_CHECKED = 0, 1, 2, 3, 5
 
 Scalar = str | int | float | bool | None
 

@@ -141,7 +141,7 @@ def _from_preset(name: str, job: Job) -> _Built:
         if key not in known:
             raise SubjectError(f"--config {key}: OlmoConfig has no such field; it has {', '.join(sorted(known))}")
     try:
-        config = dataclasses.replace(config, **job.config)
+        config = _changed(config, job.config)
         with torch.device("meta"):
             full = Olmo(config)
     except (ValueError, TypeError) as error:
@@ -166,6 +166,16 @@ def _from_preset(name: str, job: Job) -> _Built:
     return _Built(model=Olmo(dataclasses.replace(config, **small)), config=config, assumptions=[note])
 
 
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The preset's config with these fields changed; fields that follow from a changed one are derived anew."""
+    values = config.to_dict()
+    if "num_hidden_layers" in changes and len(set(config.layer_types)) == 1:
+        values["layer_types"] = None
+    if "num_attention_heads" in changes and config.num_key_value_heads == config.num_attention_heads:
+        values["num_key_value_heads"] = None
+    return type(config).from_dict({**values, **changes})
+
+
 def _from_transformers(name: str, job: Job) -> _Built:
     from .tiny import build_tiny
 
@@ -188,7 +198,7 @@ def _from_checkpoint(name: str, job: Job, *, local_files_only: bool) -> _Built:
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=local_files_only)
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local_files_only, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers, safetensors and torch raise over a file that is no good
         reason = str(error).strip().partition("\n")[0]
         hint = "; --download allows the network" if local_files_only and not Path(name).is_dir() else ""
         raise SubjectError(f"cannot load the checkpoint {name}: {reason}{hint}") from None
@@ -263,8 +273,10 @@ def _config_value(build: Callable[..., Any], parameter: inspect.Parameter, job: 
     if inspect.isclass(kind) and kind not in (dict, inspect.Parameter.empty):
         try:
             return kind(**job.config)
-        except TypeError as error:
-            raise SubjectError(f"{job.spec}: {kind.__name__} does not take this --config: {error}") from None
+        except Exception as error:
+            if job.config or isinstance(error, TypeError):
+                raise SubjectError(f"{job.spec}: {kind.__name__} does not take this --config: {error}") from None
+            raise SubjectCodeError("build") from error
     if not job.config:
         raise SubjectError(f"{job.spec} needs a config: give it with --config name=value or a JSON file, or name a function that builds the model")
     if kind is dict:

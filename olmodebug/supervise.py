@@ -24,6 +24,7 @@ from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_
 from .store import Run
 
 MOST_RESTARTS = 5
+SECONDS_TO_LOAD = 120.0  # torch and the probes, before the subject's own time begins; cold disks are slow
 SECONDS_TO_LEAVE = 20.0  # from the journal's end to the process's end
 BUILD, FIRST_RUN = "build.constructs", "build.runs"
 
@@ -55,6 +56,7 @@ class _Journal:
     subject: SubjectInfo | None = None
     environment: Environment | None = None
     step: str = BUILD
+    started: bool = False
     ended: bool = False
     unusable: str | None = None
     fault: str | None = None
@@ -114,7 +116,7 @@ def _one_child(
             env={**os.environ, "PYTHONPATH": _python_path()},
         )
     os.close(write)
-    journal.step = BUILD
+    journal.step, journal.started, journal.ended = BUILD, False, False
     assert process.stdin is not None
     try:
         with contextlib.suppress(BrokenPipeError):
@@ -134,7 +136,9 @@ def _one_child(
         return f"gave no answer for {order.timeout_seconds:g} s"
     if code < 0:
         return f"died of {signal.Signals(-code).name}"
-    return None if code == 0 else f"ended with exit status {code}"
+    if journal.ended or journal.unusable or journal.fault:
+        return None
+    return f"ended with exit status {code}"
 
 
 def _follow(
@@ -162,7 +166,9 @@ def _follow(
                 for text in lines:
                     _note(journal, json.loads(text))
                 last = now
-            elif now - last > order.timeout_seconds:
+                if journal.ended:
+                    return False
+            elif now - last > (order.timeout_seconds if journal.started else max(order.timeout_seconds, SECONDS_TO_LOAD)):
                 with contextlib.suppress(ProcessLookupError, AttributeError):
                     os.kill(process.pid, signal.SIGUSR1)  # faulthandler writes the stack
                     _wait_for(stacks)
@@ -172,7 +178,9 @@ def _follow(
 def _note(journal: _Journal, event: dict[str, Any]) -> None:
     kind = event["event"]
     if kind == "start":
-        journal.step = event["step"]
+        journal.step, journal.started = event["step"], True
+    elif kind == "end":
+        journal.ended = True
     elif kind == "probes":
         journal.probes = event["names"]
     elif kind == "environment":
@@ -220,7 +228,7 @@ def _report(order: Order, journal: _Journal, run: Run, seconds: float) -> Report
     for name in journal.probes:
         missing = Outcome(probe=name, status="skipped", reason="the process died too often" if built else "the model does not build or run")
         outcomes.append(journal.outcomes.get(name, missing))
-    if built and not journal.probes:
+    if built and not journal.probes and order.select != "build":
         outcomes = []  # -k selected nothing: that the model builds is no answer to what was asked
     spec = str(order.job["spec"])
     report = Report(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from olmodebug.invariance import Pair, base_part, crash, findings_of, limit_of, settings_of, smallest, violation
+from olmodebug.invariance import Pair, Violation, base_part, crash, drawn, findings_of, limit_of, settings_of, smallest, violation
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import probe
 from olmodebug.records import Case, Rows
@@ -34,16 +34,25 @@ def rows_independent(subject: Subject) -> Iterator[Finding]:
                 continue
             broken.setting = setting
             small = smallest(small_pairs(twin, pair), lambda p, t=twin, m=limit: violation(t, p, limit=m, place=False) is not None)  # type: ignore[misc]
-            text = (
-                f"logits of row {broken.row} change by {broken.difference.max_abs:.3g} when only {pair.change} of the "
-                f"other rows change (batch {pair.part.batch}, seq_len {pair.part.seq})"
-            )
-            for finding in findings_of(broken, message=text, smallest=small.right if small else None):
+            for finding in findings_of(broken, message=_text(broken), smallest=small.right if small else None):
                 key = (finding.where.file, finding.where.line)
                 if key not in seen:
                     seen.add(key)
                     yield finding
             break
+    twin = subject.twin()
+    change = "masks" if twin.convention.attention_mask else "positions" if twin.convention.position_ids else "tokens"
+    make = lambda s: _pair(twin, s.batch, s.seq, change if s.masked else "tokens")  # noqa: E731
+    if not seen and (broken := drawn(twin, make, limit=limit_of(twin), least_batch=2)) is not None:
+        yield from findings_of(broken, message=_text(broken))
+
+
+def _text(broken: Violation) -> str:
+    part = broken.pair.part
+    return (
+        f"logits of row {broken.row} change by {broken.difference.max_abs:.3g} when only {broken.pair.change} of the "
+        f"other rows change (batch {part.batch}, seq_len {part.seq})"
+    )
 
 
 def pairs(twin: Subject) -> Iterator[Pair]:

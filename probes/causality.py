@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
+from olmodebug.cases import Sizes
 from olmodebug.diagnose import Diagnosis
-from olmodebug.invariance import Pair, base_part, findings_of, limit_of, settings_of, smallest, violation
+from olmodebug.invariance import Pair, Violation, base_part, drawn, findings_of, limit_of, settings_of, smallest, violation
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Rows
@@ -48,17 +49,15 @@ def no_future(subject: Subject) -> Iterator[Finding]:
                 continue
             broken.setting = setting
             small = smallest(small_pairs(twin), lambda p, t=twin, m=limit: violation(t, p, limit=m, place=False) is not None)  # type: ignore[misc]
-            cut = pair.part.columns.stop if pair.part.columns else 0
-            text = (
-                f"logits at position {broken.position} change by {broken.difference.max_abs:.3g} when only tokens "
-                f"{cut}..{pair.part.seq - 1} change; nothing before a change may move"
-            )
-            for finding in findings_of(broken, message=text, smallest=small.right if small else None):
+            for finding in findings_of(broken, message=_text(broken), smallest=small.right if small else None):
                 key = (finding.where.file, finding.where.line)
                 if key not in seen:
                     seen.add(key)
                     yield finding
             break
+    twin = subject.twin()
+    if not seen and (broken := drawn(twin, lambda s: _pair(twin, s.batch, s.seq, s.cut, _ones(s, twin)), limit=limit_of(twin))) is not None:
+        yield from findings_of(broken, message=_text(broken))
 
 
 @probe(after=("causality.no-future",))
@@ -96,6 +95,14 @@ def holds_for_large_scores(subject: Subject) -> Iterator[Finding]:
         return
 
 
+def _text(broken: Violation) -> str:
+    cut = broken.pair.part.columns.stop if broken.pair.part.columns else 0
+    return (
+        f"logits at position {broken.position} change by {broken.difference.max_abs:.3g} when only tokens "
+        f"{cut}..{broken.pair.part.seq - 1} change; nothing before a change may move"
+    )
+
+
 def pairs(twin: Subject) -> Iterator[Pair]:
     """Sequences that part after a cut: early, in the middle, before the last token; with and without a mask of ones."""
     batch, seq = twin.sizes()
@@ -125,6 +132,10 @@ def _pair(twin: Subject, batch: int, seq: int, cut: int, mask: Rows | None) -> P
         hidden="later tokens",
         change=f"tokens {cut}..{seq - 1}",
     )
+
+
+def _ones(chosen: Sizes, twin: Subject) -> Rows | None:
+    return ((1,) * chosen.seq,) * chosen.batch if chosen.masked and twin.convention.attention_mask else None
 
 
 def _growth(twin: Subject) -> float:

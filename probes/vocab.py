@@ -65,7 +65,7 @@ def tokenizer_fits(subject: Subject) -> Iterator[Finding]:
     missing = sorted((i, token) for token, i in tokens.items() if i >= rows)
     if not missing:
         return
-    shown = ", ".join(f"{i} {json.dumps(token)}" for i, token in missing[:SHOWN])
+    shown = ", ".join(f"{i} {_shown(token)}" for i, token in missing[:SHOWN])
     more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     name, spot = _table(subject)
     where = place_of(spot, module=name)
@@ -81,6 +81,11 @@ def tokenizer_fits(subject: Subject) -> Iterator[Finding]:
         observed=f"{rows} rows",
         evidence={"tokens without a row": shown + more, "tokenizer": subject.tokenizer},
     )
+
+
+def _shown(token: str) -> str:
+    """A token in quotes, or its length where it is nothing but spaces."""
+    return f"({len(token)} spaces)" if token and not token.strip(" ") else json.dumps(token)
 
 
 def _tokens(path: Path) -> dict[str, int]:
