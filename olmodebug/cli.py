@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return EXIT_COULD_NOT_RUN
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()  # a closed pipe is met here, not when the interpreter leaves
+        return code
     except OlmodebugError as error:
         _say(f"olmodebug: {error}")
         return EXIT_COULD_NOT_RUN
@@ -80,7 +83,7 @@ def check(arguments: argparse.Namespace) -> int:
         quick=arguments.quick,
         expected=_expected(arguments.expect_failure),
         timeout_seconds=arguments.timeout,
-        command=shlex.join(["olmodebug", *(sys.argv[1:])]),
+        command=shlex.join(["olmodebug", *arguments.argv]),
     )
     for path in (arguments.json,):
         _must_be_writable(path)

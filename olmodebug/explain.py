@@ -124,8 +124,28 @@ def explain_run(subject: Subject, run: Callable[[], Any], error: BaseException, 
     if failed is not None and recording.failed_arguments is not None:
         for rule in (_index_out_of_range, _sizes_do_not_fit):
             if rule(recording, explanation, names, case):
-                break
+                return explanation
+    if (operands := _operands(original, spot, names)) and isinstance(original, RuntimeError):
+        explanation.message += f" ({operands})"
+        explanation.observed = operands
     return explanation
+
+
+def _operands(error: BaseException, spot: Spot | None, names: dict[int, str]) -> str:
+    """The tensors that the failing expression names, with their shapes, read from the frame it ran in."""
+    tree = expressions(spot)
+    frame = next((f for f, _, line in reversed(traceback_frames(error.__traceback__)) if spot and f.f_code is spot.code), None)
+    if tree is None or spot is None or frame is None:
+        return ""
+    around = tree.at(spot)
+    if not around:
+        return ""
+    shapes = {}
+    for node in ast.walk(around[0]):
+        value = frame.f_locals.get(node.id) if isinstance(node, ast.Name) else None
+        if isinstance(value, Tensor):
+            shapes[node.id] = named_shape(tuple(value.shape), names)  # type: ignore[attr-defined]
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
 def _already_exists(error: BaseException, explanation: Explanation) -> bool:

@@ -15,8 +15,7 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
     With `seed` the block starts from that random state.
     """
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic = _deterministic()
     modes = [(module, module.training) for module in model.modules()] if model else []
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()] if model else []
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers] if model else []
@@ -29,7 +28,8 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
         finally:
             torch.set_default_dtype(dtype)
             torch.set_grad_enabled(grad)
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            if _deterministic() != deterministic:  # the setter imports torch's compiler, two seconds of it
+                torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
             for module, training in modes:
                 module.training = training
             for parameter, gradient in gradients:
@@ -40,3 +40,7 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.data.copy_(value)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

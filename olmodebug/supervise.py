@@ -134,10 +134,10 @@ def _one_child(
         code = process.wait()
     if hung:
         return f"gave no answer for {order.timeout_seconds:g} s"
-    if code < 0:
-        return f"died of {signal.Signals(-code).name}"
     if journal.ended or journal.unusable or journal.fault:
         return None
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}"
     return f"ended with exit status {code}"
 
 
@@ -213,7 +213,7 @@ def _record_death(journal: _Journal, death: str, folder: Path) -> None:
             message=f"the process {death} while {while_doing}",
             where=where,
             fix="look for an endless loop, a lock or a wait for input; --timeout allows more time" if hang else None,
-            raised=last,
+            evidence={"last line of its output": last[:200]} if last else {},
         )
     )
     if step == BUILD:

@@ -13,6 +13,7 @@ from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
 from olmodebug.repair import Found
 from olmodebug.report import Finding
+from olmodebug.sources import Spot
 from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
 from olmodebug.trace import Recording, record
 
@@ -143,3 +144,39 @@ def _scaled_before(recording: Recording, end: int, states: Tensor) -> float:
                     factor *= number if event.op.startswith("mul") else 1.0 / number
             storage = event.inputs[0].storage
     return float(factor)
+
+
+@probe()
+def softcap_as_configured(subject: Subject) -> Iterator[Finding]:
+    """Final logits stay within the configured final_logit_softcapping, however large the head's weights are.
+
+    Why: a model trained with a softcap is too sure of itself without it.
+    Catches: a softcap in the config that forward does not apply.
+    """
+    cap = subject.setting("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap", "final_softcap")
+    if not isinstance(cap, int | float) or isinstance(cap, bool) or cap <= 0:
+        not_applicable("its config declares no softcap on the logits")
+    twin = subject.fresh_twin()
+    head = twin.model.get_output_embeddings() if hasattr(twin.model, "get_output_embeddings") else getattr(twin.model, "lm_head", None)  # type: ignore[operator]
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        not_applicable("its output head was not recognised")
+    with torch.no_grad():
+        head.weight.mul_(1e4)
+    batch, seq = twin.sizes()
+    case = Case(name="a head 10,000 times as large", input_ids=twin.token_ids(batch, seq, seed=34))
+    largest = float(twin.logits(case).abs().max())
+    if largest <= cap * (1 + 1e-6):
+        return
+    code = getattr(type(twin.model).forward, "__code__", None)
+    where = place_of(Spot(code, 0, code.co_firstlineno) if code else None)
+    yield Found(
+        probe="",
+        severity="error",
+        message=f"logits reach {largest:.3g}, and the config declares a softcap of {cap:g}",
+        where=where,
+        cause="the final softcap of the config is not applied: scaling the head scales the logits beyond it",
+        fix=f"logits = {cap:g} * tanh(logits / {cap:g})",
+        expected=f"at most {cap:g}",
+        observed=f"{largest:.3g}",
+        case=case,
+    )

@@ -94,9 +94,9 @@ def _pair(twin: Subject, batch: int, seq: int, change: str) -> Pair:
     others = tuple(first[i] if i == row else second[i] for i in range(batch))
     left = Case(name="a batch", input_ids=first)
     right = Case(name=f"the other rows with other {change}", input_ids=others)
-    start = max(0, min(4, (twin.max_positions or 4096) - seq))
     counted = tuple(range(seq))
-    moved = tuple(range(start, start + seq))
+    longest = twin.max_positions or 4096  # stretched, not shifted: a mere shift would not show with RoPE
+    moved = tuple(range(0, 2 * seq, 2)) if longest >= 2 * seq else tuple(range(max(0, longest - seq), longest))
     if change == "positions":
         left = replace(left, position_ids=(counted,) * batch)
         right = replace(right, position_ids=tuple(counted if i == row else moved for i in range(batch)))

@@ -89,6 +89,8 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
     trainable = [p for p in twin.model.parameters() if p.requires_grad]
     if not trainable:
         not_applicable("no parameter requires a gradient")
+    if len({p.data_ptr() for p in trainable}) < len(trainable):
+        not_applicable("two parameters share their memory, so that they cannot be moved one by one")
     if twin.dtype != torch.float64 or limit_of(twin) > 1e-9:
         not_applicable("its forward computes in float32 inside, where finite differences say little")
     batch, seq = twin.sizes()

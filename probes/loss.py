@@ -56,16 +56,25 @@ def ignores_minus_100(subject: Subject) -> Iterator[Finding]:
     twin = subject.twin()
     batch, seq = twin.sizes()
     ids = twin.token_ids(batch, seq, seed=12)
-    labels = tuple(tuple(IGNORED if i % (2 + r) == 0 else token for i, token in enumerate(row)) for r, row in enumerate(ids))
-    case = Case(name="some labels ignored", input_ids=ids, labels=labels)
-    target = torch.tensor(labels)
     shift = 0 if twin.convention.labels_aligned else 1
+
+    def ignoring(value: int) -> Case:
+        labels = tuple(tuple(value if i % (2 + r) == 0 else token for i, token in enumerate(row)) for r, row in enumerate(ids))
+        return Case(name=f"some labels {value}", input_ids=ids, labels=labels)
+
+    case = ignoring(IGNORED)
     try:
         logits, loss = _loss(twin, case)
-    except SubjectCodeError as error:
-        if twin.convention.labels_aligned:
-            not_applicable(f"{twin.convention.labels} of -100 are refused: {error.__cause__}")
-        raise
+    except SubjectCodeError:
+        if not twin.convention.labels_aligned:
+            raise
+        case = ignoring(-1)  # nanoGPT's choice
+        try:
+            logits, loss = _loss(twin, case)
+        except SubjectCodeError as error:
+            not_applicable(f"{twin.convention.labels} of -100 and of -1 are refused: {error.__cause__}")
+    target = torch.tensor(case.labels)
+    target = target.masked_fill(target < 0, IGNORED)
     expected = cross_entropy(logits, target, shift=shift)
     limit = LOSS_LIMIT
     if _close(loss, expected, limit) or _adds_auxiliary(twin, case, loss, expected):
@@ -137,6 +146,21 @@ def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: floa
             mean * valid / everything,
         ),
         (f"the sum over {valid} counted labels is divided by all {labels.numel()} labels", "divide by the labels that count", mean * valid / labels.numel()),
+        (
+            "both the logits and the labels lose their last position: logit t is compared with label t, which it has just read",
+            "logits[:, :-1] against labels[:, 1:]",
+            _ce(logits[:, :-1], labels[:, :-1], 0),
+        ),
+        (
+            "both the logits and the labels lose their first position: logit t is compared with label t, which it has just read",
+            "logits[:, :-1] against labels[:, 1:]",
+            _ce(logits[:, 1:], labels[:, 1:], 0),
+        ),
+        (
+            "logits and labels are flattened in different orders: rows and positions are swapped in one of them",
+            "flatten both from [batch, seq_len]",
+            _ce(logits, labels.t().reshape(labels.shape), 0),
+        ),
         ("the loss is a sum over tokens, not a mean", "reduction='mean'", mean * valid),
         (f"the sum is divided by the batch size {labels.shape[0]}", "divide by the number of labels that count", mean * valid / labels.shape[0]),
         ("the rows are averaged first, then the batch: short rows weigh more", "one mean over all counted tokens", _mean_of_means(logits, labels, shift)),

@@ -67,28 +67,22 @@ def honoured(subject: Subject) -> Iterator[Finding]:
     ids = twin.token_ids(batch, seq, seed=8)
     counted = Case(name="counted positions", input_ids=ids, position_ids=(tuple(range(seq)),) * batch)
     stretched = replace(counted, name=f"positions times {stretch}", position_ids=(tuple(range(0, seq * stretch, stretch)),) * batch)
-    usual = run(twin, replace(counted, position_ids=None))
     limit = limit_of(twin)
     if difference(run(twin, counted), run(twin, stretched), relative_limit=limit) is not None:
         return
     if not _encodes_positions(twin, counted):
         not_applicable("the model encodes no positions at all, which is a design of its own (NoPE)")
-    swapped = replace(counted, input_ids=tuple((row[1], row[0], *row[2:]) for row in ids))
-    if difference(usual[:, -1], run(twin, replace(swapped, position_ids=None))[:, -1], relative_limit=limit) is None:
-        cause = "the order of the tokens does not matter to the last position either: no position reaches the model at all"
-        fix = "apply the rotary or position embedding to queries and keys"
-    else:
-        cause = f"{twin.convention.position_ids} is accepted and not used; the order of tokens does matter, so positions are rebuilt inside"
-        fix = f"use {twin.convention.position_ids} where positions are made, or take it out of the signature"
-    where = _where_positions_are_made(twin, counted)
+    where, reached = _where_positions_end(twin, counted, stretched)
     yield Found(
         probe="",
         severity="error",
         where=where,
         source=source_lines(where),
         message=f"logits do not change when {twin.convention.position_ids} are stretched by {stretch}",
-        cause=cause,
-        fix=fix,
+        cause=f"the positions reach {where.op} on this line, and nothing after it depends on them: the rotation is not applied"
+        if reached
+        else f"{twin.convention.position_ids} is accepted and not used: no op depends on it",
+        fix="use the result of the rotation" if reached else f"use {twin.convention.position_ids} where positions are made",
         expected="other logits",
         observed="the same logits",
         case=stretched,
@@ -103,16 +97,26 @@ def _encodes_positions(twin: Subject, case: Case) -> bool:
     return any(event.op in ("cos", "sin", "polar") for event in recording.events) or any(POSITION_TABLE.search(name) for name in named)
 
 
-def _where_positions_are_made(twin: Subject, case: Case) -> Where:
-    """The line that counts positions, or cuts them out of a table, without a look at the positions given."""
+def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple[Where, bool]:
+    """The last op that still depends on the positions given; else the line that counts positions by itself, or cuts them
+    out of a table. The second value says which."""
     with torch.no_grad(), quiet():
-        recording = record(twin.model, lambda: twin.call(case))
-    for event, spot in zip(recording.events, recording.spots, strict=True):
+        first = record(twin.model, lambda: twin.call(counted), keep=True)
+        second = record(twin.model, lambda: twin.call(stretched), keep=True)
+    last = None
+    for index, (a, b) in enumerate(zip(first.kept, second.kept, strict=False)):
+        floating = [(x, y) for x, y in zip(a.outputs, b.outputs, strict=False) if x.is_floating_point()]
+        if any(difference(x, y) is not None for x, y in floating):
+            last = index
+    if last is not None:
+        event = first.events[last]
+        return place_of(first.spots[last], module=event.where.module, op=event.op), True
+    for event, spot in zip(first.events, first.spots, strict=True):
         counts = event.op == "arange" and "pos" in linecache.getline(event.where.file or "", event.where.line or 0)
         cuts = event.op in ("slice", "narrow") and any(POSITION_TABLE.search(name) for name in event.parameters)
         if counts or cuts:
-            return place_of(spot, module=event.where.module, op=event.op)
-    return Where()
+            return place_of(spot, module=event.where.module, op=event.op), False
+    return Where(), False
 
 
 def _rows_before_the_first_position(subject: Subject, longest: int) -> int:

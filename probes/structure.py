@@ -57,10 +57,11 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
     Why: two copies that start alike drift apart in training, and the model is larger than it says.
     Catches: weights copied instead of shared; a tie that to_empty or a rebuild has cut.
     """
+    model: Any = subject.model
+    yield from _shared_memory(model)
     tied = subject.setting("tie_word_embeddings", "tie_weights", "weight_tying")
     if not isinstance(tied, bool):
         not_applicable("its config does not say whether embeddings are tied")
-    model: Any = subject.model
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else first_embedding(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else _head(model)
     if hasattr(model, "_tied_weights_keys") and not model._tied_weights_keys:
@@ -92,6 +93,25 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
             expected="two parameters",
             observed="one",
         )
+
+
+def _shared_memory(model: nn.Module) -> Iterator[Found]:
+    """Two parameters on one piece of memory: tied for reading, and not for the optimizer."""
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        other = seen.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
+        if other != name and parameter.device.type != "meta":
+            where = _tying(model)
+            yield Found(
+                probe="",
+                severity="warning",
+                message=f"{name} and {other} are two parameters on one storage",
+                where=where,
+                source=source_lines(where),
+                cause="the tie was made through .data: the memory is shared, the parameter is not; each gets a part of the gradient, "
+                "an optimizer steps twice, and a cast or to_empty separates them",
+                fix="share the parameter itself: head.weight = embedding.weight",
+            )
 
 
 def _inside(value: Any, kind: type) -> list[Any]:

@@ -11,10 +11,10 @@ from olmodebug.explain import place_of, source_lines
 from olmodebug.invariance import crash, run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
-from olmodebug.records import Case
+from olmodebug.records import Case, Where
 from olmodebug.repair import Found, expressions
 from olmodebug.report import Finding
-from olmodebug.sources import Spot
+from olmodebug.sources import OWN, Spot
 from olmodebug.subject import VOCAB_NAMES, Subject
 
 SHOWN = 8
@@ -81,6 +81,70 @@ def tokenizer_fits(subject: Subject) -> Iterator[Finding]:
         observed=f"{rows} rows",
         evidence={"tokens without a row": shown + more, "tokenizer": subject.tokenizer},
     )
+
+
+@probe()
+def special_ids_have_rows(subject: Subject) -> Iterator[Finding]:
+    """The special tokens that the configuration names (padding, beginning, end) are ids with a row.
+
+    Why: a pad token added to the tokenizer and not to the model is an index error at the first padded batch.
+    Catches: pad_token_id = vocab_size.
+    """
+    rows = subject.embedding_rows
+    named = {name: subject.setting(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "mask_token_id")}
+    ids = {name: value for name, value in named.items() if isinstance(value, int)}
+    if rows is None or not ids:
+        not_applicable("its config names no special token")
+    for name, value in ids.items():
+        if value >= rows:
+            yield Found(
+                probe="",
+                severity="error",
+                message=f"{name} is {value}, and the embedding has {rows} rows",
+                where=Where(function=type(subject.config).__qualname__, module=_table(subject)[0]),
+                cause=f"id {value} has no row: the largest is {rows - 1}",
+                fix=f"make the embedding at least {value + 1} rows, or choose a token inside the vocabulary",
+                expected=f"at most {rows - 1}",
+                observed=str(value),
+            )
+
+
+@probe()
+def rows_are_alive(subject: Subject) -> Iterator[Finding]:
+    """No embedding row but the padding row is exactly zero.
+
+    Why: a token whose row is zero says nothing, and NaN when a norm divides by its size.
+    Catches: rows of reserved tokens that were never initialised.
+    """
+    table = first_embedding(subject.model)
+    if table is None or table.weight.device.type == "meta":
+        not_applicable("it has no embedding table")
+    dead = (~table.weight.detach().any(dim=1)).nonzero().flatten().tolist()
+    padding = {table.padding_idx, subject.setting("pad_token_id")}
+    dead = [row for row in dead if row not in padding]
+    if not dead or len(dead) == table.num_embeddings:
+        return
+    where = place_of(_initialiser(subject), module=_table(subject)[0])
+    listed = ", ".join(map(str, dead[:SHOWN])) + (" ..." if len(dead) > SHOWN else "")
+    yield Found(
+        probe="",
+        severity="warning",
+        message=f"{len(dead)} embedding rows are exactly zero: ids {listed}",
+        where=where,
+        source=source_lines(where),
+        cause="the rows were set to zero, or never initialised; only the padding row is meant to be zero",
+        fix="initialise every row as the others",
+        evidence={"rows": table.num_embeddings, "zero rows": len(dead)},
+    )
+
+
+def _initialiser(subject: Subject) -> Spot | None:
+    """The model's own function for initial weights, under the names that people give it."""
+    for name in ("_init_weights", "init_weights", "reset_parameters"):
+        code = getattr(getattr(type(subject.model), name, None), "__code__", None)
+        if code is not None and subject.sources.rank(code.co_filename) == OWN:
+            return Spot(code, 0, code.co_firstlineno)
+    return None
 
 
 def _shown(token: str) -> str:

@@ -508,7 +508,7 @@ _HF_MUTANTS = (
         "hf/final-softcap-missing",
         "A11",
         "MyForCausalLM.forward",
-        "structure vocab",
+        "structure vocab attention",
         "softcap|cap ",
         (
             (
@@ -950,7 +950,7 @@ _HF_MUTANTS = (
         "hf/wrong-activation",
         "P02",
         "MyMLP.__init__",
-        "structure",
+        "structure mlp",
         "activation|gelu|silu|hidden_act",
         ("self.act_fn = ACT2FN[config.hidden_act]", "self.act_fn = F.gelu"),
         also="MyMLP.forward",
@@ -1240,7 +1240,7 @@ _NANOGPT_MUTANTS = (
         "nanogpt/mask-polarity",
         "M01",
         "CausalSelfAttention.forward",
-        "causality mask",
+        "causality mask logits",
         "polarity|inverted|future|later|nan",
         ("self.bias[:, :, :T, :T] == 0", "self.bias[:, :, :T, :T] == 1"),
     ),

@@ -1,0 +1,494 @@
+"""A model survives what is done to models: saving, copying, casting, and being built without memory."""
+
+import ast
+import copy
+import inspect
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from olmodebug.compare import difference
+from olmodebug.explain import place_of, source_lines
+from olmodebug.invariance import run
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import not_applicable, probe, skip
+from olmodebug.records import Case, Difference, Where
+from olmodebug.repair import Found
+from olmodebug.report import Finding
+from olmodebug.settle import settled
+from olmodebug.sources import Spot
+from olmodebug.subject import Subject, config_of, quiet
+
+OTHER_SEED = 12345
+
+
+@probe()
+def save_and_load(subject: Subject) -> Iterator[Finding]:
+    """The state dict of a model, loaded into a fresh build from another seed, gives the same logits bit for bit.
+
+    Why: what the state dict misses is random again after a restart, and nothing says so.
+    Catches: layers in a plain list; a random buffer with persistent=False; a tensor kept as a plain attribute.
+    """
+    fresh = _fresh(subject, OTHER_SEED)
+    saved = {name: tensor.clone() for name, tensor in subject.model.state_dict().items() if isinstance(tensor, Tensor)}
+    try:
+        with quiet():
+            fresh.load_state_dict(saved, strict=True)
+    except RuntimeError as error:
+        yield Found(
+            probe="",
+            severity="error",
+            message=f"a fresh build does not take the model's own state dict: {str(error).partition(chr(10))[2].strip()[:200]}",
+            where=Where(function=f"{type(fresh).__name__}.load_state_dict"),
+            fix="keep the names and shapes of the state dict independent of what ran before",
+            expected="all keys matched",
+        )
+        return
+    case, apart = _compare(subject, fresh)
+    if apart is None:
+        return
+    missing = _not_saved(subject.model, fresh, saved)
+    where = _attribute_place(subject.model, missing[0]) if missing else Where()
+    yield Found(
+        probe="",
+        severity="error",
+        message=f"after state_dict and load_state_dict the logits differ by {apart.max_abs:.3g}: the state dict does not hold all that matters"
+        + (f" ({missing[0]})" if missing else ""),
+        where=where,
+        source=source_lines(where),
+        cause=_why_not_saved(subject.model, missing[0]) if missing else None,
+        fix="register it as a parameter or a persistent buffer; keep modules in nn.ModuleList" if missing else None,
+        expected="equal bits",
+        observed=f"{apart.mismatched} of {apart.total} logits differ",
+        case=case,
+    )
+
+
+@probe()
+def safetensors_round_trip(subject: Subject) -> Iterator[Finding]:
+    """A model can be saved with safetensors, which refuses tensors that share memory, and comes back with the same logits.
+
+    Why: the format that everyone exchanges weights in has no word for two names of one tensor.
+    Catches: a tie that save_pretrained does not know; a state dict with overlapping views.
+    """
+    if hasattr(subject.model, "save_pretrained"):
+        yield from _pretrained(subject)
+        return
+    from safetensors.torch import load_model, save_model
+
+    fresh = _fresh(subject, OTHER_SEED)
+    with tempfile.TemporaryDirectory(prefix="olmodebug-") as folder, quiet():
+        file = str(Path(folder) / "model.safetensors")
+        try:
+            save_model(subject.model, file)  # names what is shared, and keeps one of each
+            load_model(fresh, file)
+        except (RuntimeError, ValueError) as error:
+            yield Found(
+                probe="",
+                severity="warning",
+                message=f"safetensors does not save or load this model: {str(error).partition(chr(10))[0][:200]}",
+                fix="share whole parameters only (self.a.weight = self.b.weight), no views of them",
+                evidence={"condition": "saved with safetensors.torch.save_model"},
+            )
+            return
+    case, apart = _compare(subject, fresh)
+    again = _fresh(subject, OTHER_SEED)
+    again.load_state_dict(subject.model.state_dict())
+    if apart is not None and _compare(subject, again)[1] is None:  # otherwise save-and-load says it
+        yield _differs(apart, case, "a round trip through safetensors", "warning")
+
+
+@probe()
+def deepcopy_equal(subject: Subject) -> Iterator[Finding]:
+    """copy.deepcopy gives a model with the same logits that shares no parameter with the first.
+
+    Why: EMA weights, reference models and evaluation copies are deep copies.
+    Catches: a closure or a hook that still points into the first model.
+    """
+    try:
+        twin = copy.deepcopy(subject.model)
+    except Exception as error:
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"copy.deepcopy fails: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
+            fix="keep no tensor with a gradient history and no handle or lock as an attribute",
+            evidence={"condition": "the model is deep-copied, as for EMA"},
+        )
+        return
+    twin.eval()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    if not any(bool(p.any()) for p in subject.model.parameters()):
+        yield Found(probe="", severity="error", message="a deep copy shares its weights with the model it was made from", expected="weights of its own")
+        return
+    twin = copy.deepcopy(subject.model).eval()
+    case, apart = _compare(subject, twin)
+    if apart is not None:
+        yield _differs(apart, case, "copy.deepcopy", "error")
+
+
+@probe()
+def dtype_round_trip(subject: Subject) -> Iterator[Finding]:
+    """A cast to bfloat16 and back rounds the weights and nothing else: no table that positions are computed from.
+
+    Why: rotary frequencies in bfloat16 are off by up to 0.2 %, an angle of more than a radian at position 1000.
+    Catches: inv_freq or a cos/sin table as a float buffer that .to(bfloat16) casts; integer buffers that change.
+    """
+    before = {name: b.clone() for name, b in subject.model.named_buffers()}
+    if not before:
+        not_applicable("the model has no buffers")
+    saved = set(subject.model.state_dict())
+    cast = copy.deepcopy(subject.model).to(torch.bfloat16)
+    after = dict(cast.named_buffers())
+    wide = dict(copy.deepcopy(cast).to(subject.dtype).named_buffers())
+    rounded = []
+    for name, buffer in before.items():
+        if name not in after or buffer.shape != after[name].shape:
+            continue
+        if not buffer.is_floating_point():
+            if not torch.equal(buffer, wide[name]):
+                yield Found(
+                    probe="",
+                    severity="error",
+                    message=f"the {buffer.dtype} buffer {name} is not the same after a cast to bfloat16 and back",
+                    where=_attribute_place(subject.model, name),
+                    expected="equal values",
+                )
+        elif after[name].dtype == torch.bfloat16 and name not in saved and not torch.equal(buffer, wide[name].to(buffer.dtype)):
+            rounded.append(name)
+    if not rounded:
+        return
+    name = rounded[0]
+    where = _attribute_place(subject.model, name)
+    # transformers casts on loading (dtype=...), which leaves these buffers in float32; only an explicit .to() rounds them.
+    loads = hasattr(subject.model, "from_pretrained")
+    scale = float(before[name].double().abs().max())
+    off = float((before[name].double() - after[name].double()).abs().max())
+    yield Found(
+        probe="",
+        severity="note" if loads else "warning",
+        message=f"model.to(bfloat16) rounds the buffer {name}, which is computed and not learnt: it is off by {off:.2g}" + (f", and {len(rounded) - 1} more" if len(rounded) > 1 else ""),
+        where=where,
+        source=source_lines(where),
+        cause="a registered float buffer is cast with the weights",
+        fix="compute it in float32 in forward, or make it anew in _apply after a cast" if not loads else "load with dtype=torch.bfloat16 instead of casting afterwards",
+        expected="float32 values",
+        observed=f"bfloat16, off by {off:.2g} of {scale:.2g}",
+        evidence={"condition": "model.to(torch.bfloat16)", "buffers": ", ".join(rounded[:4])},
+    )
+
+
+@probe(after=("lifecycle.save-and-load",))
+def meta_build(subject: Subject) -> Iterator[Finding]:
+    """Built on meta, given memory with to_empty, reset and loaded, the model is the same as one built as usual.
+
+    Why: large models are built so (FSDP, torchtitan); what __init__ computed and nobody computes again is whatever the memory held.
+    Catches: inv_freq with persistent=False that no reset_parameters makes anew; a scale kept as a buffer.
+    """
+    model = _materialised(subject)
+    buffers = dict(model.named_buffers())
+    lost = [name for name, b in buffers.items() if b.is_floating_point() and bool(torch.isnan(b).any())]
+    usual = {name: b for name, b in subject.model.named_buffers()}
+    lost += [n for n, b in buffers.items() if n in usual and n not in lost and b.shape == usual[n].shape and not _equal(b, usual[n])]
+    if lost:
+        yield _lost(subject, lost)
+        return
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                skip(f"{type(module).__name__}.{key} is a plain tensor that stays on meta")
+    try:
+        case, apart = _compare(subject, model)
+    except SubjectCodeError as error:
+        skip(f"after a build on meta it does not run: {str(error.__cause__).partition(chr(10))[0][:120]}")
+    if apart is not None:
+        yield _differs(apart, case, "a build on meta, to_empty, reset and load_state_dict", "warning")
+
+
+@probe()
+def tie_survives(subject: Subject) -> Iterator[Finding]:
+    """Weights that are one parameter stay one through deepcopy, a cast, load_state_dict and to_empty.
+
+    Why: an embedding and a head that come apart start equal and drift in training; nothing else looks wrong.
+    Catches: a tie through .data; no tie_weights() after to_empty on a meta build.
+    """
+    groups = _shared(subject.model)
+    if not groups:
+        not_applicable("no parameter has two names")
+    by_object = [names for names in groups if len({id(_parameter(subject.model, name)) for name in names}) == 1]
+    for names in groups:
+        if names not in by_object:
+            where = _tie_place(subject.model)
+            yield Found(
+                probe="",
+                severity="warning",
+                message=f"{' and '.join(names)} share their storage and are two parameters: the tie is lost by deepcopy, a cast or an optimizer",
+                where=where,
+                source=source_lines(where),
+                cause="the .data was shared, not the parameter",
+                fix="self.lm_head.weight = self.embed_tokens.weight",
+                expected="one parameter",
+                observed="two parameters with one storage",
+                evidence={"condition": "model.to(dtype), copy.deepcopy"},
+            )
+    if not by_object:
+        return
+    loaded = copy.deepcopy(subject.model)
+    loaded.load_state_dict(subject.model.state_dict())
+    steps = [("copy.deepcopy", copy.deepcopy(subject.model)), (".to(float64)", copy.deepcopy(subject.model).to(torch.float64)), ("load_state_dict", loaded)]
+    if subject.remake is not None:
+        try:
+            steps.append(("a build on meta and to_empty", _materialised(subject)))
+        except Exception:  # meta-build says why it cannot be built so
+            pass
+    for step, model in steps:
+        for names in by_object:
+            if len({id(_parameter(model, name)) for name in names}) == 1:
+                continue
+            where = _tie_place(subject.model)
+            yield Found(
+                probe="",
+                severity="warning",
+                message=f"the tie of {' and '.join(names)} is lost by {step}",
+                where=where,
+                source=source_lines(where),
+                cause="to_empty gives each name its own new parameter, and nothing ties them again" if "to_empty" in step else None,
+                fix="call tie_weights() in _apply or reset_parameters, after the parameters are replaced",
+                expected="one parameter",
+                observed=f"{len(names)} parameters",
+                evidence={"condition": step},
+            )
+            return
+
+
+@probe()
+def train_equals_eval_without_dropout(subject: Subject) -> Iterator[Finding]:
+    """With every dropout rate at zero train mode gives the same logits as eval mode.
+
+    Why: anything else that train mode changes is a second, untested model.
+    Catches: batch norm; a branch on self.training that is not dropout.
+    """
+    train, usual = subject.fresh_twin(training=True), subject.twin()
+    for module in train.model.modules():
+        if isinstance(module, nn.Dropout | nn.AlphaDropout):
+            module.p = 0.0
+        for key, value in list(vars(module).items()):
+            if "drop" in key.lower() and isinstance(value, float):
+                setattr(module, key, 0.0)
+        if "jitter" in " ".join(vars(module)) or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            not_applicable("train mode has noise or batch statistics by design")
+    batch, seq = usual.sizes()
+    case = Case(name="a batch", input_ids=usual.token_ids(batch, seq, seed=24))
+    first, again = run(train, case), run(train, case)
+    apart = difference(run(usual, case), first, relative_limit=1e-5)
+    if apart is None or difference(first, again) is not None:
+        return
+    yield Found(
+        probe="",
+        severity="warning",
+        message=f"train mode differs from eval mode by {apart.max_abs:.3g} with every dropout rate at zero",
+        expected="no difference beyond rounding",
+        observed=f"{apart.mismatched} of {apart.total} logits differ",
+        evidence={"condition": "model.train()"},
+        case=case,
+    )
+
+
+def _fresh(subject: Subject, seed: int) -> nn.Module:
+    if subject.remake is None:
+        not_applicable("a model that was handed over alive cannot be built again")
+    with quiet(), settled(seed=seed):
+        model = subject.remake(seed)
+    return model.to(device=subject.device, dtype=subject.dtype if _uniform(subject.model) else None).eval()
+
+
+def _uniform(model: nn.Module) -> bool:
+    return len({p.dtype for p in model.parameters() if p.is_floating_point()}) == 1
+
+
+def _materialised(subject: Subject) -> nn.Module:
+    """The model built on meta, given NaN for memory, reset as its class says, and loaded with the subject's weights."""
+    if subject.remake is None:
+        not_applicable("a model that was handed over alive cannot be built again")
+    with quiet(), settled(seed=OTHER_SEED):
+        try:
+            with torch.device("meta"):
+                model = subject.remake(OTHER_SEED)
+        except Exception as error:
+            skip(f"it cannot be built on meta: {type(error.__cause__ or error).__name__}: {str(error.__cause__ or error)[:120]}")
+        if {(n, tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)} != {
+            (n, tuple(p.shape)) for n, p in subject.model.named_parameters(remove_duplicate=False)
+        }:
+            skip("on meta it is built with other parameters")
+        # With this flag torch fills the memory of to_empty with NaN.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        model.to_empty(device="cpu")
+        torch.use_deterministic_algorithms(False)
+        _reset(model)
+    with quiet():
+        model.load_state_dict(subject.model.state_dict(), strict=True)
+    return model.eval()
+
+
+def _reset(model: nn.Module) -> None:
+    """Call what a class offers for this: reset_parameters of each module, then init_weights and tie_weights of the model."""
+    for module in model.modules():
+        method = getattr(module, "reset_parameters", None)
+        if callable(method) and not type(module).__module__.startswith("torch."):
+            _call_without_arguments(method)
+    if hasattr(model, "from_pretrained"):  # transformers: its loader does this
+        for module in model.modules():
+            module._is_hf_initialized = False  # type: ignore[assignment]
+        for name in ("initialize_weights", "tie_weights"):
+            _call_without_arguments(getattr(model, name, None))
+        return
+    _call_without_arguments(getattr(model, "init_weights", None))
+
+
+def _call_without_arguments(method: object) -> None:
+    if not callable(method):
+        return
+    needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not needed:
+        method()
+
+
+def _compare(subject: Subject, model: nn.Module) -> tuple[Case, Difference | None]:
+    """The logits of the subject and of another model on one batch, bit for bit, in eval mode."""
+    usual = subject.twin(dtype=subject.dtype)
+    batch, seq = usual.sizes()
+    case = Case(name="a batch", input_ids=usual.token_ids(batch, seq, seed=20))
+    other = replace(usual, model=model.eval(), config=config_of(model) or usual.config, _twins={})
+    return case, difference(run(usual, case), run(other, case))
+
+
+def _differs(apart: Difference, case: Case, step: str, severity: str) -> Found:
+    return Found(
+        probe="",
+        severity=severity,  # type: ignore[arg-type]
+        message=f"after {step} the logits differ by {apart.max_abs:.3g}",
+        expected="equal bits",
+        observed=f"{apart.mismatched} of {apart.total} logits differ",
+        evidence={"condition": step} if severity == "warning" else {},
+        case=case,
+    )
+
+
+def _pretrained(subject: Subject) -> Iterator[Finding]:
+    model = subject.model
+    with tempfile.TemporaryDirectory(prefix="olmodebug-") as folder, quiet():
+        copied = copy.deepcopy(model)
+        try:
+            copied.save_pretrained(folder)  # type: ignore[operator]
+        except RuntimeError as error:
+            yield Found(
+                probe="",
+                severity="warning",
+                message=f"save_pretrained fails: {str(error).partition(chr(10))[0][:200]}",
+                fix="declare what is tied in _tied_weights_keys",
+                evidence={"condition": "saved with save_pretrained"},
+            )
+            return
+        loaded = type(model).from_pretrained(folder, dtype=subject.dtype)  # type: ignore[attr-defined]
+    case, apart = _compare(subject, loaded)
+    if apart is not None:
+        yield _differs(apart, case, "save_pretrained and from_pretrained", "warning")
+
+
+def _not_saved(first: nn.Module, second: nn.Module, saved: dict[str, Tensor]) -> list[str]:
+    """Buffers outside the state dict that differ between two builds, and modules in plain containers."""
+    other = dict(second.named_buffers())
+    names = [n for n, b in first.named_buffers() if n not in saved and n in other and not _equal(b, other[n])]
+    for path, module in first.named_modules():
+        for key, value in vars(module).items():
+            inside = value if isinstance(value, list | tuple) else list(value.values()) if type(value) is dict else [value]
+            hidden = any(isinstance(item, nn.Module) and list(item.parameters()) or isinstance(item, Tensor) for item in inside)
+            if hidden and not key.startswith("_"):
+                names.append(f"{path}.{key}" if path else key)
+    return names
+
+
+def _why_not_saved(model: nn.Module, path: str) -> str:
+    owner, _, name = path.rpartition(".")
+    value = getattr(model.get_submodule(owner), name)
+    if isinstance(value, list | tuple | dict):
+        return f"{path} is a plain {type(value).__name__}: its modules are not registered, and so not in the state dict"
+    return f"{path} differs between builds and is not in the state dict"
+
+
+def _lost(subject: Subject, lost: list[str]) -> Found:
+    name = lost[0]
+    where = _attribute_place(subject.model, name)
+    loads = hasattr(subject.model, "from_pretrained")
+    return Found(
+        probe="",
+        severity="note" if loads else "warning",
+        message=f"the buffer {name} is lost in a meta build: after to_empty it holds what the memory held" + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
+        where=where,
+        source=source_lines(where),
+        cause="it is computed in __init__, is not in the state dict, and no reset_parameters computes it again",
+        fix="compute it in reset_parameters as well, or in _apply, or in forward",
+        expected="the values of a usual build",
+        observed="NaN, where fresh memory is filled with NaN",
+        evidence={"condition": "meta build + to_empty + load_state_dict", "buffers": ", ".join(lost[:6])},
+    )
+
+
+def _attribute_place(model: nn.Module, path: str) -> Where:
+    """Where a module's class sets this buffer or attribute, else its __init__."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    for kind in type(module).__mro__:
+        for method in vars(kind).values():
+            code = getattr(method, "__code__", None)
+            if code is None or kind.__module__.startswith("torch."):
+                continue
+            line = _line_that_sets(code, name)
+            if line is not None:
+                return place_of(Spot(code, 0, line), module=owner)
+    code = getattr(type(module).__init__, "__code__", None)
+    return place_of(Spot(code, 0, code.co_firstlineno) if code else None, module=owner)
+
+
+def _line_that_sets(code: object, name: str) -> int | None:
+    try:
+        lines, first = inspect.getsourcelines(code)  # type: ignore[arg-type]
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        registers = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("register_buffer", "register_parameter")
+        if registers and node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == name:  # type: ignore[attr-defined]
+            return first + node.lineno - 1  # type: ignore[attr-defined,no-any-return]
+    return None
+
+
+def _tie_place(model: nn.Module) -> Where:
+    method = getattr(type(model), "tie_weights", None) or type(model).__init__
+    code = getattr(method, "__code__", None)
+    return place_of(Spot(code, 0, code.co_firstlineno) if code else None)
+
+
+def _shared(model: nn.Module) -> list[tuple[str, ...]]:
+    """Names of parameters that lie in one storage, at the same place and with the same shape."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta and parameter.numel():
+            groups.setdefault((parameter.data_ptr(), tuple(parameter.shape)), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(owner), last)  # type: ignore[no-any-return]
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return difference(left, right) is None
