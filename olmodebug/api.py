@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from .check import BUILD, FIRST_RUN, run_probe
+from .examine import BUILD, FIRST_RUN, run_probe
 from .environment import environment
 from .explain import explain
 from .load import SubjectCodeError
 from .probe import select, shipped_probes
 from .records import ShapeTree
 from .report import Finding, Outcome, Report, SubjectInfo, merge_by_root
-from .shapes import shape_tree
+from .shape_tree import shape_tree
 from .spec import Job, resolve
 from .subject import Subject, from_model
-from .trace import Recording, record
+from .tracer import Recording, record
 
 
 def check(

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _run(order: dict[str, Any], tell: Any) -> None:
-    from .check import build, run_probe
+    from .examine import build, run_probe
     from .environment import environment
     from .errors import OlmodebugError
     from .load import SubjectCodeError, load_file

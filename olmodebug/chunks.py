@@ -19,7 +19,7 @@ from .compare import difference
 from .records import Case, Event, Where
 from .sources import Sources, Spot, short_path
 from .subject import Subject, quiet
-from .trace import Kept, KeptCall, Recording, record
+from .tracer import Kept, KeptCall, Recording, record
 
 MOST_TRIALS = 24
 

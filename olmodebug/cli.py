@@ -115,7 +115,7 @@ def shapes(arguments: argparse.Namespace) -> int:
     _say("loading torch ...")
     from .explain import explain
     from .load import SubjectCodeError
-    from .shapes import shape_tree
+    from .shape_tree import shape_tree
     from .spec import Job, resolve
 
     config = parse_config(arguments.config)

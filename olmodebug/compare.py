@@ -5,9 +5,11 @@ from torch import Tensor
 
 from .records import Difference
 
-# How many roundings of the least precise dtype in the traced forward may separate two runs that agree. Chosen once, far
-# from both sides: correct models stay below 40 (measured over the transformers zoo in float64), broken ones lie above 1e6.
+# How many roundings of the least precise dtype in the traced forward may separate two runs that agree. A relation in
+# float64 leaves about nine decimal places between this and the smallest effect that a broken rule has on logits.
 ROUNDINGS = 256
+# Where float32 appears inside, its roundings are carried through every following layer and may grow there.
+FLOAT32_ROUNDINGS = 1024
 
 
 def difference(left: Tensor, right: Tensor, *, relative_limit: float = 0.0) -> Difference | None:
@@ -36,8 +38,9 @@ def difference(left: Tensor, right: Tensor, *, relative_limit: float = 0.0) -> D
 def roundings_limit(dtypes: set[str]) -> float:
     """The relative limit for runs in which these floating dtypes appear; float32 is the least precise that counts,
     since below it a relation in float64 could prove nothing."""
-    eps = max((torch.finfo(getattr(torch, name)).eps for name in dtypes if name in ("float64", "float32")), default=1.2e-7)
-    return ROUNDINGS * eps
+    if dtypes and not dtypes & {"float32", "bfloat16", "float16"}:
+        return ROUNDINGS * torch.finfo(torch.float64).eps
+    return FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps
 
 
 def _found(wrong: Tensor, gap: Tensor, scale: float, limit: float) -> Difference | None:

@@ -16,7 +16,7 @@ from .records import Event
 from .relation import Culprit, Part
 from .repair import Edit, Expressions, expressions
 from .report import Scalar
-from .trace import Kept, Recording
+from .tracer import Kept, Recording
 
 REDUCTIONS = {
     "mean": "mean",

@@ -20,7 +20,7 @@ from .repair import Edit, Expressions, Found, expressions
 from .report import Scalar, Severity, SourceLine
 from .sources import Sources, Spot, excerpt, short_path, traceback_frames
 from .subject import Subject, quiet
-from .trace import Recording, record
+from .tracer import Recording, record
 
 INDEX_OPS = ("index", "embedding", "index_select", "gather", "take", "index_put_", "_index_put_impl_", "nll_loss_forward")
 

@@ -21,7 +21,7 @@ from .repair import Found
 from .report import Severity
 from .settle import settled
 from .subject import Subject, attention_choices, own_code, quiet
-from .trace import record
+from .tracer import record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

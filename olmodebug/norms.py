@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .records import Event, Where
-from .trace import Recording, record
+from .tracer import Recording, record
 
 FUSED = ("native_layer_norm", "_fused_rms_norm", "rms_norm")
 ROOTS = ("rsqrt", "sqrt")

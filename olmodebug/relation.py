@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .compare import difference
 from .records import Event, Where
 from .sources import Sources, Spot, short_path
-from .trace import Kept, Recording, record
+from .tracer import Kept, Recording, record
 
 MOST_CULPRITS = 4
 

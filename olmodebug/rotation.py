@@ -15,7 +15,7 @@ from .diagnose import is_fused_attention
 from .records import Case, Where
 from .sources import Spot
 from .subject import Subject, quiet
-from .trace import Recording, record
+from .tracer import Recording, record
 
 # Tables are known by the names that people give their buffers.
 TABLE = re.compile(r"cos|sin|freqs|rope|rotary", re.IGNORECASE)
@@ -56,8 +56,9 @@ class Angles:
 
     @property
     def frequencies(self) -> Tensor:
-        """The angle at position 1, `[pairs]`, for a table whose second row is position 1."""
-        return torch.atan2(self.sin[1], self.cos[1])
+        """The angle from the first row to the second, `[pairs]`: where positions start at 0 or at 1 makes no difference."""
+        turned = self.sin[1] * self.cos[0] - self.cos[1] * self.sin[0]
+        return torch.atan2(turned, self.cos[1] * self.cos[0] + self.sin[1] * self.sin[0])
 
 
 def constant_case(twin: Subject, *, start: int = 0) -> Case:

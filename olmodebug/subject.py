@@ -321,6 +321,15 @@ def _decodes_for_an_encoder(config: object) -> bool:
     return False
 
 
+def rows_before_the_first_position(subject: Subject, longest: int) -> int:
+    """RoBERTa's family keeps the rows up to padding_idx of its position table for padding, inside the declared number."""
+    for module in subject.model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == longest and module.padding_idx is not None:
+            ahead = subject.setting("ngram")  # ProphetNet looks up the positions it predicts, too
+            return module.padding_idx + 1 + (ahead if isinstance(ahead, int) else 0)
+    return 0
+
+
 def config_of(model: nn.Module) -> object:
     """The model's own config object, under the names people use; None without one."""
     for name in CONFIG_NAMES:

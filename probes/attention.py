@@ -15,13 +15,14 @@ from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot
 from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
-from olmodebug.trace import Recording, record
+from olmodebug.tracer import Recording, record
 
 # Published architectures that leave the scores unscaled.
 UNSCALED = ("gpt_neo", "t5", "mt5", "umt5")
 # Settings by which a configuration chooses its own scale; where one is present the choice is the model's.
 OWN_SCALE = (
     "attention_multiplier",
+    "attention_scores_scalar",
     "query_pre_attn_scalar",
     "scale_attn_weights",
     "attn_scale",

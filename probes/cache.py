@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmodebug.examine import refused
 from olmodebug.chunks import NoCache, Parting, Runs, locate, pieces, run_chunks
 from olmodebug.compare import difference, roundings_limit
 from olmodebug.diagnose import Diagnosis, is_fused_attention
@@ -19,14 +20,18 @@ from olmodebug.records import Case, Difference, Event
 from olmodebug.repair import Found
 from olmodebug.report import Finding, Scalar
 from olmodebug.settle import settled
-from olmodebug.subject import Subject, attention_choices, own_code
-from olmodebug.trace import Recording
+from olmodebug.subject import Subject, attention_choices, own_code, rows_before_the_first_position
+from olmodebug.tracer import Recording
 
 # Widths of uneven chunks: a prompt, a second turn, one token, a third turn.
 UNEVEN = (4, 3, 1, 2, 1)
 # Windows and contexts longer than this are not run on a CPU in float64.
 LONGEST = 1024
 MOST_LOGITS = 4_000_000
+# Settings of sparse attention: a query keeps its best keys, so that a tie or a rounding changes which.
+CHOOSES_KEYS = ("index_topk", "indexer_budget", "index_top_k", "keep_window_size")
+# Causal-LM classes of transformers whose cache is not used as the others are.
+OWN_CACHES = ("cpmant", "prophetnet")
 # RoPE whose frequencies depend on how long the sequence is: a prefix has other ones than the whole, by design.
 LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 # Layers that carry a state: state-space models, linear attention, gated recurrences.
@@ -106,6 +111,9 @@ def table_end(subject: Subject) -> Iterator[Finding]:
         not_applicable("its config declares no context length")
     if _rope_type(subject) in LENGTH_DEPENDENT:
         not_applicable("its RoPE scaling depends on the length of the sequence")
+    if any(subject.setting(name) is not None for name in CHOOSES_KEYS):
+        not_applicable("it attends to the keys of the highest rank only, and equal ranks may fall either way")
+    longest -= rows_before_the_first_position(subject, longest)
 
     def ways(twin: Subject) -> Iterator[Way]:
         if longest <= LONGEST and longest * twin.vocab_size <= MOST_LOGITS:
@@ -120,6 +128,8 @@ def table_end(subject: Subject) -> Iterator[Finding]:
 
 
 def _needs_cache(subject: Subject) -> None:
+    if subject.setting("model_type") in OWN_CACHES:
+        not_applicable("its cache wants more than the new tokens: the whole input, or positions counted its own way")
     if subject.convention.cache is None:
         not_applicable("forward takes no cache")
     twin = subject.twin()
@@ -280,7 +290,7 @@ def _smaller(twin: Subject, way: Way, limit: float, row: int) -> Way | None:
 def _refused(twin: Subject, way: Way, error: SubjectCodeError) -> Finding | None:
     """A chunk that raises: an error for one token, a warning for several unless the model says so itself."""
     several = any(size > 1 for size in way.sizes[1:])
-    if isinstance(error.__cause__, REFUSALS) and several:
+    if (isinstance(error.__cause__, REFUSALS) and several) or refused(error) is not None:
         return None
     told = explain_run(twin, lambda: run_chunks(twin, way.case, pieces(way.sizes)), error, case=way.case)
     message = f"{way}: {told.message}"

@@ -13,7 +13,7 @@ from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Rows
 from olmodebug.report import Finding
 from olmodebug.subject import Subject
-from olmodebug.trace import record
+from olmodebug.tracer import record
 
 # Projections to queries and keys under the names that people give them, and the norms on them.
 QUERY_KEY = re.compile(

@@ -13,7 +13,7 @@ from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, attention_choices, own_code, quiet
-from olmodebug.trace import record
+from olmodebug.tracer import record
 
 DROPOUT_WORDS = ("dropout", "drop", "pdrop")
 RANDOM_OPS = ("bernoulli", "bernoulli_", "native_dropout", "rand_like", "randn_like", "rand", "randn", "uniform_", "normal_", "multinomial")

@@ -18,7 +18,7 @@ from olmodebug.settle import settled
 from olmodebug.sources import OWN, Spot
 from olmodebug.state import keeper
 from olmodebug.subject import Subject, own_code, quiet
-from olmodebug.trace import Recording, record
+from olmodebug.tracer import Recording, record
 
 FD_TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path that is cut changes the slope by its whole share
 CUTS = ("detach", ".data", "no_grad", "stop_gradient")

@@ -235,7 +235,9 @@ def _default_init(subject: Subject, build: Build, weights: list[Weight]) -> Foun
     for weight in weights:
         linear = linears.get(weight.name.removesuffix(".weight"))
         bound = 1 / math.sqrt(weight.tensor.shape[1])
-        if linear is not None and weight.near(bound / math.sqrt(3)) and float(weight.tensor.abs().max()) <= bound:
+        birth = build.births.get(weight.name)
+        drawn_by_torch = birth is None or birth.spot is None or birth.spot.code.co_name == "__init__"  # where the layer is made
+        if linear is not None and drawn_by_torch and weight.near(bound / math.sqrt(3)) and float(weight.tensor.abs().max()) <= bound:
             default.append(weight)
     if len(default) < 2 or 3 * len(default) < len(linears):
         return None

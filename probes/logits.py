@@ -11,7 +11,7 @@ from olmodebug.records import Case
 from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, attention_choices, quiet
-from olmodebug.trace import record
+from olmodebug.tracer import record
 
 
 @probe()

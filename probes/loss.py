@@ -15,7 +15,7 @@ from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.subject import Subject, own_code, quiet
-from olmodebug.trace import Recording, record
+from olmodebug.tracer import Recording, record
 
 IGNORED = -100
 # Losses are computed in float32 in most models, also where the model itself is in float64.
@@ -147,12 +147,12 @@ def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: floa
         ),
         (f"the sum over {valid} counted labels is divided by all {labels.numel()} labels", "divide by the labels that count", mean * valid / labels.numel()),
         (
-            "both the logits and the labels lose their last position: logit t is compared with label t, which it has just read",
+            "both the logits and the labels lose their last position, which is no shift: logit t is compared with label t",
             "logits[:, :-1] against labels[:, 1:]",
             _ce(logits[:, :-1], labels[:, :-1], 0),
         ),
         (
-            "both the logits and the labels lose their first position: logit t is compared with label t, which it has just read",
+            "both the logits and the labels lose their first position, which is no shift: logit t is compared with label t",
             "logits[:, :-1] against labels[:, 1:]",
             _ce(logits[:, 1:], labels[:, 1:], 0),
         ),
@@ -160,6 +160,11 @@ def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: floa
             "logits and labels are flattened in different orders: rows and positions are swapped in one of them",
             "flatten both from [batch, seq_len]",
             _ce(logits, labels.t().reshape(labels.shape), 0),
+        ),
+        (
+            "logits and labels are flattened in different orders: rows and positions of the logits are swapped",
+            "flatten both from [batch, seq_len]",
+            _ce(logits.transpose(0, 1).reshape(logits.shape), labels, 0),
         ),
         ("the loss is a sum over tokens, not a mean", "reduction='mean'", mean * valid),
         (f"the sum is divided by the batch size {labels.shape[0]}", "divide by the number of labels that count", mean * valid / labels.shape[0]),

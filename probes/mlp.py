@@ -10,7 +10,7 @@ from olmodebug.records import Case, Event
 from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, quiet
-from olmodebug.trace import Recording, record
+from olmodebug.tracer import Recording, record
 
 SETTINGS = ("hidden_act", "activation_function", "hidden_activation", "activation", "act_fn", "mlp_hidden_act")
 # What each name in a configuration means as an op: (aten op, its `approximate` argument).

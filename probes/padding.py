@@ -18,7 +18,7 @@ from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject, quiet
-from olmodebug.trace import record
+from olmodebug.tracer import record
 
 
 @probe()

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
@@ -16,13 +15,13 @@ from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
-from olmodebug.subject import Subject, quiet
-from olmodebug.trace import record
+from olmodebug.subject import Subject, quiet, rows_before_the_first_position
+from olmodebug.tracer import record
 
 # A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.
 MOST_LOGITS = 40_000_000
 LONGEST = 8192
-POSITION_TABLE = re.compile(r"(^|[._])(cos|sin|rope|rotary|inv_freq|freqs|freqs_cis|wpe|pos|position|positions|alibi)")
+POSITION_TABLE = re.compile(r"(^|[._])(cos|sin|rope|rotary|inv_freq|freqs|freqs_cis|wpe|wpos|pos|position|positions|alibi)([._]|$|_)")
 
 
 @probe()
@@ -36,7 +35,7 @@ def whole_context_runs(subject: Subject) -> Iterator[Finding]:
     longest = subject.max_positions
     if longest is None:
         not_applicable("its config declares no context length")
-    longest -= _rows_before_the_first_position(subject, longest)
+    longest -= rows_before_the_first_position(subject, longest)
     twin = subject.twin(dtype=torch.float32)
     for case in _cases(twin, longest):
         try:
@@ -117,14 +116,6 @@ def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple
         if counts or cuts:
             return place_of(spot, module=event.where.module, op=event.op), False
     return Where(), False
-
-
-def _rows_before_the_first_position(subject: Subject, longest: int) -> int:
-    """RoBERTa's family keeps the rows up to padding_idx of its position table for padding, inside the declared number."""
-    for module in subject.model.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == longest and module.padding_idx is not None:
-            return module.padding_idx + 1
-    return 0
 
 
 def _cases(twin: Subject, longest: int) -> Iterator[Case]:

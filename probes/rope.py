@@ -12,7 +12,7 @@ from torch import Tensor
 from olmodebug.compare import difference, roundings_limit
 from olmodebug.diagnose import Diagnosis
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import run
+from olmodebug.invariance import limit_of, run
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found
@@ -20,7 +20,7 @@ from olmodebug.report import Finding
 from olmodebug.rotation import Angles, Scores, angle_tables, attentions, constant_case, maker, table_factor, trace_case, varies
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject
-from olmodebug.trace import Recording
+from olmodebug.tracer import Recording
 
 # Rounding of angles grows with the position: float32 angles at position p are off by p * 6e-8 radians, and scores with them.
 FLOAT32 = roundings_limit({"float32"})
@@ -29,7 +29,10 @@ FURTHEST = 4096
 COARSE = 2.0**-14
 # Radians that can be felt at the end of a context.
 FELT = 0.02
+FELT_SHIFT = 1e-2
 KNOWN_TYPES = (None, "default", "linear")
+# Parts of the names under which configurations keep a rotary base.
+BASE_WORDS = ("theta", "rope_base", "base_freq", "rotary_base", "rotary_emb_base")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,7 +92,8 @@ def relative_shift(subject: Subject) -> Iterator[Finding]:
     start = Case(name="positions from 0", input_ids=ids, position_ids=(tuple(range(seq)),))
     for by in moves:
         moved = replace(start, name=f"positions from {by}", position_ids=(tuple(range(by, by + seq)),))
-        limit = max(FLOAT32, 8 * 1.2e-7 * (by + seq))
+        # Angles in float32 at far positions move the scores by rounding alone, and every layer carries that on.
+        limit = max(FLOAT32 if limit_of(twin) < 1e-9 else FELT_SHIFT, 8 * 1.2e-7 * (by + seq))
         apart = difference(run(twin, start), run(twin, moved), relative_limit=limit)
         if apart is None:
             continue
@@ -186,7 +190,10 @@ def frequencies_as_configured(subject: Subject) -> Iterator[Finding]:
             continue
         if any(_fits(frequencies, theta, factor) for theta, factor in declared):
             continue
-        yield _at(subject, table, *_wrong_frequencies(subject, frequencies, declared))
+        message, told = _wrong_frequencies(subject, frequencies, declared)
+        finding = _at(subject, table, message, told)
+        # Frequencies that no known slip explains may be a scaling of the model's own.
+        yield finding if told.cause else replace(finding, severity="note")
         return
 
 
@@ -205,10 +212,12 @@ def _rotated(subject: Subject) -> Rotated:
         if scores.value is None or varies(scores.value, FLOAT32):
             not_applicable("positions reach the hidden states before the first rotation (learned or absolute positions)")
         if varies(scores.query, FLOAT32) or varies(scores.key, FLOAT32):
-            if not any(event.op in ("cos", "sin", "polar") for event in recording.events) and not angle_tables(recording, seq):
-                not_applicable("queries change with the position, and no cosines were seen")
-            return Rotated(recording=recording, first=scores, case=case)
-    not_applicable("queries and keys are not rotated")
+            break
+    else:
+        not_applicable("queries and keys are not rotated")
+    if not any(event.op in ("cos", "sin", "polar") for event in recording.events) and not angle_tables(recording, seq):
+        not_applicable("queries change with the position, and no cosines were seen")
+    return Rotated(recording=recording, first=scores, case=case)
 
 
 def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:
@@ -303,7 +312,7 @@ def _imprecise(positions: list[int], table: Angles, *, felt: float = FELT) -> tu
         return None
     steps = torch.tensor(positions, dtype=torch.float64)[:, None]
     ideal = steps * table.frequencies
-    off = _radians(table, ideal)
+    off = _radians(table, ideal + torch.atan2(table.sin[0], table.cos[0]))
     allowed = (COARSE * ideal).clamp(min=max(felt, 1e-6))
     wrong = off > allowed
     if not bool(wrong.any()):
@@ -416,7 +425,23 @@ def _declared(subject: Subject) -> list[tuple[float, float]]:
         if not isinstance(base, int | float) or base <= 1 or kind not in KNOWN_TYPES or not isinstance(factor, int | float):
             return []
         found.append((float(base), float(factor)))
-    return found
+    return found + [(base, 1.0) for base in _other_bases(subject.config) if base not in {theta for theta, _ in found}]
+
+
+def _other_bases(config: Any) -> set[float]:
+    """Bases that the config declares elsewhere: for local layers, or for the parts of a model made of several."""
+    content = config.to_dict() if hasattr(config, "to_dict") else {}
+    bases: set[float] = set()
+
+    def search(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                search(item, str(key))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and value > 1 and any(word in name for word in BASE_WORDS):
+            bases.add(float(value))
+
+    search(content, "")
+    return bases
 
 
 def _fits(frequencies: Tensor, theta: float, factor: float) -> bool:
@@ -425,6 +450,12 @@ def _fits(frequencies: Tensor, theta: float, factor: float) -> bool:
 
 def _ideal(pairs: int, theta: float, factor: float) -> Tensor:
     return theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs) / factor
+
+
+def _is_round(base: float) -> bool:
+    """Whether a base is one that people write, such as 10000 or 500000: one digit and zeros."""
+    leading = base / 10 ** math.floor(math.log10(base))
+    return abs(leading - round(leading)) < 0.01 * leading
 
 
 def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tuple[float, float]]) -> tuple[str, Diagnosis]:
@@ -442,7 +473,7 @@ def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tup
     elif isinstance(head_dim, int) and head_dim > 2 * pairs and _fits(frequencies, theta ** (2 * pairs / head_dim), factor):
         cause = f"the exponent of inv_freq is divided by head_dim {head_dim}, and only {2 * pairs} dimensions are rotated (rotary_dim)"
         fix = "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"
-    elif regular and abs(base - theta) > 0.01 * theta and abs(float(frequencies[0]) * factor - 1) < 1e-3:
+    elif regular and abs(base - theta) > 0.01 * theta and abs(float(frequencies[0]) * factor - 1) < 1e-3 and _is_round(base):
         cause, fix = f"the base in use is {base:.6g}; the config's rope_theta {theta:g} does not reach inv_freq", "use config.rope_theta as the base"
     else:
         return message, Diagnosis(evidence=evidence)

@@ -18,7 +18,7 @@ from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.state import keeper
 from olmodebug.subject import Subject, own_code, quiet
-from olmodebug.trace import record
+from olmodebug.tracer import record
 
 COMPARED = 4  # the first calls of the list are compared with a fresh model's; the others come between them
 

@@ -16,7 +16,7 @@ from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.rotation import maker, trace_case
 from olmodebug.subject import Subject
-from olmodebug.trace import Recording
+from olmodebug.tracer import Recording
 
 LONGEST = 256
 # A score this far below the best of its row is masked, whatever constant the mask uses.

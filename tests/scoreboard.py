@@ -29,7 +29,7 @@ def findings_on(spec: str, expression: str | None = None) -> list[dict[str, Any]
     """Every finding, as plain values, of all probes but the slow ones on a subject; a probe that broke is one too."""
     import torch
 
-    from olmodebug.check import build, run_probe
+    from olmodebug.examine import build, run_probe
     from olmodebug.probe import select, shipped_probes
     from olmodebug.report import plain
     from olmodebug.spec import Job

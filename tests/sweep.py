@@ -24,7 +24,7 @@ def check_type(expression: str | None, model_type: str) -> dict[str, Any]:
     """Every probe's outcome and finding on one model type."""
     import torch
 
-    from olmodebug.check import run_probe
+    from olmodebug.examine import run_probe
     from olmodebug.explain import explain
     from olmodebug.load import SubjectCodeError
     from olmodebug.probe import select, shipped_probes

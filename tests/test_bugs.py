@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from olmodebug.check import Result, build, run_probe
+from olmodebug.examine import Result, build, run_probe
 from olmodebug.invariance import findings_of, limit_of, violation
 from olmodebug.probe import shipped_probes
 from olmodebug.report import Finding

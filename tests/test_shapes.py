@@ -9,7 +9,7 @@ from olmodebug.api import shapes
 from olmodebug.records import ModuleShape
 from olmodebug.render.layout import console
 from olmodebug.render.shapes import shapes_view
-from olmodebug.shapes import folded
+from olmodebug.shape_tree import folded
 
 
 def _row(tree, path):  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ import torch
 
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
-from olmodebug.trace import record
+from olmodebug.tracer import record
 
 ROUNDS = 5
 

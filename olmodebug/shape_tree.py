@@ -14,7 +14,7 @@ from torch import nn
 from .dims import KV_HEAD_NAMES, MLP_NAMES, WIDTH_NAMES
 from .records import Case, ModuleCall, ModuleShape, ShapeTree, TensorInfo
 from .subject import HEAD_NAMES, VOCAB_NAMES, Subject, own_code, quiet
-from .trace import record
+from .tracer import record
 
 FIRST, SECOND = (3, 11), (5, 17)  # (batch, seq_len), pairwise different primes
 
