@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .examine import BUILD, FIRST_RUN, run_probe
 from .environment import environment
+from .examine import BUILD, FIRST_RUN, run_probe
 from .explain import explain
 from .load import SubjectCodeError
 from .probe import select, shipped_probes

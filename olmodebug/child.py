@@ -47,9 +47,9 @@ def main() -> None:
 
 
 def _run(order: dict[str, Any], tell: Any) -> None:
-    from .examine import build, run_probe
     from .environment import environment
     from .errors import OlmodebugError
+    from .examine import build, run_probe
     from .load import SubjectCodeError, load_file
     from .probe import probes_in, select, shipped_probes, with_own
     from .report import plain

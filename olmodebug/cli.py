@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("olmodebug: interrupted")
         return 130
-    except BrokenPipeError:  # `olmodebug ... | head`: the reader has seen enough
+    except (BrokenPipeError, SystemExit):  # `olmodebug ... | head`: the reader has seen enough, and rich turns that into an exit
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

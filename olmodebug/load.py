@@ -51,6 +51,9 @@ def load_file(path: Path) -> ModuleType:
     root, name = _package_of(path)
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
+    package = name.partition(".")[0]
+    if root != path.parent and package in sys.modules and str(root / package) not in getattr(sys.modules[package], "__path__", ()):
+        raise SubjectError(f"{path} lies in a package called {package}, and another {package} is loaded already; rename the folder")
     if name in sys.modules:
         return sys.modules[name]
     if root != path.parent:

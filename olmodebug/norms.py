@@ -4,7 +4,8 @@ A norm is known by what it computes: a fused norm op, or `rsqrt` (or a root, or 
 dimension plus a constant.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,54 @@ def acts_as_norm(module: nn.Module, width: int) -> bool:
 def traced(module: nn.Module, run: Callable[[], Any]) -> Recording:
     """The ops of one isolated call, with their tensors."""
     return record(module, run, keep=True, catch=True)
+
+
+def with_unit_weights(module: nn.Module) -> nn.Module:
+    """A copy in float64 with weights of one and no bias."""
+    twin = copy.deepcopy(module).double().eval()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.fill_(0.0 if "bias" in name else 1.0)
+    return twin
+
+
+def unit_rms(module: nn.Module, width: int) -> float | None:
+    """The root mean square of its output before the weight; with weights w and with 1 + w both tried."""
+    sizes = []
+    for weight in (1.0, 0.0):
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.fill_(0.0 if "bias" in name else weight)
+        sizes.append(float(isolated(module, width, scale=LARGE).pow(2).mean().sqrt()))
+    if sizes[1] > 0:  # 1 + w
+        return sizes[1]
+    return sizes[0] if sizes[0] > 0 else None
+
+
+def unbiased(recording: Recording) -> Event | None:
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        correction = kept.arguments.get("correction", 1)
+        if event.op in ("std", "var", "var_mean", "std_mean") and kept.arguments.get("unbiased", True) and correction in (None, 1):
+            return event
+    return None
+
+
+def overflowing_squares(recording: Recording) -> Iterator[tuple[Event, float]]:
+    """(event, largest input) of float16 squares that turn finite inputs into inf and go into a mean next."""
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        if event.op not in ("pow", "mul", "square") or not kept.outputs or kept.outputs[0].dtype != torch.float16:
+            continue
+        if event.op == "pow" and str(kept.arguments.get("exponent")) not in ("2", "2.0"):
+            continue
+        if event.op == "mul" and (len(kept.inputs) < 2 or not torch.equal(kept.inputs[0], kept.inputs[-1])):
+            continue
+        finite = all(bool(torch.isfinite(t).all()) for t in kept.inputs)
+        if not finite or bool(torch.isfinite(kept.outputs[0]).all()):
+            continue
+        following = recording.events[index + 1 : index + 4]
+        written = event.outputs[0].storage
+        if any(e.op in ("mean", "sum") and e.inputs and e.inputs[0].storage == written for e in following):
+            yield event, float(kept.inputs[0].abs().max())
 
 
 def _number(value: object) -> float | None:

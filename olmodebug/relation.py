@@ -50,10 +50,10 @@ class Part:
     def _choices(self, view: Tensor, dim: int, whole: Tensor) -> list[Tensor]:
         size, batch, seq = whole.shape[dim], self.batch, self.seq
         is_batch = size == batch and (batch != seq or dim == 0)
-        if is_batch:
-            return [_cut(view, dim, self.rows)] if batch > 1 else []
+        if is_batch:  # where no rows are asked for, a batch alone says nothing: one later position taken out differs rightly
+            return [_cut(view, dim, self.rows)] if batch > 1 and self.rows is not None else []
         if size == seq:
-            return [_cut(view, dim, self.columns)] if seq > 1 else []
+            return [_cut(view, dim, self.columns)] if seq > 1 and self.columns is not None else []
         if size in self.fixed or size < 2:
             return []
         if size == batch * seq and batch > 1 and seq > 1:

@@ -73,7 +73,7 @@ def check(order: Order, run: Run, progress: Callable[[int, int, str, float], Non
     with tempfile.TemporaryDirectory(prefix="olmodebug-") as scratch:
         folder = run.folder or Path(scratch)
         for _ in range(MOST_RESTARTS):
-            death = _one_child(order, journal, folder, progress, started)
+            death = _one_child(order, journal, folder, Path(scratch), progress, started)
             if journal.unusable is not None:
                 raise UsageError(journal.unusable)
             if journal.fault is not None:
@@ -87,7 +87,7 @@ def check(order: Order, run: Run, progress: Callable[[int, int, str, float], Non
 
 
 def _one_child(
-    order: Order, journal: _Journal, folder: Path, progress: Callable[[int, int, str, float], None], started: float
+    order: Order, journal: _Journal, folder: Path, scratch: Path, progress: Callable[[int, int, str, float], None], started: float
 ) -> str | None:
     """Run one child to its end; None when it ended well, else how it died."""
     read, write = os.pipe()
@@ -113,7 +113,8 @@ def _one_child(
             stderr=output,
             pass_fds=(write,),
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": _python_path()},
+            # hypothesis would leave a folder in the user's working directory
+            env={"HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "hypothesis"), **os.environ, "PYTHONPATH": _python_path()},
         )
     os.close(write)
     journal.step, journal.started, journal.ended = BUILD, False, False

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmodebug.examine import refused
 from olmodebug.chunks import NoCache, Parting, Runs, locate, pieces, run_chunks
 from olmodebug.compare import difference, roundings_limit
 from olmodebug.diagnose import Diagnosis, is_fused_attention
+from olmodebug.examine import refused
 from olmodebug.explain import explain_run, source_lines
 from olmodebug.invariance import limit_of, run
 from olmodebug.load import SubjectCodeError
@@ -53,7 +53,7 @@ class Way:
         return f"{cut} with the cache{f' ({self.given} given)' if self.given else ''}"
 
 
-@probe(after=("causality.no-future",))
+@probe(after=("causality.no-future", "determinism.eval-repeats"))
 def matches_full_forward(subject: Subject) -> Iterator[Finding]:
     """Prefill and one-token decoding, and uneven chunks, give the logits of one full forward at every position.
 

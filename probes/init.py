@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +17,15 @@ from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.weights import RESIDUAL, Weight, shared_std, weights_of
 
-# A sample std of n normal numbers is off by 1/sqrt(2n) of itself; 5 of these leave one false alarm in a million tensors.
-SIGMAS = 5.0
 # The least relative gap that is called another std: truncation at 2 or 3 sigma moves a std by 12 % and 1.4 %.
 LEAST_GAP = 0.15
 # Uniform logits have a loss of ln V; logits with a std of 2 already cost 2 nats more.
 LOSS_MARGIN = 2.0
-RESIDUAL = ("o_proj", "out_proj", "c_proj", "wo", "w2", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "ff_out", "attn_out")
 MLP_INPUT = ("w1", "w3", "gate_proj", "up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "ff_proj")
 MLP_OUTPUT = ("w2", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "ff_out")
 INIT_METHODS = ("init_weights", "_init_weights", "initialize_weights", "_initialize_weights", "reset_parameters")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """A matrix of the model: its path, the last part of its module's name, its std and how many numbers it is made of."""
-
-    name: str
-    role: str
-    tensor: Tensor
-    std: float
-
-    def near(self, std: float) -> bool:
-        """Whether its std can be this one, within sampling error."""
-        error = SIGMAS / math.sqrt(2 * self.tensor.numel())
-        return abs(self.std / std - 1) <= max(error, 0.03) if std > 0 else self.std == 0
 
 
 @probe()
@@ -53,7 +35,7 @@ def finite_weights(subject: Subject) -> Iterator[Finding]:
     Why: one NaN in a weight makes every logit NaN after the first step that touches it.
     Catches: an overflowing initialisation; a checkpoint that was damaged or saved after a diverged step.
     """
-    tensors = [(name, p, "parameter") for name, p in subject.model.named_parameters()]
+    tensors: list[tuple[str, torch.Tensor, str]] = [(name, p, "parameter") for name, p in subject.model.named_parameters()]
     tensors += [(name, b, "buffer") for name, b in subject.model.named_buffers()]
     for name, tensor, kind in tensors:
         if not tensor.is_floating_point() or tensor.is_meta:
@@ -110,7 +92,7 @@ def as_configured(subject: Subject) -> Iterator[Finding]:
     Catches: an init function that is never called; `name == "c_proj.weight"` against full names; 1/sqrt(2L) twice or on w3.
     """
     build = _fresh_build(subject)
-    weights = _weights(build.model)
+    weights = weights_of(build.model)
     for never in build.never_true():
         where = place_of(never.spot)
         yield Found(
@@ -219,15 +201,6 @@ def _fresh_build(subject: Subject) -> Build:
         return watch_build(lambda: subject.remake(subject.seed), subject.sources)  # type: ignore[misc]
 
 
-def _weights(model: nn.Module) -> list[Weight]:
-    weights = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and min(parameter.shape) > 1 and parameter.is_floating_point():
-            role = name.split(".")[-2] if name.endswith((".weight", ".bias")) else name.split(".")[-1]
-            weights.append(Weight(name=name, role=role, tensor=parameter.detach(), std=float(parameter.detach().double().std())))
-    return weights
-
-
 def _default_init(subject: Subject, build: Build, weights: list[Weight]) -> Found | None:
     """Linear layers at torch's own default although the config declares a std, or an init method exists and never ran."""
     linears = {name: m for name, m in build.model.named_modules() if isinstance(m, nn.Linear)}
@@ -268,7 +241,7 @@ def _depth(subject: Subject, build: Build, weights: list[Weight]) -> Found | Non
     layers = subject.setting("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if not isinstance(layers, int) or layers < 2:
         return None
-    base = _base(subject, weights)
+    base = shared_std(subject, weights)
     if base is None:
         return None
     once, twice = base / math.sqrt(2 * layers), base / (2 * layers)
@@ -296,18 +269,6 @@ def _depth(subject: Subject, build: Build, weights: list[Weight]) -> Found | Non
         observed=f"std {first.std:.3g}",
         evidence={"layers": layers, "std of the other matrices": base},
     )
-
-
-def _base(subject: Subject, weights: list[Weight]) -> float | None:
-    """The std that most matrices share: the declared one where it fits, else that of the first of them."""
-    others = [w for w in weights if w.role not in RESIDUAL]
-    declared = subject.setting("initializer_range", "init_std")
-    candidates = [declared] if isinstance(declared, float) and declared > 0 else []
-    candidates += [w.std for w in sorted(others, key=lambda w: -w.tensor.numel())[:3] if w.std > 0]
-    for candidate in candidates:
-        if 2 * sum(w.near(candidate) for w in others) > len(others):
-            return float(candidate)
-    return None
 
 
 def _forgotten(build: Build) -> tuple[str, Spot] | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from olmodebug.attends import QUERY_KEY, Attends, attentions
+from olmodebug.attends import Attends, attentions
 from olmodebug.blocks import blocks_of
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
@@ -18,15 +18,12 @@ from olmodebug.records import Case, Difference, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
-from olmodebug.subject import Subject, attention_choices, config_of, own_code, quiet
+from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.switches import TRAINED_SCORE, attention_twins, checkpointing_twin, score_growth, with_grown_scores
 from olmodebug.tracer import record
 
-# Attributes by which models without a config switch choose torch's fused attention, after nanoGPT.
-FLASH_NAMES = ("flash", "use_flash", "use_sdpa", "use_flash_attn", "use_flash_attention")
 # Where the two kernels order their sums differently, float32 parts inside included.
 GRADIENT_LIMIT = 1e-4
-# Fresh weights make scores near zero, where a softcap or a scale hardly shows; trained models have scores of this size.
-TRAINED_SCORE = 20.0
 
 
 @probe()
@@ -36,7 +33,7 @@ def implementations_agree(subject: Subject) -> Iterator[Finding]:
     Why: a model is trained with one and served with another.
     Catches: a scale, a softcap, a window or a mask that one branch forgets.
     """
-    twins = _implementations(subject)
+    twins = attention_twins(subject)
     if len(twins) < 2:
         not_applicable("the model offers one attention implementation")
     batch, seq = subject.sizes()
@@ -54,10 +51,10 @@ def implementations_agree(subject: Subject) -> Iterator[Finding]:
                 yield _disagreement(left, right, first, second, case, apart)
                 break
         else:
-            factor = _growth(left, plain)
+            factor = score_growth(left, plain)
             if factor is None:
                 continue
-            grown = [_grown(twin, factor) for twin in (left, right)]
+            grown = [with_grown_scores(twin, factor) for twin in (left, right)]
             apart = _apart(grown[0], grown[1], plain)
             if apart is not None:
                 large = replace(plain, name=f"attention scores of {TRAINED_SCORE:.0f}")
@@ -71,7 +68,7 @@ def checkpointing_agrees(subject: Subject) -> Iterator[Finding]:
     Why: checkpointing may cost time and nothing else.
     Catches: use_reentrant=True, which gives no gradient at all when no input of the block requires one; a cache kept on.
     """
-    plain, checkpointed = _checkpointing(subject, False), _checkpointing(subject, True)
+    plain, checkpointed = checkpointing_twin(subject, False), checkpointing_twin(subject, True)
     if plain is None or checkpointed is None:
         not_applicable("the model offers no gradient checkpointing")
     expected, observed = _gradients(plain), _gradients(checkpointed)
@@ -187,50 +184,6 @@ def embeddings_as_input_agree(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _implementations(subject: Subject) -> list[tuple[str, Subject]]:
-    """(name, twin) of each attention that the model has a switch for and runs with."""
-    names = attention_choices(subject)
-    if names:
-        twins = [(name, subject.twin(attention=name)) for name in names]
-        return [(name, twin) for name, twin in twins if twin.dtype == torch.float64 and twin.runs()]
-    twins = []
-    for flash in (False, True):
-        twin = subject.fresh_twin()
-        switched = False
-        for module in twin.model.modules():
-            for name in FLASH_NAMES:
-                if isinstance(vars(module).get(name), bool):
-                    setattr(module, name, flash)
-                    switched = True
-        if switched and twin.runs():
-            twins.append(("fused attention" if flash else "attention written out", twin))
-    return twins
-
-
-def _growth(twin: Subject, case: Case) -> float | None:
-    """The factor on query and key weights that brings the largest score to TRAINED_SCORE; None where none was recognised."""
-    if not any(QUERY_KEY.search(name) for name, _ in twin.model.named_parameters()):
-        return None
-    with torch.no_grad(), quiet():
-        recording = record(twin.model, lambda: twin.call(case), keep=True)
-    largest = 0.0
-    for event, kept in zip(recording.events, recording.kept, strict=True):
-        if event.op in ("_softmax", "_safe_softmax") and kept.inputs[0].ndim >= 3:
-            real = kept.inputs[0].double()
-            real = real[torch.isfinite(real) & (real > -9e3)]  # below lie masks
-            largest = max(largest, float(real.abs().max()) if real.numel() else 0.0)
-    return (TRAINED_SCORE / largest) ** 0.5 if 0 < largest < TRAINED_SCORE else None
-
-
-def _grown(twin: Subject, factor: float) -> Subject:
-    copied = twin.fresh_twin()
-    with torch.no_grad():
-        for name, parameter in copied.model.named_parameters():
-            if QUERY_KEY.search(name):
-                parameter.mul_(factor)
-    return copied
-
-
 def _apart(left: Subject, right: Subject, case: Case) -> Difference | None:
     limit = max(limit_of(left), limit_of(right))
     try:
@@ -306,30 +259,6 @@ def _mask_differs(left: Subject, a: Attends, b: Attends, first: str, second: str
     elif key > query:
         cause += ": later tokens are not masked there, so the future leaks"
     return more.weighed.where, cause, "build one mask and give it to every implementation"
-
-
-def _checkpointing(subject: Subject, on: bool) -> Subject | None:
-    """A twin in train mode with gradient checkpointing on or off; None where it has no such switch."""
-    twin = subject.fresh_twin(training=True)
-    model = twin.model
-    if hasattr(model, "gradient_checkpointing_enable"):
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            return None
-        with quiet():
-            (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()  # type: ignore[operator]
-        return twin
-    switched = False
-    seen: set[int] = set()
-    for module in model.modules():
-        for holder in (module, config_of(module)):
-            if holder is None or id(holder) in seen:
-                continue
-            seen.add(id(holder))
-            for name in ("gradient_checkpointing", "use_checkpoint", "activation_checkpointing", "use_gradient_checkpointing"):
-                if isinstance(getattr(holder, name, None), bool):
-                    object.__setattr__(holder, name, on)
-                    switched = True
-    return twin if switched else None
 
 
 def _gradients(twin: Subject) -> dict[str, Tensor] | None:

@@ -1,11 +1,9 @@
 """A model survives what is done to models: saving, copying, casting, and being built without memory."""
 
-import ast
 import copy
-import inspect
 import tempfile
-import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from olmodebug.compare import difference
-from olmodebug.explain import place_of, source_lines
+from olmodebug.explain import source_lines
 from olmodebug.invariance import run
 from olmodebug.load import SubjectCodeError
+from olmodebug.members import attribute_place, equal, not_saved, parameter, shared, tie_place, why_not_saved
 from olmodebug.probe import not_applicable, probe, skip
+from olmodebug.rebuilt import CannotBuild, materialised, rebuilt
 from olmodebug.records import Case, Difference, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
-from olmodebug.settle import settled
-from olmodebug.sources import Spot
 from olmodebug.subject import Subject, config_of, quiet
 
 OTHER_SEED = 12345
+ALIVE = "a model that was handed over alive cannot be built again"
 
 
 @probe()
@@ -34,7 +33,7 @@ def save_and_load(subject: Subject) -> Iterator[Finding]:
     Why: what the state dict misses is random again after a restart, and nothing says so.
     Catches: layers in a plain list; a random buffer with persistent=False; a tensor kept as a plain attribute.
     """
-    fresh = _fresh(subject, OTHER_SEED)
+    fresh = _fresh(subject)
     saved = {name: tensor.clone() for name, tensor in subject.model.state_dict().items() if isinstance(tensor, Tensor)}
     try:
         with quiet():
@@ -52,8 +51,8 @@ def save_and_load(subject: Subject) -> Iterator[Finding]:
     case, apart = _compare(subject, fresh)
     if apart is None:
         return
-    missing = _not_saved(subject.model, fresh, saved)
-    where = _attribute_place(subject.model, missing[0]) if missing else Where()
+    missing = not_saved(subject.model, fresh, saved)
+    where = attribute_place(subject.model, missing[0]) if missing else Where()
     yield Found(
         probe="",
         severity="error",
@@ -61,7 +60,7 @@ def save_and_load(subject: Subject) -> Iterator[Finding]:
         + (f" ({missing[0]})" if missing else ""),
         where=where,
         source=source_lines(where),
-        cause=_why_not_saved(subject.model, missing[0]) if missing else None,
+        cause=why_not_saved(subject.model, missing[0]) if missing else None,
         fix="register it as a parameter or a persistent buffer; keep modules in nn.ModuleList" if missing else None,
         expected="equal bits",
         observed=f"{apart.mismatched} of {apart.total} logits differ",
@@ -81,7 +80,7 @@ def safetensors_round_trip(subject: Subject) -> Iterator[Finding]:
         return
     from safetensors.torch import load_model, save_model
 
-    fresh = _fresh(subject, OTHER_SEED)
+    fresh = _fresh(subject)
     with tempfile.TemporaryDirectory(prefix="olmodebug-") as folder, quiet():
         file = str(Path(folder) / "model.safetensors")
         try:
@@ -97,7 +96,7 @@ def safetensors_round_trip(subject: Subject) -> Iterator[Finding]:
             )
             return
     case, apart = _compare(subject, fresh)
-    again = _fresh(subject, OTHER_SEED)
+    again = _fresh(subject)
     again.load_state_dict(subject.model.state_dict())
     if apart is not None and _compare(subject, again)[1] is None:  # otherwise save-and-load says it
         yield _differs(apart, case, "a round trip through safetensors", "warning")
@@ -158,7 +157,7 @@ def dtype_round_trip(subject: Subject) -> Iterator[Finding]:
                     probe="",
                     severity="error",
                     message=f"the {buffer.dtype} buffer {name} is not the same after a cast to bfloat16 and back",
-                    where=_attribute_place(subject.model, name),
+                    where=attribute_place(subject.model, name),
                     expected="equal values",
                 )
         elif after[name].dtype == torch.bfloat16 and name not in saved and not torch.equal(buffer, wide[name].to(buffer.dtype)):
@@ -166,7 +165,7 @@ def dtype_round_trip(subject: Subject) -> Iterator[Finding]:
     if not rounded:
         return
     name = rounded[0]
-    where = _attribute_place(subject.model, name)
+    where = attribute_place(subject.model, name)
     # transformers casts on loading (dtype=...), which leaves these buffers in float32; only an explicit .to() rounds them.
     loads = hasattr(subject.model, "from_pretrained")
     scale = float(before[name].double().abs().max())
@@ -195,8 +194,8 @@ def meta_build(subject: Subject) -> Iterator[Finding]:
     model = _materialised(subject)
     buffers = dict(model.named_buffers())
     lost = [name for name, b in buffers.items() if b.is_floating_point() and bool(torch.isnan(b).any())]
-    usual = {name: b for name, b in subject.model.named_buffers()}
-    lost += [n for n, b in buffers.items() if n in usual and n not in lost and b.shape == usual[n].shape and not _equal(b, usual[n])]
+    usual = dict(subject.model.named_buffers())
+    lost += [n for n, b in buffers.items() if n in usual and n not in lost and b.shape == usual[n].shape and not equal(b, usual[n])]
     if lost:
         yield _lost(subject, lost)
         return
@@ -219,13 +218,13 @@ def tie_survives(subject: Subject) -> Iterator[Finding]:
     Why: an embedding and a head that come apart start equal and drift in training; nothing else looks wrong.
     Catches: a tie through .data; no tie_weights() after to_empty on a meta build.
     """
-    groups = _shared(subject.model)
+    groups = shared(subject.model)
     if not groups:
         not_applicable("no parameter has two names")
-    by_object = [names for names in groups if len({id(_parameter(subject.model, name)) for name in names}) == 1]
+    by_object = [names for names in groups if len({id(parameter(subject.model, name)) for name in names}) == 1]
     for names in groups:
         if names not in by_object:
-            where = _tie_place(subject.model)
+            where = tie_place(subject.model)
             yield Found(
                 probe="",
                 severity="warning",
@@ -244,15 +243,13 @@ def tie_survives(subject: Subject) -> Iterator[Finding]:
     loaded.load_state_dict(subject.model.state_dict())
     steps = [("copy.deepcopy", copy.deepcopy(subject.model)), (".to(float64)", copy.deepcopy(subject.model).to(torch.float64)), ("load_state_dict", loaded)]
     if subject.remake is not None:
-        try:
+        with suppress(Exception):  # meta-build says why it cannot be built so
             steps.append(("a build on meta and to_empty", _materialised(subject)))
-        except Exception:  # meta-build says why it cannot be built so
-            pass
     for step, model in steps:
         for names in by_object:
-            if len({id(_parameter(model, name)) for name in names}) == 1:
+            if len({id(parameter(model, name)) for name in names}) == 1:
                 continue
-            where = _tie_place(subject.model)
+            where = tie_place(subject.model)
             yield Found(
                 probe="",
                 severity="warning",
@@ -301,63 +298,18 @@ def train_equals_eval_without_dropout(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def _fresh(subject: Subject, seed: int) -> nn.Module:
-    if subject.remake is None:
-        not_applicable("a model that was handed over alive cannot be built again")
-    with quiet(), settled(seed=seed):
-        model = subject.remake(seed)
-    return model.to(device=subject.device, dtype=subject.dtype if _uniform(subject.model) else None).eval()
-
-
-def _uniform(model: nn.Module) -> bool:
-    return len({p.dtype for p in model.parameters() if p.is_floating_point()}) == 1
+def _fresh(subject: Subject) -> nn.Module:
+    """Another build of the subject, from another seed, in its dtype and on its device."""
+    model = rebuilt(subject, OTHER_SEED)
+    return model if model is not None else not_applicable(ALIVE)
 
 
 def _materialised(subject: Subject) -> nn.Module:
-    """The model built on meta, given NaN for memory, reset as its class says, and loaded with the subject's weights."""
-    if subject.remake is None:
-        not_applicable("a model that was handed over alive cannot be built again")
-    with quiet(), settled(seed=OTHER_SEED):
-        try:
-            with torch.device("meta"):
-                model = subject.remake(OTHER_SEED)
-        except Exception as error:
-            skip(f"it cannot be built on meta: {type(error.__cause__ or error).__name__}: {str(error.__cause__ or error)[:120]}")
-        if {(n, tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)} != {
-            (n, tuple(p.shape)) for n, p in subject.model.named_parameters(remove_duplicate=False)
-        }:
-            skip("on meta it is built with other parameters")
-        # With this flag torch fills the memory of to_empty with NaN.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        model.to_empty(device="cpu")
-        torch.use_deterministic_algorithms(False)
-        _reset(model)
-    with quiet():
-        model.load_state_dict(subject.model.state_dict(), strict=True)
-    return model.eval()
-
-
-def _reset(model: nn.Module) -> None:
-    """Call what a class offers for this: reset_parameters of each module, then init_weights and tie_weights of the model."""
-    for module in model.modules():
-        method = getattr(module, "reset_parameters", None)
-        if callable(method) and not type(module).__module__.startswith("torch."):
-            _call_without_arguments(method)
-    if hasattr(model, "from_pretrained"):  # transformers: its loader does this
-        for module in model.modules():
-            module._is_hf_initialized = False  # type: ignore[assignment]
-        for name in ("initialize_weights", "tie_weights"):
-            _call_without_arguments(getattr(model, name, None))
-        return
-    _call_without_arguments(getattr(model, "init_weights", None))
-
-
-def _call_without_arguments(method: object) -> None:
-    if not callable(method):
-        return
-    needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if not needed:
-        method()
+    try:
+        model = materialised(subject, OTHER_SEED)
+    except CannotBuild as error:
+        skip(str(error))
+    return model if model is not None else not_applicable(ALIVE)
 
 
 def _compare(subject: Subject, model: nn.Module) -> tuple[Case, Difference | None]:
@@ -367,6 +319,19 @@ def _compare(subject: Subject, model: nn.Module) -> tuple[Case, Difference | Non
     case = Case(name="a batch", input_ids=usual.token_ids(batch, seq, seed=20))
     other = replace(usual, model=model.eval(), config=config_of(model) or usual.config, _twins={})
     return case, difference(run(usual, case), run(other, case))
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _differs(apart: Difference, case: Case, step: str, severity: str) -> Found:
@@ -386,7 +351,8 @@ def _pretrained(subject: Subject) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory(prefix="olmodebug-") as folder, quiet():
         copied = copy.deepcopy(model)
         try:
-            copied.save_pretrained(folder)  # type: ignore[operator]
+            with _without_progress_bar():
+                copied.save_pretrained(folder)  # type: ignore[operator]
         except RuntimeError as error:
             yield Found(
                 probe="",
@@ -396,36 +362,16 @@ def _pretrained(subject: Subject) -> Iterator[Finding]:
                 evidence={"condition": "saved with save_pretrained"},
             )
             return
-        loaded = type(model).from_pretrained(folder, dtype=subject.dtype)  # type: ignore[attr-defined]
+        with _without_progress_bar():
+            loaded = type(model).from_pretrained(folder, dtype=subject.dtype)  # type: ignore[attr-defined]
     case, apart = _compare(subject, loaded)
     if apart is not None:
         yield _differs(apart, case, "save_pretrained and from_pretrained", "warning")
 
 
-def _not_saved(first: nn.Module, second: nn.Module, saved: dict[str, Tensor]) -> list[str]:
-    """Buffers outside the state dict that differ between two builds, and modules in plain containers."""
-    other = dict(second.named_buffers())
-    names = [n for n, b in first.named_buffers() if n not in saved and n in other and not _equal(b, other[n])]
-    for path, module in first.named_modules():
-        for key, value in vars(module).items():
-            inside = value if isinstance(value, list | tuple) else list(value.values()) if type(value) is dict else [value]
-            hidden = any(isinstance(item, nn.Module) and list(item.parameters()) or isinstance(item, Tensor) for item in inside)
-            if hidden and not key.startswith("_"):
-                names.append(f"{path}.{key}" if path else key)
-    return names
-
-
-def _why_not_saved(model: nn.Module, path: str) -> str:
-    owner, _, name = path.rpartition(".")
-    value = getattr(model.get_submodule(owner), name)
-    if isinstance(value, list | tuple | dict):
-        return f"{path} is a plain {type(value).__name__}: its modules are not registered, and so not in the state dict"
-    return f"{path} differs between builds and is not in the state dict"
-
-
 def _lost(subject: Subject, lost: list[str]) -> Found:
     name = lost[0]
-    where = _attribute_place(subject.model, name)
+    where = attribute_place(subject.model, name)
     loads = hasattr(subject.model, "from_pretrained")
     return Found(
         probe="",
@@ -441,54 +387,3 @@ def _lost(subject: Subject, lost: list[str]) -> Found:
     )
 
 
-def _attribute_place(model: nn.Module, path: str) -> Where:
-    """Where a module's class sets this buffer or attribute, else its __init__."""
-    owner, _, name = path.rpartition(".")
-    module = model.get_submodule(owner)
-    for kind in type(module).__mro__:
-        for method in vars(kind).values():
-            code = getattr(method, "__code__", None)
-            if code is None or kind.__module__.startswith("torch."):
-                continue
-            line = _line_that_sets(code, name)
-            if line is not None:
-                return place_of(Spot(code, 0, line), module=owner)
-    code = getattr(type(module).__init__, "__code__", None)
-    return place_of(Spot(code, 0, code.co_firstlineno) if code else None, module=owner)
-
-
-def _line_that_sets(code: object, name: str) -> int | None:
-    try:
-        lines, first = inspect.getsourcelines(code)  # type: ignore[arg-type]
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    for node in ast.walk(tree):
-        registers = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("register_buffer", "register_parameter")
-        if registers and node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == name:  # type: ignore[attr-defined]
-            return first + node.lineno - 1  # type: ignore[attr-defined,no-any-return]
-    return None
-
-
-def _tie_place(model: nn.Module) -> Where:
-    method = getattr(type(model), "tie_weights", None) or type(model).__init__
-    code = getattr(method, "__code__", None)
-    return place_of(Spot(code, 0, code.co_firstlineno) if code else None)
-
-
-def _shared(model: nn.Module) -> list[tuple[str, ...]]:
-    """Names of parameters that lie in one storage, at the same place and with the same shape."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.is_meta and parameter.numel():
-            groups.setdefault((parameter.data_ptr(), tuple(parameter.shape)), []).append(name)
-    return [tuple(names) for names in groups.values() if len(names) > 1]
-
-
-def _parameter(model: nn.Module, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    return getattr(model.get_submodule(owner), last)  # type: ignore[no-any-return]
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    return difference(left, right) is None

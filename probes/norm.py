@@ -1,6 +1,5 @@
 """Norms give what they promise, with the configured eps, and stand where they should."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,11 +10,23 @@ from olmodebug.blocks import blocks_of, final_norm, hidden_of, silence_branches
 from olmodebug.compare import difference, roundings_limit
 from olmodebug.explain import place_of, source_lines
 from olmodebug.invariance import run
-from olmodebug.norms import FUSED, LARGE, NormCall, acts_as_norm, isolated, norm_calls, norm_width, traced
+from olmodebug.norms import (
+    FUSED,
+    NormCall,
+    acts_as_norm,
+    norm_calls,
+    norm_width,
+    overflowing_squares,
+    traced,
+    unbiased,
+    unit_rms,
+    with_unit_weights,
+)
 from olmodebug.probe import not_applicable, probe
-from olmodebug.records import Case, Event, Where
+from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
+from olmodebug.stream import ends_in_norm, is_block, is_norm_of_input, is_scaled, last_add, last_call_place, stream_of
 from olmodebug.subject import Subject, quiet
 from olmodebug.tracer import Recording, record
 
@@ -50,16 +61,16 @@ def unit_scale(subject: Subject) -> Iterator[Finding]:
         width = norm_width(module)
         if width is None or width < 2 or type(module) in seen:
             continue
-        twin = _plain(module)
+        twin = with_unit_weights(module)
         if not acts_as_norm(twin, width):
             continue
         norms += 1
         seen.add(type(module))
-        size = _unit_rms(twin, width)
+        size = unit_rms(twin, width)
         if size is None or abs(size - ((width - 1) / width) ** 0.5) > UNIT_LIMIT or abs(size - 1.0) <= UNIT_LIMIT:
             continue
         x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        event = _unbiased(traced(twin, lambda: twin(x)))  # noqa: B023 - called at once
+        event = unbiased(traced(twin, lambda: twin(x)))  # noqa: B023 - called at once
         if event is None:
             continue
         where = replace(event.where, module=path)
@@ -157,7 +168,7 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
     Catches: x = norm(x); x = x + attn(x), and x = mlp(norm(x)) without the addition.
     """
     blocks = blocks_of(subject.model)
-    if len(blocks) < 2 or not _is_block(blocks[0][1]):
+    if len(blocks) < 2 or not is_block(blocks[0][1]):
         not_applicable("no repeated blocks with attention and feed-forward in one module were recognised")
     twin, usual = subject.fresh_twin(), subject.twin()
     for _, block in blocks_of(twin.model):
@@ -168,19 +179,21 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
     silent, loud = _recorded(twin, case), _recorded(usual, case)
     limit = roundings_limit(silent.dtypes())
     first = blocks[0][0]
-    streams = [_stream(silent, path) for path, _ in blocks]
+    streams = [stream_of(silent, path) for path, _ in blocks]
     if any(stream is None for stream in streams):
         not_applicable("its blocks do not map hidden states to hidden states of the same shape")
     changed = [s for s in streams if s is not None and difference(s[0], s[1], relative_limit=limit) is not None]
     if not changed:
         return
     before, after = changed[0]
-    add = _last_add(loud, first)
+    if is_scaled(before, after, limit):
+        return  # a depth scale or a gate on the residual
+    add = last_add(loud, first)
     if bool((after == 0).all()):
         what, cause = "zeros: the residual is not added", "the last step of the block replaces the stream by its branch"
         fix = "x = x + mlp(norm(x))"
-        place = _caller(loud, first)
-    elif add is not None and not _ends_in_norm(loud, first) and _normalised(silent, first, after, limit):
+        place = last_call_place(loud, first)
+    elif add is not None and not ends_in_norm(loud, first) and is_norm_of_input(silent, first, after, limit):
         what, cause = "its input normalised: the residual stream goes through a norm", "the norm's output is used for the branch and for the residual"
         fix = "keep x itself for the addition: x = x + branch(norm(x))"
         place = add.where
@@ -221,7 +234,7 @@ def large_inputs_in_float16(subject: Subject) -> Iterator[Finding]:
         table.weight.copy_((table.weight.double() * (BIG_ACTIVATION / largest)).clamp(-BIG_ACTIVATION, BIG_ACTIVATION))
     recording = _recorded(twin, case)
     seen: set[tuple[str | None, int | None]] = set()
-    for event, largest in _overflowing_squares(recording):
+    for event, largest in overflowing_squares(recording):
         key = (event.where.file, event.where.line)
         if key in seen:
             continue
@@ -245,36 +258,6 @@ def _recorded(twin: Subject, case: Case) -> Recording:
     run(twin, case)  # an exception of the model is a finding of its own
     with torch.no_grad(), quiet():
         return record(twin.model, lambda: twin.call(case), keep=True)
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """A copy in float64 with weights of one and no bias."""
-    twin = copy.deepcopy(module).double().eval()
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            parameter.fill_(0.0 if "bias" in name else 1.0)
-    return twin
-
-
-def _unit_rms(module: nn.Module, width: int) -> float | None:
-    """The root mean square of its output before the weight; with weights w and with 1 + w both tried."""
-    sizes = []
-    for weight in (1.0, 0.0):
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.fill_(0.0 if "bias" in name else weight)
-        sizes.append(float(isolated(module, width, scale=LARGE).pow(2).mean().sqrt()))
-    if sizes[1] > 0:  # 1 + w
-        return sizes[1]
-    return sizes[0] if sizes[0] > 0 else None
-
-
-def _unbiased(recording: Recording) -> Event | None:
-    for event, kept in zip(recording.events, recording.kept, strict=True):
-        correction = kept.arguments.get("correction", 1)
-        if event.op in ("std", "var", "var_mean", "std_mean") and kept.arguments.get("unbiased", True) and correction in (None, 1):
-            return event
-    return None
 
 
 def _hidden_width(subject: Subject) -> int:
@@ -325,76 +308,3 @@ def _scaled_last(twin: Subject, case: Case, block: nn.Module, scale: float) -> T
     return logits if found and all(found) else None
 
 
-def _is_block(block: nn.Module) -> bool:
-    """Whether attention and feed-forward stand in one module: at least three matrices, in two children or more."""
-    children = [child for child in block.children() if any(p.ndim >= 2 for p in child.parameters())]
-    return len(children) >= 2
-
-
-def _stream(recording: Recording, path: str) -> tuple[Tensor, Tensor] | None:
-    call = next((c for c in recording.kept_calls if c.module == path), None)
-    if call is None or not call.inputs or not call.outputs or call.inputs[0].shape != call.outputs[0].shape:
-        return None
-    return call.inputs[0], call.outputs[0]
-
-
-def _ends_in_norm(recording: Recording, path: str) -> bool:
-    """Whether the block's output comes straight from a norm: true post-norm."""
-    call = next(c for c in recording.kept_calls if c.module == path)
-    events = recording.events[call.first_event : call.last_event + 1]
-    add = _last_add(recording, path)
-    if add is None:
-        return True
-    return any(e.op in ("rsqrt", "sqrt", "native_layer_norm", "_fused_rms_norm", "std", "pow") for e in events if e.index > add.index)
-
-
-def _last_add(recording: Recording, path: str) -> Event | None:
-    """The last addition of two hidden states inside a block."""
-    call = next(c for c in recording.kept_calls if c.module == path)
-    shape = tuple(call.outputs[0].shape)
-    for event in reversed(recording.events[call.first_event : call.last_event + 1]):
-        hidden = [info for info in event.inputs if info.shape == shape]
-        if event.op in ("add", "add_") and len(hidden) == 2 and event.where.module == path:
-            return event
-    return None
-
-
-def _normalised(recording: Recording, path: str, after: Tensor, limit: float) -> bool:
-    """Whether what the silent block returns is what a norm inside it wrote."""
-    call = next(c for c in recording.kept_calls if c.module == path)
-    rooted = False
-    for index in range(call.first_event, call.last_event + 1):
-        event = recording.events[index]
-        rooted |= event.op in ("rsqrt", "native_layer_norm", "_fused_rms_norm", "std", "sqrt")
-        if rooted and event.op != "add" and any(
-            out.shape == after.shape and out.is_floating_point() and difference(out, after, relative_limit=limit) is None
-            for out in recording.kept[index].outputs
-        ):
-            return True
-    return False
-
-
-def _caller(recording: Recording, path: str) -> Where:
-    """The last place inside the block's own forward."""
-    call = next(c for c in recording.kept_calls if c.module == path)
-    inner = [c for c in recording.kept_calls if c.module.startswith(path + ".") and c.last_event <= call.last_event and c.spot is not None]
-    direct = [c for c in inner if "." not in c.module[len(path) + 1 :]]
-    return place_of(direct[-1].spot, module=path) if direct else Where(module=path)
-
-
-def _overflowing_squares(recording: Recording) -> Iterator[tuple[Event, float]]:
-    """(event, largest input) of float16 squares that turn finite inputs into inf and go into a mean next."""
-    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
-        if event.op not in ("pow", "mul", "square") or not kept.outputs or kept.outputs[0].dtype != torch.float16:
-            continue
-        if event.op == "pow" and str(kept.arguments.get("exponent")) not in ("2", "2.0"):
-            continue
-        if event.op == "mul" and (len(kept.inputs) < 2 or not torch.equal(kept.inputs[0], kept.inputs[-1])):
-            continue
-        finite = all(bool(torch.isfinite(t).all()) for t in kept.inputs)
-        if not finite or bool(torch.isfinite(kept.outputs[0]).all()):
-            continue
-        following = recording.events[index + 1 : index + 4]
-        written = event.outputs[0].storage
-        if any(e.op in ("mean", "sum") and e.inputs and e.inputs[0].storage == written for e in following):
-            yield event, float(kept.inputs[0].abs().max())

@@ -37,11 +37,12 @@ BASE_WORDS = ("theta", "rope_base", "base_freq", "rotary_base", "rotary_emb_base
 
 @dataclass(slots=True, kw_only=True)
 class Rotated:
-    """A run on one repeated token and its first rotary attention."""
+    """A run on one repeated token and its first rotary attention, from position `start` on."""
 
     recording: Recording
     first: Scores
     case: Case
+    start: int = 0
 
 
 @probe(after=("causality.no-future",))
@@ -60,13 +61,14 @@ def depends_on_distance(subject: Subject) -> Iterator[Finding]:
     if apart is None:
         return
     head, query, key = apart.index
+    start = rotated.start
     told = _why_not_relative(subject, rotated)
     yield _placed(
         subject,
         rotated,
         told,
-        f"one repeated token gives a query at {query} and a key at {key} another score than {query + 1} and {key + 1}: "
-        f"{apart.max_abs:.3g} apart; at the same distance scores must be the same",
+        f"one repeated token gives a query at {query + start} and a key at {key + start} another score than "
+        f"{query + start + 1} and {key + start + 1}: {apart.max_abs:.3g} apart; at the same distance scores must be the same",
         expected="equal scores at equal distance",
         observed=f"{float(scores[head, query, key]):.6g} and {float(scores[head, query + 1, key + 1]):.6g} in head {head}",
     )
@@ -208,7 +210,11 @@ def _rotated(subject: Subject) -> Rotated:
     found = attentions(recording, seq)
     if not found:
         not_applicable("no attention scores over the sequence were recognised")
-    for scores in found:
+    # A short convolution or token shift sees no full past at the first positions: only the later half is judged.
+    half = seq // 2
+    for whole in found:
+        value = None if whole.value is None else whole.value[:, half:]
+        scores = replace(whole, query=whole.query[:, half:], key=whole.key[:, half:], value=value)
         if scores.value is None or varies(scores.value, FLOAT32):
             not_applicable("positions reach the hidden states before the first rotation (learned or absolute positions)")
         if varies(scores.query, FLOAT32) or varies(scores.key, FLOAT32):
@@ -217,7 +223,7 @@ def _rotated(subject: Subject) -> Rotated:
         not_applicable("queries and keys are not rotated")
     if not any(event.op in ("cos", "sin", "polar") for event in recording.events) and not angle_tables(recording, seq):
         not_applicable("queries change with the position, and no cosines were seen")
-    return Rotated(recording=recording, first=scores, case=case)
+    return Rotated(recording=recording, first=scores, case=case, start=half)
 
 
 def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:

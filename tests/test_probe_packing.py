@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olmodebug.check import Result, run_probe
+from olmodebug.examine import Result, run_probe
 from olmodebug.probe import probes_in
 from olmodebug.probes import packing
 from olmodebug.report import Finding

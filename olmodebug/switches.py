@@ -1,0 +1,81 @@
+"""Twins with a switch of the model thrown: its attention implementation, its gradient checkpointing, the size of its scores."""
+
+import torch
+
+from .attends import QUERY_KEY
+from .records import Case
+from .subject import Subject, attention_choices, config_of, quiet
+from .tracer import record
+
+# Attributes by which models without a config switch choose torch's fused attention, after nanoGPT.
+FLASH_NAMES = ("flash", "use_flash", "use_sdpa", "use_flash_attn", "use_flash_attention")
+# Fresh weights make scores near zero, where a softcap or a scale hardly shows; trained models have scores of this size.
+TRAINED_SCORE = 20.0
+
+
+def attention_twins(subject: Subject) -> list[tuple[str, Subject]]:
+    """(name, twin) of each attention that the model has a switch for and runs with."""
+    names = attention_choices(subject)
+    if names:
+        twins = [(name, subject.twin(attention=name)) for name in names]
+        return [(name, twin) for name, twin in twins if twin.dtype == torch.float64 and twin.runs()]
+    twins = []
+    for flash in (False, True):
+        twin = subject.fresh_twin()
+        switched = False
+        for module in twin.model.modules():
+            for name in FLASH_NAMES:
+                if isinstance(vars(module).get(name), bool):
+                    setattr(module, name, flash)
+                    switched = True
+        if switched and twin.runs():
+            twins.append(("fused attention" if flash else "attention written out", twin))
+    return twins
+
+
+def checkpointing_twin(subject: Subject, on: bool) -> Subject | None:
+    """A twin in train mode with gradient checkpointing on or off; None where it has no such switch."""
+    twin = subject.fresh_twin(training=True)
+    model = twin.model
+    if hasattr(model, "gradient_checkpointing_enable"):
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            return None
+        with quiet():
+            (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()  # type: ignore[operator]
+        return twin
+    switched = False
+    seen: set[int] = set()
+    for module in model.modules():
+        for holder in (module, config_of(module)):
+            if holder is None or id(holder) in seen:
+                continue
+            seen.add(id(holder))
+            for name in ("gradient_checkpointing", "use_checkpoint", "activation_checkpointing", "use_gradient_checkpointing"):
+                if isinstance(getattr(holder, name, None), bool):
+                    object.__setattr__(holder, name, on)
+                    switched = True
+    return twin if switched else None
+
+
+def score_growth(twin: Subject, case: Case) -> float | None:
+    """The factor on query and key weights that brings the largest score to TRAINED_SCORE; None where none was recognised."""
+    if not any(QUERY_KEY.search(name) for name, _ in twin.model.named_parameters()):
+        return None
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    largest = 0.0
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        if event.op in ("_softmax", "_safe_softmax") and kept.inputs[0].ndim >= 3:
+            real = kept.inputs[0].double()
+            real = real[torch.isfinite(real) & (real > -9e3)]  # below lie masks
+            largest = max(largest, float(real.abs().max()) if real.numel() else 0.0)
+    return (TRAINED_SCORE / largest) ** 0.5 if 0 < largest < TRAINED_SCORE else None
+
+
+def with_grown_scores(twin: Subject, factor: float) -> Subject:
+    copied = twin.fresh_twin()
+    with torch.no_grad():
+        for name, parameter in copied.model.named_parameters():
+            if QUERY_KEY.search(name):
+                parameter.mul_(factor)
+    return copied

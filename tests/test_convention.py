@@ -1,0 +1,140 @@
+"""How a model wants to be called, from its signature, and what counts as logits."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from olmodebug.convention import (
+    CACHE_NAMES,
+    IDS_NAMES,
+    Convention,
+    NoLogits,
+    find_logits,
+    first_embedding,
+    ids_tensor,
+    is_scalar_loss,
+    read_signature,
+)
+from olmodebug.errors import SubjectError
+
+LOGITS, LOSS = torch.zeros(2, 5, 7), torch.tensor(1.5)
+
+
+def hugging_face(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, labels=None, use_cache=None, **kwargs): ...  # type: ignore[no-untyped-def]
+def nanogpt(idx, targets=None): ...  # type: ignore[no-untyped-def]
+def plain(tokens): ...  # type: ignore[no-untyped-def]
+def cache_without_switch(input_ids, past_key_values=None): ...  # type: ignore[no-untyped-def]
+def odd_names(flavour, *, positions=None, padding_mask=None): ...  # type: ignore[no-untyped-def]
+
+
+def test_the_signature_of_a_hugging_face_model_is_read() -> None:
+    assert read_signature(hugging_face) == Convention(
+        ids="input_ids",
+        attention_mask="attention_mask",
+        position_ids="position_ids",
+        cache="past_key_values",
+        use_cache="use_cache",
+        labels="labels",
+    )
+
+
+def test_targets_are_aligned_already_and_labels_are_not() -> None:
+    assert read_signature(nanogpt) == Convention(ids="idx", labels="targets", labels_aligned=True)
+    assert not read_signature(hugging_face).labels_aligned
+
+
+def test_the_first_argument_is_the_ids_where_no_name_is_known() -> None:
+    assert read_signature(odd_names) == Convention(ids="flavour", attention_mask="padding_mask", position_ids="positions")
+    assert read_signature(plain).ids == "tokens"
+
+
+def test_a_cache_that_cannot_be_asked_for_is_no_cache() -> None:
+    assert read_signature(cache_without_switch).cache is None
+
+
+@given(st.sampled_from(IDS_NAMES))
+def test_every_known_name_of_the_ids_is_found_behind_other_optional_arguments(name: str) -> None:
+    scope: dict[str, Any] = {}
+    exec(f"def forward(other=None, {name}=None): ...", scope)
+    assert read_signature(scope["forward"]).ids == name
+
+
+@pytest.mark.parametrize("text", ["lambda: 0", "lambda **kwargs: 0", "lambda *args: 0", "lambda input_ids, temperature: 0", "max"])
+def test_what_cannot_be_guessed_is_refused_with_the_way_out(text: str) -> None:
+    with pytest.raises(SubjectError, match="--adapter"):
+        read_signature(eval(text))
+
+
+def test_a_convention_reads_as_a_call() -> None:
+    assert str(read_signature(nanogpt)) == "forward(idx, targets); targets already aligned with the logits"
+    assert "labels shifted inside" in str(read_signature(hugging_face))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        LOGITS,
+        (LOGITS, LOSS),
+        (LOSS, LOGITS),
+        [LOGITS, None],
+        {"logits": LOGITS, "loss": LOSS},
+        SimpleNamespace(logits=LOGITS, loss=LOSS),
+        SimpleNamespace(logits=LOGITS),
+    ],
+)
+def test_logits_are_found_in_a_tensor_a_tuple_a_dict_and_an_object(result: object) -> None:
+    output = find_logits(result, batch_size=2, seq_len=5)
+    assert output.logits is LOGITS
+    assert output.loss is (LOSS if "1.5" in repr(result) else None)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_comes_back_under_every_name(name: str) -> None:
+    assert find_logits({"logits": LOGITS, name: "kept"}, batch_size=2, seq_len=5).cache == "kept"
+
+
+def test_the_last_position_alone_counts_as_logits() -> None:
+    assert find_logits(torch.zeros(2, 1, 7), batch_size=2, seq_len=5).logits.shape == (2, 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (None, "NoneType"),
+        (torch.zeros(2, 5), r"\(2, 5\)"),
+        (torch.zeros(5, 2, 7), r"\(5, 2, 7\)"),
+        (torch.zeros(2, 5, 7, dtype=torch.long), "int64"),
+        ((torch.zeros(2), None), r"tuple with \(2,\)"),
+        ((), "no tensor"),
+        ({"hidden": LOGITS}, "without a `logits` tensor"),
+        ("text", "str"),
+    ],
+)
+def test_what_are_no_logits_is_described(result: object, words: str) -> None:
+    with pytest.raises(NoLogits, match=words):
+        find_logits(result, batch_size=2, seq_len=5)
+
+
+def test_the_first_embedding_is_the_first_registered() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Embedding(5, 2)), nn.Embedding(9, 2))
+    assert first_embedding(model) is model[1][0]
+    assert first_embedding(nn.Linear(2, 2)) is None
+
+
+def test_a_loss_is_one_floating_number() -> None:
+    assert is_scalar_loss(LOSS)
+    assert is_scalar_loss(torch.tensor([1.0]))
+    for value in (1.0, None, torch.tensor(1), torch.zeros(2)):
+        assert not is_scalar_loss(value)
+
+
+def test_rows_become_an_int64_tensor() -> None:
+    tensor = ids_tensor(((1, 2), (3, 4)))
+    assert tensor is not None
+    assert (tensor.dtype, tensor.tolist()) == (torch.int64, [[1, 2], [3, 4]])
+    assert ids_tensor(None) is None

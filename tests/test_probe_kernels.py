@@ -1,0 +1,63 @@
+"""Implementations of one thing that give different results, and why."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from olmodebug.probes.kernels import compile_agrees, embeddings_as_input_agree
+from torch import nn
+
+from olmodebug.spec import Job, resolve
+from olmodebug.subject import from_model
+from tests.mutants.catalog import CLEAN, MUTANTS
+from tests.scoreboard import findings_on, judge
+
+
+def caught(name: str, topic: str) -> None:
+    """The mutant of the catalog is detected, placed and explained by the probes of this topic alone."""
+    row = judge(next(m for m in MUTANTS if m.name == name), f"{topic}. and not compile")
+    assert not row["broke"], row["broke"]
+    assert row["detected"] and row["placed"], row["places"]
+    assert row["explained"], row["words"]
+
+
+def loud(spec: str, topic: str) -> list[str]:
+    return [f"{f['probe']}: {f['message']}" for f in findings_on(spec, f"{topic}. and not compile") if f["severity"] != "note"]
+
+
+@pytest.mark.parametrize("name", ['hf/sdpa-bool-of-additive-mask', 'hf/sdpa-not-causal', 'hf/scale-missing-in-eager', 'hf/scale-missing-in-sdpa', 'hf/softcap-dropped-by-sdpa', 'hf/window-never-reaches-sdpa', 'nanogpt/scale-missing-in-manual', 'hf/reentrant-checkpointing'])
+def test_kernels_probes_catch_place_and_explain(name: str) -> None:
+    caught(name, "kernels")
+
+
+@pytest.mark.parametrize("spec", ["olmo1-tiny", "olmo2-tiny", f"{CLEAN / 'hf_style.py'}:build_qk_norm", f"{CLEAN / 'nanogpt_style.py'}:build", f"{CLEAN / 'llama_style.py'}:build_moe", "transformers:GPTNeoXForCausalLM", "transformers:Gemma2ForCausalLM"])
+def test_kernels_probes_are_silent_on_correct_models(spec: str) -> None:
+    assert loud(spec, "kernels") == []
+
+
+def test_a_compiled_model_that_froze_a_length_is_told_and_a_clean_one_is_not(tmp_path: Path) -> None:
+    text = (CLEAN / "llama_style.py").read_text(encoding="utf-8")
+    old = "        h = rms_norm(h, self.norm, self.params.norm_eps)\n"
+    assert text.count(old) == 1
+    frozen = old + "        h = h * (2.0 if torch.compiler.is_compiling() else 1.0) + h\n"
+    (tmp_path / "model.py").write_text(text.replace(old, frozen), encoding="utf-8")
+    assert [f.severity for f in compile_agrees(resolve(Job(spec=f"{tmp_path / 'model.py'}:build")))] == ["warning"]
+    assert list(compile_agrees(resolve(Job(spec="olmo2-tiny")))) == []
+
+
+def test_embeddings_as_input_must_meet_what_ids_meet() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(97, 12), nn.Linear(12, 97)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embed
+
+        def forward(self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None) -> SimpleNamespace:
+            x = self.embed(input_ids) * 3.0 if inputs_embeds is None else inputs_embeds
+            return SimpleNamespace(logits=self.head(x))
+
+    (finding,) = embeddings_as_input_agree(from_model(Scaled()))
+    assert finding.severity == "warning" and "inputs_embeds" in finding.message

@@ -1,0 +1,60 @@
+"""Saving, copying, casting, and being built on meta: what is lost on the way, and what may be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from olmodebug.examine import run_probe
+from olmodebug.probe import select, shipped_probes
+from olmodebug.spec import Job, resolve
+from tests.mutants.catalog import CLEAN, MUTANTS
+from tests.scoreboard import findings_on, judge
+
+
+def caught(name: str, topic: str) -> None:
+    """The mutant of the catalog is detected, placed and explained by the probes of this topic alone."""
+    row = judge(next(m for m in MUTANTS if m.name == name), f"{topic}.")
+    assert not row["broke"], row["broke"]
+    assert row["detected"] and row["placed"], row["places"]
+    assert row["explained"], row["words"]
+
+
+def loud(spec: str, topic: str) -> list[str]:
+    return [f"{f['probe']}: {f['message']}" for f in findings_on(spec, f"{topic}.") if f["severity"] != "note"]
+
+
+@pytest.mark.parametrize("name", ['hf/plain-list-of-layers', 'llama/plain-list-of-layers', 'hf/inv-freq-rounded-by-cast', 'llama/table-rounded-by-cast', 'hf/inv-freq-lost-by-to-empty', 'llama/table-lost-by-to-empty', 'llama/depth-scale-lost-by-to-empty', 'hf/tying-lost-by-to-empty', 'nanogpt/tying-lost-by-to-empty', 'nanogpt/tied-by-data'])
+def test_lifecycle_probes_catch_place_and_explain(name: str) -> None:
+    caught(name, "lifecycle")
+
+
+@pytest.mark.parametrize("spec", ["olmo1-tiny", "olmo2-tiny", f"{CLEAN / 'hf_style.py'}:build_qk_norm", f"{CLEAN / 'nanogpt_style.py'}:build", f"{CLEAN / 'llama_style.py'}:build_moe", "transformers:LlamaForCausalLM", "transformers:GPT2LMHeadModel", "transformers:MixtralForCausalLM"])
+def test_lifecycle_probes_are_silent_on_correct_models(spec: str) -> None:
+    assert loud(spec, "lifecycle") == []
+
+
+def test_the_subject_and_torch_are_left_as_they_were() -> None:
+    subject = resolve(Job(spec=f"{CLEAN / 'hf_style.py'}:build_tied"))
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    state = torch.get_rng_state()
+    for probe in select(shipped_probes(), "lifecycle."):
+        run_probe(probe, subject)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert subject.model.lm_head.weight is subject.model.model.embed_tokens.weight
+
+
+def test_a_cast_that_transformers_itself_avoids_is_a_note() -> None:
+    found = findings_on("transformers:LlamaForCausalLM", "lifecycle.dtype")
+    assert [(f["severity"], f["where"]["function"]) for f in found] == [("note", "LlamaRotaryEmbedding.__init__")]
+
+
+def test_train_mode_that_is_another_model_is_told(tmp_path: Path) -> None:
+    text = (CLEAN / "llama_style.py").read_text(encoding="utf-8")
+    old = "        h = rms_norm(h, self.norm, self.params.norm_eps)\n"
+    assert text.count(old) == 1
+    (tmp_path / "model.py").write_text(text.replace(old, old + "        h = h * 1.01 if self.training else h\n"), encoding="utf-8")
+    (finding,) = findings_on(f"{tmp_path / 'model.py'}:build", "lifecycle.train")
+    assert finding["severity"] == "warning" and "train mode differs" in finding["message"]

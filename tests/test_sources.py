@@ -1,0 +1,129 @@
+"""Which file is the subject's own, and which line of it is running."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import olmodebug.model
+import olmodebug.subject
+from olmodebug.sources import NEAR, OUTSIDE, OWN, Sources, Spot, excerpt, short_path
+
+HERE = str(Path(__file__).resolve())
+
+
+class Mine(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def inner() -> torch.Tensor:
+            return super(Mine, self).forward(x)  # <- inner
+
+        return inner()
+
+
+def module_at(path: Path, text: str) -> ModuleType:
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"at_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_files_are_sorted_into_own_near_and_outside() -> None:
+    sources = Sources(Mine(2, 2))
+    assert sources.rank(HERE) == OWN
+    assert sources.rank(str(Path(nn.__file__).parent / "modules" / "linear.py")) == OUTSIDE
+    assert sources.rank(str(Path(olmodebug.subject.__file__))) == OUTSIDE
+    assert sources.rank(str(Path(json_file()))) == OUTSIDE
+    assert sources.rank("<string>") == OUTSIDE
+    assert sources.rank(str(Path(pytest.__file__))) == OUTSIDE
+    assert sources.rank("/home/somebody/project/helpers.py") == OWN
+
+
+def json_file() -> str:
+    return str(importlib.import_module("json").__file__)
+
+
+def test_the_shipped_probes_are_never_the_subjects_own() -> None:
+    probe = importlib.import_module("olmodebug.probes.causality")
+    assert Sources(Mine(2, 2)).rank(str(probe.__file__)) == OUTSIDE
+
+
+def test_the_reference_is_its_own_subject() -> None:
+    from olmodebug.presets import preset
+
+    model = olmodebug.model.Olmo(preset("olmo1-tiny"))
+    assert Sources(model).rank(str(Path(olmodebug.model.__file__))) == OWN
+    assert Sources(Mine(2, 2)).rank(str(Path(olmodebug.model.__file__))) == OUTSIDE
+
+
+def test_a_transformers_model_owns_its_modeling_file_and_is_near_the_rest() -> None:
+    import transformers
+
+    from olmodebug.tiny import build_tiny
+
+    sources = Sources(build_tiny("LlamaForCausalLM")[0])
+    root = Path(transformers.__file__).parent
+    assert sources.rank(str(root / "models" / "llama" / "modeling_llama.py")) == OWN
+    assert sources.rank(str(root / "modeling_utils.py")) == NEAR
+    assert sources.rank(str(root / "models" / "gpt2" / "modeling_gpt2.py")) == NEAR
+
+
+def test_the_innermost_own_frame_of_an_exception_is_its_place() -> None:
+    model = Mine(2, 2)
+    with pytest.raises(RuntimeError) as error:
+        model(torch.zeros(3, 5))
+    spot = Sources(model).spot_of(error.value)
+    assert spot is not None
+    lines = Path(HERE).read_text(encoding="utf-8").splitlines()
+    assert (spot.file, spot.function) == (__file__, "Mine.forward.inner")
+    assert lines[spot.line - 1].endswith("# <- inner")
+
+
+def test_an_exception_that_never_entered_the_subject_has_no_place() -> None:
+    error = ValueError("made here, raised nowhere")
+    assert Sources(Mine(2, 2)).spot_of(error) is None
+
+
+def test_a_spot_spans_the_expression_that_was_running(tmp_path: Path) -> None:
+    text = "def f(x):\n    return x.bad() + (\n        x.worse()\n    )\n"
+    module = module_at(tmp_path / "spans.py", text)
+
+    class Bad:
+        def bad(self) -> int:
+            return 1
+
+        def worse(self) -> int:
+            raise KeyError
+
+    with pytest.raises(KeyError) as error:
+        module.f(Bad())
+    trace = error.value.__traceback__
+    assert trace is not None
+    frame = trace.tb_next
+    assert frame is not None
+    spot = Spot(frame.tb_frame.f_code, frame.tb_lasti, frame.tb_lineno)
+    assert spot.span == (3, 3, 8, 17)
+    assert (spot.line, spot.file, spot.function) == (3, str(tmp_path / "spans.py"), "f")
+
+
+def test_an_excerpt_stops_at_the_ends_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "short.py"
+    file.write_text("one\ntwo\nthree\n", encoding="utf-8")
+    assert excerpt(str(file), 1) == ((1, "one"), (2, "two"))
+    assert excerpt(str(file), 3) == ((2, "two"), (3, "three"))
+    assert excerpt(str(file), 2, around=0) == ((2, "two"),)
+    assert excerpt(None, 2) == excerpt(str(file), None) == excerpt(str(tmp_path / "nowhere.py"), 2) == ()
+
+
+def test_a_path_is_shown_from_the_working_directory_where_it_lies_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert short_path(str(tmp_path / "a" / "b.py")) == str(Path("a") / "b.py")
+    assert short_path("/elsewhere/b.py") == "/elsewhere/b.py"
