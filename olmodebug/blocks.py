@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from .norms import acts_as_norm, norm_width
 
 # What people call the norm behind the last block, as a module or as a bare parameter.
-FINAL_NORM = re.compile(r"(^|\.)(norm|ln_f|norm_f|ln_out|ln_final|final_norm|final_layernorm|final_layer_norm|model_norm|out_norm)(\.weight)?$")
+FINAL_NORM = re.compile(
+    r"(^|\.)(norm|ln_f|norm_f|ln_out|ln_final|final_norm|final_layernorm|final_layer_norm|model_norm|out_norm)(\.weight)?$"
+)
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -141,9 +141,7 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, firs
 
         def go(replace: Any = None, keep: bool = False, place: int = place, chunk: Chunk = chunk) -> Recording:
             cache = run_chunks(twin, case, chunks[:place])[1] if place else None
-            return record(
-                twin.model, lambda: call_chunk(twin, case, chunk, cache), keep=keep, sources=sources, replace=replace, catch=True
-            )
+            return record(twin.model, lambda: call_chunk(twin, case, chunk, cache), keep=keep, sources=sources, replace=replace, catch=True)
 
         def wrong(recording: Recording, chunk: Chunk = chunk) -> bool:
             if recording.error is not None:
@@ -206,13 +204,17 @@ def _candidates(runs: Runs, limit: float) -> Iterator[tuple[Parting, dict[int, l
                 if source not in pairs and good is not None:
                     yield _own_op(runs, source, good), _same_line(runs, source, pairs)
                 elif state.get(source) == "agrees" and good is not None:
-                    missing = [e for e in full.events[pairs[source] + 1 : j] if e.index not in matched and e.where.module == event.where.module]
+                    missing = [
+                        e for e in full.events[pairs[source] + 1 : j] if e.index not in matched and e.where.module == event.where.module
+                    ]
                     if missing:
                         first = missing[0]
                         left_out = Parting(where=first.where, spot=full.spots[first.index], event=event, missing=tuple(missing))
                         yield left_out, _at_ends(runs, pairs, source)
             if "differs" in outputs:
-                goods = [g for a, b in zip(full.kept[j].outputs, part.kept[i].outputs, strict=True) if (g := _best(a, b, chunk)) is not None]
+                goods = [
+                    g for a, b in zip(full.kept[j].outputs, part.kept[i].outputs, strict=True) if (g := _best(a, b, chunk)) is not None
+                ]
                 here = Parting(where=event.where, spot=part.spots[i], event=event, kept=part.kept[i], good=goods)
                 here.inputs_agree = "differs" not in inputs
                 yield here, _same_line(runs, i, pairs)

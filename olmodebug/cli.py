@@ -217,7 +217,11 @@ class _Progress:
         if seconds < SHOW_PROGRESS_AFTER_SECONDS or now - self.last < pause:
             return
         self.last = now
-        text = f"{done} of {total} probes done, {seconds:.0f} s; now {step}" if done else f"loading torch and building the model, {seconds:.0f} s"
+        text = (
+            f"{done} of {total} probes done, {seconds:.0f} s; now {step}"
+            if done
+            else f"loading torch and building the model, {seconds:.0f} s"
+        )
         if self.terminal:
             sys.stderr.write(f"\r\x1b[2K{text[: max(20, os.get_terminal_size(2).columns - 1)]}")
             self.shown = True
@@ -303,7 +307,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-k", dest="select", metavar="EXPR", help="only probes whose name fits, as in pytest: -k 'rope or mask'")
     one.add_argument("--config", action="append", default=[], metavar="KEY=VALUE|FILE", help="what a class that needs a config gets")
     one.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, or a folder with one, that must fit the vocabulary")
-    one.add_argument("--adapter", metavar="FILE.py:NAME", help="a function (model, input_ids, ...) -> logits, where the call cannot be guessed")
+    one.add_argument(
+        "--adapter", metavar="FILE.py:NAME", help="a function (model, input_ids, ...) -> logits, where the call cannot be guessed"
+    )
     one.add_argument("--vocab-size", type=int, metavar="N", help="the number of token ids, where it cannot be found")
     one.add_argument("--seed", type=int, default=0, help="seed of the weights and of every case (default 0)")
     one.add_argument("--device", default="cpu", help="where the model runs (default cpu)")

@@ -74,12 +74,19 @@ def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording 
         "flip": ("it reverses a dimension that holds the sequence", "do not flip along the sequence"),
         "convolution": (
             f"the convolution reads {hidden}"
-            + (": they are not zeroed before it" if part.columns is not None and part.columns.start else ": its window is not confined to the past"),
+            + (
+                ": they are not zeroed before it"
+                if part.columns is not None and part.columns.start
+                else ": its window is not confined to the past"
+            ),
             "set padded positions to zero before the convolution"
             if part.columns is not None and part.columns.start
             else "pad kernel_size - 1 on the left only, and cut the right end off",
         ),
-        "cumsum": ("the running sum goes over a dimension that holds more than one sequence position or row", "sum along the sequence only"),
+        "cumsum": (
+            "the running sum goes over a dimension that holds more than one sequence position or row",
+            "sum along the sequence only",
+        ),
         "sort": (f"it sorts along a dimension that holds {hidden}", "sort within one position only"),
         "topk": (f"it picks the largest along a dimension that holds {hidden}", "choose within one position only"),
     }
@@ -299,9 +306,7 @@ def _broadcast(culprit: Culprit, part: Part) -> Diagnosis:
         )
     if narrow.ndim == 3 and part.batch == wide.shape[1]:
         return Diagnosis(
-            cause=(
-                f"{tuple(narrow.shape)} with the batch first broadcasts against {tuple(wide.shape)}: its batch lines up with the heads"
-            ),
+            cause=(f"{tuple(narrow.shape)} with the batch first broadcasts against {tuple(wide.shape)}: its batch lines up with the heads"),
             fix="unsqueeze(1) the table after indexing it with position_ids",
             evidence={"table": str(tuple(narrow.shape)), "states": str(tuple(wide.shape))},
         )
@@ -384,7 +389,11 @@ def _set_keyword(tree: Expressions, call: ast.Call, name: str, value: str) -> tu
 def _insert_before_method(tree: Expressions, call: ast.Call, text: str) -> tuple[Edit, ...]:
     """E.reshape(...) -> E.transpose(1, 2).reshape(...); `view` becomes `reshape`, since the transpose breaks its stride."""
     node: ast.expr = call
-    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("reshape", "view", "contiguous", "flatten"):
+    while (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("reshape", "view", "contiguous", "flatten")
+    ):
         inner = node.func.value
         if not (isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute) and inner.func.attr == "contiguous"):
             receiver = tree.source(inner)

@@ -82,7 +82,9 @@ def explain_build(error: SubjectCodeError) -> Explanation:
     """An exception raised while the subject was imported or built, when there is no model to trace yet."""
     original = error.__cause__ or error
     spot = _innermost_own(original)
-    stage = {"import": "importing the subject", "build": "building the model", "first run": "the first forward"}.get(error.stage, error.stage)
+    stage = {"import": "importing the subject", "build": "building the model", "first run": "the first forward"}.get(
+        error.stage, error.stage
+    )
     explanation = Explanation(
         message=f"{stage} raises {type(original).__name__}: {_first_line(original)}",
         where=place_of(spot),
@@ -316,7 +318,9 @@ def _sizes_do_not_fit(recording: Recording, explanation: Explanation, names: dic
         explanation.fix = f"build the table for at least {seq} positions, and check the length before slicing"
         explanation.evidence["longest sequence that works"] = rows
     elif _batch_first_table(left, right, batch):
-        explanation.cause = "a table indexed with position_ids [batch, seq_len] gives [batch, seq_len, head_dim]; its batch falls on the heads"
+        explanation.cause = (
+            "a table indexed with position_ids [batch, seq_len] gives [batch, seq_len, head_dim]; its batch falls on the heads"
+        )
         explanation.fix = "unsqueeze(1) the table after indexing it with position_ids"
         explanation.edits = _unsqueeze_index(recording, batch, seq)
     return True

@@ -80,7 +80,11 @@ def line_that_sets(code: object, name: str) -> int | None:
     except (OSError, TypeError, SyntaxError):
         return None
     for node in ast.walk(tree):
-        registers = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("register_buffer", "register_parameter")
+        registers = (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("register_buffer", "register_parameter")
+        )
         if registers and node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == name:  # type: ignore[attr-defined]
             return first + node.lineno - 1  # type: ignore[attr-defined,no-any-return]
     return None

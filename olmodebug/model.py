@@ -226,9 +226,7 @@ class OlmoAttention(nn.Module):
         self.q_norm = NORMS[config.norm](query_size, config) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](key_size, config) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self, hidden_states: Tensor, rotation: Rotation, visible: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, rotation: Rotation, visible: Tensor | None, cache: KVCache | None) -> Tensor:
         batch, tokens, _ = hidden_states.shape
         query_states = self.q_norm(self.q_proj(hidden_states))  # [B, T, H*D]
         key_states = self.k_norm(self.k_proj(hidden_states))  # [B, T, K*D]
@@ -283,9 +281,7 @@ class OlmoDecoderLayer(nn.Module):
         else:
             self.post_feedforward_layernorm = NORMS[config.norm](config.hidden_size, config)
 
-    def forward(
-        self, hidden_states: Tensor, rotation: Rotation, visible: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, rotation: Rotation, visible: Tensor | None, cache: KVCache | None) -> Tensor:
         if self.norm_position == "pre":
             attn_input = self.input_layernorm(hidden_states)
             hidden_states = hidden_states + self.self_attn(attn_input, rotation, visible, cache)
@@ -310,9 +306,7 @@ class OlmoModel(nn.Module):
         kinds = sorted(set(config.layer_types))
         self.rotary_emb = nn.ModuleDict({kind: OlmoRotaryEmbedding(config, yarn[kind]) for kind in kinds})
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: KVCache | None) -> Tensor:
         past = 0 if cache is None else cache.seq_length
         tokens, keys = input_ids.shape[1], past + input_ids.shape[1]
         if attention_mask is not None and attention_mask.shape != (len(input_ids), keys):
@@ -427,14 +421,10 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor |
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
     """The same by torch's kernels, `[B, H, T, D]`; without `visible` every token sees itself and those before."""
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling)
 
 
-def visible_keys(
-    tokens: int, attention_mask: Tensor | None, window: int | None, past: int, device: torch.device
-) -> Tensor:
+def visible_keys(tokens: int, attention_mask: Tensor | None, window: int | None, past: int, device: torch.device) -> Tensor:
     """True where a query may look, `[1 or B, 1, T, S]`: not ahead, not `window` or more keys back, not at padding."""
     queries = torch.arange(past, past + tokens, device=device)[:, None]
     keys = torch.arange(past + tokens, device=device)
@@ -491,8 +481,4 @@ def _complaints(config: OlmoConfig) -> list[str]:
         expectations.append((name, getattr(config, name) > 0, "at least 1"))
     for name, choice in (("norm", Norm), ("norm_position", NormPosition), ("attn_implementation", AttnImplementation)):
         expectations.append((name, getattr(config, name) in get_args(choice), " or ".join(get_args(choice))))
-    return [
-        f"{name}: expected {expected}, observed {getattr(config, name)!r}"
-        for name, holds, expected in expectations
-        if not holds
-    ]
+    return [f"{name}: expected {expected}, observed {getattr(config, name)!r}" for name, holds, expected in expectations if not holds]

@@ -193,12 +193,8 @@ PRESETS: dict[str, Preset] = {
     "olmo1-7B": Preset(_olmo1(4096, 11008, 32, 32), 6_888_095_744, "hf:allenai/OLMo-7B-hf"),
     # clip_qkv of the 0724 models as they were trained (configs/official-0724); the copy of the converted 7B
     # checkpoint that we saw has null.
-    "olmo1-1B-0724": Preset(
-        _olmo1(2048, 8192, 16, 16, positions=4096, clip_qkv=8.0), 1_279_787_008, "hf:allenai/OLMo-1B-0724-hf"
-    ),
-    "olmo1-7B-0724": Preset(
-        _olmo1(4096, 11008, 32, 32, positions=4096, clip_qkv=8.0), 6_888_095_744, "hf:allenai/OLMo-7B-0724-hf"
-    ),
+    "olmo1-1B-0724": Preset(_olmo1(2048, 8192, 16, 16, positions=4096, clip_qkv=8.0), 1_279_787_008, "hf:allenai/OLMo-1B-0724-hf"),
+    "olmo1-7B-0724": Preset(_olmo1(4096, 11008, 32, 32, positions=4096, clip_qkv=8.0), 6_888_095_744, "hf:allenai/OLMo-7B-0724-hf"),
     "olmo2-1B": Preset(_olmo2(2048, 8192, 16, 16, 16), 1_484_916_736, "hf:allenai/OLMo-2-0425-1B"),
     "olmo2-7B": Preset(_olmo2(4096, 11008, 32, 32, 32), 7_298_617_344, "hf:allenai/OLMo-2-1124-7B"),
     "olmo2-13B": Preset(_olmo2(5120, 13824, 40, 40, 40), 13_716_198_400, "hf:allenai/OLMo-2-1124-13B"),

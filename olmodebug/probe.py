@@ -69,9 +69,7 @@ def skip(reason: str) -> NoReturn:
     raise Skipped(reason)
 
 
-def probe(
-    *, after: tuple[str, ...] = (), cost: Literal["quick", "slow"] = "quick"
-) -> Callable[[ProbeFunction], ProbeFunction]:
+def probe(*, after: tuple[str, ...] = (), cost: Literal["quick", "slow"] = "quick") -> Callable[[ProbeFunction], ProbeFunction]:
     """Mark a function as a probe."""
 
     def mark(function: ProbeFunction) -> ProbeFunction:

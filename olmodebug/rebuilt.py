@@ -66,7 +66,9 @@ def reset(model: nn.Module) -> None:
 def call_without_arguments(method: object) -> None:
     if not callable(method):
         return
-    needed = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [
+        p for p in inspect.signature(method).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     if not needed:
         method()
 

@@ -93,7 +93,13 @@ def attentions(recording: Recording, seq: int) -> list[Scores]:
             value = _values(recording, index, seq)
         else:
             continue
-        if query.ndim == 3 and query.shape[-2] == seq and key.shape[-2] == seq and query.shape[-1] == key.shape[-1] and len(query) % len(key) == 0:
+        if (
+            query.ndim == 3
+            and query.shape[-2] == seq
+            and key.shape[-2] == seq
+            and query.shape[-1] == key.shape[-1]
+            and len(query) % len(key) == 0
+        ):
             found.append(Scores(module=event.where.module, index=index, query=query, key=key, value=value))
     return found
 
@@ -110,7 +116,8 @@ def maker(recording: Recording, index: int, operand: int) -> int | None:
     for _ in range(64):
         info = recording.events[current].inputs[place]
         source = next(
-            (i for i in range(current - 1, -1, -1) if any(o.storage == info.storage and o.storage for o in recording.events[i].outputs)), None
+            (i for i in range(current - 1, -1, -1) if any(o.storage == info.storage and o.storage for o in recording.events[i].outputs)),
+            None,
         )
         if source is None:
             return None
@@ -158,7 +165,9 @@ def table_factor(recording: Recording, table: Angles, seq: int) -> float | None:
                 continue
             factor = float(rows[0, 0])
             layouts = (rows, rows[:, :pairs], rows[:, ::2])
-            if factor > 0 and any(t.shape == table.cos.shape and torch.allclose(t.double() / factor, table.cos, atol=1e-4) for t in layouts):
+            if factor > 0 and any(
+                t.shape == table.cos.shape and torch.allclose(t.double() / factor, table.cos, atol=1e-4) for t in layouts
+            ):
                 return factor
     return None
 

@@ -18,8 +18,12 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
     deterministic = _deterministic()
     modes = [(module, module.training) for module in model.modules()] if model else []
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()] if model else []
+    for parameter, _ in gradients:
+        parameter.grad = None  # a backward would add to the caller's, in place
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers] if model else []
-    values = [(buffer, buffer.clone()) for _, known in buffers for buffer in known.values() if buffer is not None and buffer.device.type != "meta"]
+    values = [
+        (buffer, buffer.clone()) for _, known in buffers for buffer in known.values() if buffer is not None and buffer.device.type != "meta"
+    ]
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)

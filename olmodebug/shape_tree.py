@@ -137,7 +137,11 @@ def _model_sizes(subject: Subject) -> dict[int, str]:
     if isinstance(head_dim, int) and isinstance(heads, int):
         products = [(heads * head_dim, "heads*head_dim"), (3 * heads * head_dim, "3*heads*head_dim")]
         products += [(head_dim // 2, "head_dim/2")] if head_dim % 2 == 0 else []
-        products += [(kv * head_dim, "kv_heads*head_dim"), ((heads + 2 * kv) * head_dim, "(heads+2*kv_heads)*head_dim")] if isinstance(kv, int) else []
+        products += (
+            [(kv * head_dim, "kv_heads*head_dim"), ((heads + 2 * kv) * head_dim, "(heads+2*kv_heads)*head_dim")]
+            if isinstance(kv, int)
+            else []
+        )
     meanings: list[tuple[object, str]] = [
         (subject.setting(*VOCAB_NAMES), "vocab"),
         (width, "hidden"),

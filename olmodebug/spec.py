@@ -278,7 +278,9 @@ def _config_value(build: Callable[..., Any], parameter: inspect.Parameter, job: 
                 raise SubjectError(f"{job.spec}: {kind.__name__} does not take this --config: {error}") from None
             raise SubjectCodeError("build") from error
     if not job.config:
-        raise SubjectError(f"{job.spec} needs a config: give it with --config name=value or a JSON file, or name a function that builds the model")
+        raise SubjectError(
+            f"{job.spec} needs a config: give it with --config name=value or a JSON file, or name a function that builds the model"
+        )
     if kind is dict:
         return dict(job.config)
     from types import SimpleNamespace

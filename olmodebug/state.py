@@ -16,7 +16,9 @@ def keeper(model: nn.Module) -> tuple[Where, str | None]:
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers", "_modules") or key.startswith(("_forward", "_backward", "_state", "_load", "_non")):
                 continue
-            holds = isinstance(value, Tensor) or isinstance(value, dict | list | tuple) and any(isinstance(v, Tensor) for v in _values(value))
+            holds = (
+                isinstance(value, Tensor) or isinstance(value, dict | list | tuple) and any(isinstance(v, Tensor) for v in _values(value))
+            )
             if holds and (spot := _assignment(type(module), key)) is not None:
                 line = Where(module=path, function=spot[0], file=spot[1], line=spot[2])
                 return line, f"self.{key}"

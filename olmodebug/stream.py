@@ -46,9 +46,13 @@ def is_norm_of_input(recording: Recording, path: str, after: Tensor, limit: floa
     for index in range(call.first_event, call.last_event + 1):
         event = recording.events[index]
         rooted |= event.op in ("rsqrt", "native_layer_norm", "_fused_rms_norm", "std", "sqrt")
-        if rooted and event.op != "add" and any(
-            out.shape == after.shape and out.is_floating_point() and difference(out, after, relative_limit=limit) is None
-            for out in recording.kept[index].outputs
+        if (
+            rooted
+            and event.op != "add"
+            and any(
+                out.shape == after.shape and out.is_floating_point() and difference(out, after, relative_limit=limit) is None
+                for out in recording.kept[index].outputs
+            )
         ):
             return True
     return False

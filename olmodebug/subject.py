@@ -256,9 +256,9 @@ class Subject:
     def _copy(self) -> nn.Module:
         try:
             return copy.deepcopy(self.model)
-        except Exception:
+        except Exception as error:
             if self.rebuild is None:
-                raise
+                raise SubjectCodeError("copying the model (copy.deepcopy)") from error
             model = self.rebuild().model
             model.load_state_dict(self.model.state_dict())
             return model

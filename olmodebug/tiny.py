@@ -206,9 +206,7 @@ def _special_tokens(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: VOCAB_SIZE - 1 - place for place, name in enumerate(n for n in outside if n not in SMALL)}
 
 
-def _layer_patterns(
-    default: PretrainedConfig, fields: dict[str, Any], values: dict[str, Any], overrides: dict[str, Any]
-) -> dict[str, Any]:
+def _layer_patterns(default: PretrainedConfig, fields: dict[str, Any], values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The number of layers and the kind of each: one of each kind, or the kinds repeated over the layers asked for."""
     kinds = {}
     for name in LAYER_PATTERNS:
@@ -252,9 +250,7 @@ def build_tiny(name: str, *, seed: int = 0, **overrides: Any) -> tuple[PreTraine
     return build_from_config(model_class, config, seed=seed), config
 
 
-def build_from_config(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, *, seed: int = 0
-) -> PreTrainedModel:
+def build_from_config(model_class: type[PreTrainedModel], config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """The model of this config, initialised from the seed; the global random state is left as it was."""
     import torch
 

@@ -66,7 +66,9 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
         (1.0 / head_dim, "the scale is applied twice", "scale once: scaled_dot_product_attention does it by itself"),
     ]
     if isinstance(width, int) and width != head_dim:
-        slips.append((width**-0.5, f"the scale is hidden_size ** -0.5 ({width}), not head_dim ** -0.5 ({head_dim})", "scale by head_dim ** -0.5"))
+        slips.append(
+            (width**-0.5, f"the scale is hidden_size ** -0.5 ({width}), not head_dim ** -0.5 ({head_dim})", "scale by head_dim ** -0.5")
+        )
     if isinstance(heads, int):
         slips.append((heads**-0.5, f"the scale is the number of heads ({heads}) ** -0.5", "scale by head_dim ** -0.5"))
     slips.append((1.0, "the scores are not scaled at all", "multiply the scores by head_dim ** -0.5"))
@@ -140,7 +142,9 @@ def _scaled_before(recording: Recording, end: int, states: Tensor) -> float:
                 break
             other: Any = kept.arguments.get("other")
             if event.op in ("mul", "div", "mul_", "div_") and kept.outputs[0].numel() == states.numel():
-                number = other if isinstance(other, int | float) else float(other) if isinstance(other, Tensor) and other.numel() == 1 else None
+                number = (
+                    other if isinstance(other, int | float) else float(other) if isinstance(other, Tensor) and other.numel() == 1 else None
+                )
                 if number:
                     factor *= number if event.op.startswith("mul") else 1.0 / number
             storage = event.inputs[0].storage

@@ -102,7 +102,9 @@ def _pair(twin: Subject, batch: int, seq: int, change: str) -> Pair:
         right = replace(right, position_ids=tuple(counted if i == row else moved for i in range(batch)))
     if change == "masks":
         ones: Rows = ((1,) * seq,) * batch
-        short = tuple((1,) * seq if i == row else (0,) * (1 + i % max(1, seq // 2)) + (1,) * (seq - 1 - i % max(1, seq // 2)) for i in range(batch))
+        short = tuple(
+            (1,) * seq if i == row else (0,) * (1 + i % max(1, seq // 2)) + (1,) * (seq - 1 - i % max(1, seq // 2)) for i in range(batch)
+        )
         left, right = replace(left, attention_mask=ones), replace(right, attention_mask=short)
         if twin.convention.position_ids:
             positions = (counted,) * batch

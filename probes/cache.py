@@ -117,9 +117,13 @@ def table_end(subject: Subject) -> Iterator[Finding]:
 
     def ways(twin: Subject) -> Iterator[Way]:
         if longest <= LONGEST and longest * twin.vocab_size <= MOST_LOGITS:
-            yield Way(case=Case(name="the whole context", input_ids=twin.token_ids(1, longest, seed=21)), sizes=(longest - 2, 1, 1), given="")
+            yield Way(
+                case=Case(name="the whole context", input_ids=twin.token_ids(1, longest, seed=21)), sizes=(longest - 2, 1, 1), given=""
+            )
         elif twin.convention.position_ids:
-            case = Case(name="the end of the context", input_ids=twin.token_ids(1, 6, seed=21), position_ids=(tuple(range(longest - 6, longest)),))
+            case = Case(
+                name="the end of the context", input_ids=twin.token_ids(1, 6, seed=21), position_ids=(tuple(range(longest - 6, longest)),)
+            )
             yield Way(case=case, sizes=(4, 1, 1), given=twin.convention.position_ids)
         else:
             skip(f"a sequence of {longest} tokens is too long to be run here")
@@ -267,7 +271,9 @@ def _one_row(way: Way, row: int, seq: int | None = None) -> Way:
     def cut(rows: Any) -> Any:
         return None if rows is None else (rows[row][:seq],)
 
-    case = replace(way.case, input_ids=cut(way.case.input_ids), attention_mask=cut(way.case.attention_mask), position_ids=cut(way.case.position_ids))
+    case = replace(
+        way.case, input_ids=cut(way.case.input_ids), attention_mask=cut(way.case.attention_mask), position_ids=cut(way.case.position_ids)
+    )
     padded = way.case.attention_mask[row].count(0) if way.case.attention_mask else 0
     return replace(way, case=case, first=padded)
 
@@ -318,7 +324,8 @@ def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: flo
     found = Found(
         probe="",
         severity="error",
-        message=f"logits at position {position} differ by {broken.max_abs:.3g} between one full forward and {way}" + (f" ({setting})" if setting else ""),
+        message=f"logits at position {position} differ by {broken.max_abs:.3g} between one full forward and {way}"
+        + (f" ({setting})" if setting else ""),
         cause=told.cause,
         fix=told.fix,
         expected="the logits of the full forward",
@@ -348,7 +355,9 @@ def _left_out(runs: Runs, parting: Parting) -> Diagnosis | None:
     return Diagnosis(
         cause=f"the cached path leaves out {len(parting.missing)} ops that the full forward runs, in {names}: new tokens reach "
         f"{parting.event.where.function if parting.event else 'attention'} as they were before them",
-        fix=f"do in the cached path what lines {lines[0]}..{lines[-1]} do without a cache" if lines else "do the same with a cache as without one",
+        fix=f"do in the cached path what lines {lines[0]}..{lines[-1]} do without a cache"
+        if lines
+        else "do the same with a cache as without one",
         evidence={"ops that are left out": ", ".join(dict.fromkeys(event.op for event in parting.missing))},
     )
 
@@ -476,7 +485,9 @@ def _cached_part(runs: Runs, parting: Parting) -> Diagnosis | None:
     which = f"the cached tokens 0..{chunk.start - 1} are" if old else f"the new tokens at {chunk} are"
     return Diagnosis(
         cause=f"{which} not what the full forward has at this place; the {'new' if old else 'cached'} ones are right",
-        fix="put the same tensors into the cache that the forward without a cache attends to" if old else "treat new tokens as without a cache",
+        fix="put the same tensors into the cache that the forward without a cache attends to"
+        if old
+        else "treat new tokens as without a cache",
     )
 
 

@@ -60,7 +60,9 @@ def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
             message=f"{stray.maker} makes {shape} on the {stray.device}, whatever the device of the model; {stray.op} then mixes two devices",
             where=where,
             source=source_lines(where),
-            cause=f"{stray.maker} is called without the inputs' device" if stray.device == "cpu" else f"the device {stray.device} is written down",
+            cause=f"{stray.maker} is called without the inputs' device"
+            if stray.device == "cpu"
+            else f"the device {stray.device} is written down",
             fix="make it with device=input_ids.device (or that of the hidden states)",
             expected="every tensor on the device of the inputs",
             observed=f"{shape} on {stray.device}",
@@ -71,7 +73,11 @@ def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
         return None  # where it came from is not known
     where = place_of(stray.used, module=stray.module, op=stray.op)
     fresh = _in_fresh_build(subject, stray.attribute)
-    why = "it is a plain attribute, which .to(device) does not move" if fresh else "it was kept from an earlier call, and is not made anew when the model moves"
+    why = (
+        "it is a plain attribute, which .to(device) does not move"
+        if fresh
+        else "it was kept from an earlier call, and is not made anew when the model moves"
+    )
     return Found(
         probe="",
         severity="error" if fresh else "warning",

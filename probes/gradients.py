@@ -70,7 +70,15 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
     if cut:
         share = sum(trainable[name].numel() for name in cut) / sum(p.numel() for p in trainable.values())
         cause = "forward calls its module, and the path from there to the logits carries no gradient (detach, .data, no_grad, or a choice by index)"
-        yield _finding(recording, twin, cut, "error" if share > 0.5 else "warning", "no gradient", cause, "let the gradient through, or freeze it openly")
+        yield _finding(
+            recording,
+            twin,
+            cut,
+            "error" if share > 0.5 else "warning",
+            "no gradient",
+            cause,
+            "let the gradient through, or freeze it openly",
+        )
     if unused:
         cause = "forward never calls its module"
         yield _finding(recording, twin, unused, "warning", "no gradient", cause, "use it in forward, or remove it")
@@ -142,7 +150,10 @@ def _directional(twin: Subject, case: Case, parameters: list[nn.Parameter], *, s
     the last value says whether those two agree, which they do not where the loss jumps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        way = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) * (p.detach().abs().mean() + 1e-8).double() for p in parameters]
+        way = [
+            torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) * (p.detach().abs().mean() + 1e-8).double()
+            for p in parameters
+        ]
     target = torch.tensor(case.input_ids, device=twin.device)[:, 1:]
 
     def loss() -> Tensor:

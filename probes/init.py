@@ -74,7 +74,9 @@ def every_weight_initialised(subject: Subject) -> Iterator[Finding]:
         yield Found(
             probe="",
             severity="warning",
-            message=f"{name} is never initialised: it holds what the memory held" if empty else f"{name} differs between two builds from one seed",
+            message=f"{name} is never initialised: it holds what the memory held"
+            if empty
+            else f"{name} differs between two builds from one seed",
             where=where,
             source=source_lines(where),
             cause="torch.empty was called and nothing wrote into it: it is NaN where fresh memory is filled with NaN" if empty else None,
@@ -101,7 +103,8 @@ def as_configured(subject: Subject) -> Iterator[Finding]:
             message=f"`if {never.condition}` holds for no parameter, so the init below it (of residual projections, by depth, as a rule) never runs",
             where=where,
             source=source_lines(where),
-            cause="named_parameters() gives full names, such as " + next((w.name for w in weights if w.role in RESIDUAL), weights[0].name if weights else ""),
+            cause="named_parameters() gives full names, such as "
+            + next((w.name for w in weights if w.role in RESIDUAL), weights[0].name if weights else ""),
             fix="compare with name.endswith(...)",
         )
         return
@@ -249,9 +252,16 @@ def _depth(subject: Subject, build: Build, weights: list[Weight]) -> Found | Non
     inward = [w for w in weights if w.role in MLP_INPUT]
     outward = [w for w in weights if w.role in MLP_OUTPUT]
     if residual and all(w.near(twice) for w in residual):
-        first, text = residual[0], f"std {residual[0].std:.3g} is {base:.3g}/(2L): the depth scale 1/sqrt(2L) seems applied twice to the residual projections"
+        first, text = (
+            residual[0],
+            f"std {residual[0].std:.3g} is {base:.3g}/(2L): the depth scale 1/sqrt(2L) seems applied twice to the residual projections",
+        )
         fix = "scale the residual projections once, by 1/sqrt(2 * num_hidden_layers)"
-    elif outward and all(w.near(base) for w in outward) and (scaled := [r for r in MLP_INPUT if (own := [w for w in inward if w.role == r]) and all(w.near(once) for w in own)]):
+    elif (
+        outward
+        and all(w.near(base) for w in outward)
+        and (scaled := [r for r in MLP_INPUT if (own := [w for w in inward if w.role == r]) and all(w.near(once) for w in own)])
+    ):
         first = next(w for w in inward if w.role == scaled[0])
         text = f"std {first.std:.3g} is {base:.3g}/sqrt(2L): the depth scale is on {scaled[0]}, which feeds the MLP, and not on {outward[0].role}, which writes to the residual stream"
         fix = f"scale {outward[0].role}, not {scaled[0]}"

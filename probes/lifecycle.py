@@ -125,7 +125,12 @@ def deepcopy_equal(subject: Subject) -> Iterator[Finding]:
         for parameter in twin.parameters():
             parameter.zero_()
     if not any(bool(p.any()) for p in subject.model.parameters()):
-        yield Found(probe="", severity="error", message="a deep copy shares its weights with the model it was made from", expected="weights of its own")
+        yield Found(
+            probe="",
+            severity="error",
+            message="a deep copy shares its weights with the model it was made from",
+            expected="weights of its own",
+        )
         return
     twin = copy.deepcopy(subject.model).eval()
     case, apart = _compare(subject, twin)
@@ -173,11 +178,14 @@ def dtype_round_trip(subject: Subject) -> Iterator[Finding]:
     yield Found(
         probe="",
         severity="note" if loads else "warning",
-        message=f"model.to(bfloat16) rounds the buffer {name}, which is computed and not learnt: it is off by {off:.2g}" + (f", and {len(rounded) - 1} more" if len(rounded) > 1 else ""),
+        message=f"model.to(bfloat16) rounds the buffer {name}, which is computed and not learnt: it is off by {off:.2g}"
+        + (f", and {len(rounded) - 1} more" if len(rounded) > 1 else ""),
         where=where,
         source=source_lines(where),
         cause="a registered float buffer is cast with the weights",
-        fix="compute it in float32 in forward, or make it anew in _apply after a cast" if not loads else "load with dtype=torch.bfloat16 instead of casting afterwards",
+        fix="compute it in float32 in forward, or make it anew in _apply after a cast"
+        if not loads
+        else "load with dtype=torch.bfloat16 instead of casting afterwards",
         expected="float32 values",
         observed=f"bfloat16, off by {off:.2g} of {scale:.2g}",
         evidence={"condition": "model.to(torch.bfloat16)", "buffers": ", ".join(rounded[:4])},
@@ -241,7 +249,11 @@ def tie_survives(subject: Subject) -> Iterator[Finding]:
         return
     loaded = copy.deepcopy(subject.model)
     loaded.load_state_dict(subject.model.state_dict())
-    steps = [("copy.deepcopy", copy.deepcopy(subject.model)), (".to(float64)", copy.deepcopy(subject.model).to(torch.float64)), ("load_state_dict", loaded)]
+    steps = [
+        ("copy.deepcopy", copy.deepcopy(subject.model)),
+        (".to(float64)", copy.deepcopy(subject.model).to(torch.float64)),
+        ("load_state_dict", loaded),
+    ]
     if subject.remake is not None:
         with suppress(Exception):  # meta-build says why it cannot be built so
             steps.append(("a build on meta and to_empty", _materialised(subject)))
@@ -376,7 +388,8 @@ def _lost(subject: Subject, lost: list[str]) -> Found:
     return Found(
         probe="",
         severity="note" if loads else "warning",
-        message=f"the buffer {name} is lost in a meta build: after to_empty it holds what the memory held" + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
+        message=f"the buffer {name} is lost in a meta build: after to_empty it holds what the memory held"
+        + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
         where=where,
         source=source_lines(where),
         cause="it is computed in __init__, is not in the state dict, and no reset_parameters computes it again",
@@ -385,5 +398,3 @@ def _lost(subject: Subject, lost: list[str]) -> Found:
         observed="NaN, where fresh memory is filled with NaN",
         evidence={"condition": "meta build + to_empty + load_state_dict", "buffers": ", ".join(lost[:6])},
     )
-
-

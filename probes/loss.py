@@ -131,10 +131,22 @@ def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: floa
     flat, target = logits.double().reshape(-1, size), labels.reshape(-1)
     mean = float(cross_entropy(logits, labels, shift=shift))
     forms: list[tuple[str, str, float]] = [
-        ("the labels are not shifted: logit t is compared with label t, the token it has just read", "shift by one", _ce(logits, labels, 0)),
-        ("the labels are shifted twice: logit t is compared with label t + 2", "shift once, in the model or outside, not both", _ce(logits, labels, 2)),
+        (
+            "the labels are not shifted: logit t is compared with label t, the token it has just read",
+            "shift by one",
+            _ce(logits, labels, 0),
+        ),
+        (
+            "the labels are shifted twice: logit t is compared with label t + 2",
+            "shift once, in the model or outside, not both",
+            _ce(logits, labels, 2),
+        ),
         ("the labels are shifted once, where the caller has aligned them already", "do not shift inside", _ce(logits, labels, 1)),
-        ("the shift runs backwards: logit t is compared with label t - 1", "logits[:, :-1] against labels[:, 1:]", _ce_back(logits, labels)),
+        (
+            "the shift runs backwards: logit t is compared with label t - 1",
+            "logits[:, :-1] against labels[:, 1:]",
+            _ce_back(logits, labels),
+        ),
         (
             "the batch is flattened before the shift: the last position of a row is compared with the first label of the next row",
             "shift every row before flattening",
@@ -145,7 +157,11 @@ def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: floa
             "divide by the number of labels that are not -100",
             mean * valid / everything,
         ),
-        (f"the sum over {valid} counted labels is divided by all {labels.numel()} labels", "divide by the labels that count", mean * valid / labels.numel()),
+        (
+            f"the sum over {valid} counted labels is divided by all {labels.numel()} labels",
+            "divide by the labels that count",
+            mean * valid / labels.numel(),
+        ),
         (
             "both the logits and the labels lose their last position, which is no shift: logit t is compared with label t",
             "logits[:, :-1] against labels[:, 1:]",
@@ -167,8 +183,16 @@ def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: floa
             _ce(logits.transpose(0, 1).reshape(logits.shape), labels, 0),
         ),
         ("the loss is a sum over tokens, not a mean", "reduction='mean'", mean * valid),
-        (f"the sum is divided by the batch size {labels.shape[0]}", "divide by the number of labels that count", mean * valid / labels.shape[0]),
-        ("the rows are averaged first, then the batch: short rows weigh more", "one mean over all counted tokens", _mean_of_means(logits, labels, shift)),
+        (
+            f"the sum is divided by the batch size {labels.shape[0]}",
+            "divide by the number of labels that count",
+            mean * valid / labels.shape[0],
+        ),
+        (
+            "the rows are averaged first, then the batch: short rows weigh more",
+            "one mean over all counted tokens",
+            _mean_of_means(logits, labels, shift),
+        ),
         ("the loss is in bits (log2)", "use the natural logarithm", mean / 0.6931471805599453),
     ]
     low = float(loss.bfloat16())

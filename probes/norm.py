@@ -194,7 +194,10 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
         fix = "x = x + mlp(norm(x))"
         place = last_call_place(loud, first)
     elif add is not None and not ends_in_norm(loud, first) and is_norm_of_input(silent, first, after, limit):
-        what, cause = "its input normalised: the residual stream goes through a norm", "the norm's output is used for the branch and for the residual"
+        what, cause = (
+            "its input normalised: the residual stream goes through a norm",
+            "the norm's output is used for the branch and for the residual",
+        )
         fix = "keep x itself for the addition: x = x + branch(norm(x))"
         place = add.where
     else:
@@ -306,5 +309,3 @@ def _scaled_last(twin: Subject, case: Case, block: nn.Module, scale: float) -> T
     finally:
         handle.remove()
     return logits if found and all(found) else None
-
-

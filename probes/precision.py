@@ -18,11 +18,42 @@ from olmodebug.subject import Subject, own_code, quiet
 from olmodebug.tracer import Recording, record
 
 LOW = ("bfloat16", "float16")
-MOVES = ("_to_copy", "copy_", "clone", "view", "_unsafe_view", "expand", "slice", "select", "t", "transpose", "permute", "unsqueeze", "detach", "split", "alias")
+MOVES = (
+    "_to_copy",
+    "copy_",
+    "clone",
+    "view",
+    "_unsafe_view",
+    "expand",
+    "slice",
+    "select",
+    "t",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "detach",
+    "split",
+    "alias",
+)
 # Where 8 bits of mantissa are known to cost accuracy in a model that is otherwise more precise: see the docstring.
 SENSITIVE = ("_softmax", "_log_softmax", "_safe_softmax", "logsumexp", "exp", "cos", "sin", "outer", "nll_loss_forward")
 # Ops that are told to write an infinity.
-FILLS = ("full", "full_like", "fill_", "masked_fill", "masked_fill_", "where", "scalar_tensor", "triu", "tril", "log", "_to_copy", "copy_", "empty", "empty_like")
+FILLS = (
+    "full",
+    "full_like",
+    "fill_",
+    "masked_fill",
+    "masked_fill_",
+    "where",
+    "scalar_tensor",
+    "triu",
+    "tril",
+    "log",
+    "_to_copy",
+    "copy_",
+    "empty",
+    "empty_like",
+)
 
 
 @probe()
@@ -101,8 +132,11 @@ def finite_in_16_bits(subject: Subject) -> Iterator[Finding]:
             yield Found(
                 probe="",
                 severity="warning",
-                message=f"in {name} {bad} logits of real tokens are not finite ({case.name})" + (f": {event.op.strip('_')} makes the first one" if event else ""),
-                where=event.where if event else replace(recording.events[-1].where, function=None, file=None, line=None, op=None, module=""),
+                message=f"in {name} {bad} logits of real tokens are not finite ({case.name})"
+                + (f": {event.op.strip('_')} makes the first one" if event else ""),
+                where=event.where
+                if event
+                else replace(recording.events[-1].where, function=None, file=None, line=None, op=None, module=""),
                 source=source_lines(event.where) if event else (),
                 fix="keep masks within torch.finfo(dtype), and compute squares, exponentials and norms in float32",
                 expected="finite logits",

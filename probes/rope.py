@@ -238,7 +238,9 @@ def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:
     shared = _shared_rotations(subject)
     if shared is not None:
         return shared
-    coarse = next((told[1] for positions, table in _tables(subject.twin()) if (told := _imprecise(positions, table, felt=0.0)) is not None), None)
+    coarse = next(
+        (told[1] for positions, table in _tables(subject.twin()) if (told := _imprecise(positions, table, felt=0.0)) is not None), None
+    )
     if coarse is not None and coarse.cause:
         return coarse
     norms = [float((n.amax(-1) / n.amin(-1)).max()) - 1 for n in (t.double().norm(dim=-1) for t in (first.query, first.key))]
@@ -271,7 +273,9 @@ def _same_order(first: Scores) -> str | None:
     if torch.allclose(speeds[0], speeds[1], atol=1e-3) or not torch.allclose(speeds[0].sort().values, speeds[1].sort().values, atol=1e-3):
         return None
     place = int((speeds[0] - speeds[1]).abs().argmax())
-    return f"dimension {place} turns by {float(speeds[0][place]):.3g} rad a position in queries and by {float(speeds[1][place]):.3g} in keys"
+    return (
+        f"dimension {place} turns by {float(speeds[0][place]):.3g} rad a position in queries and by {float(speeds[1][place]):.3g} in keys"
+    )
 
 
 def _speeds(states: Tensor) -> Tensor:
@@ -328,10 +332,16 @@ def _imprecise(positions: list[int], table: Angles, *, felt: float = FELT) -> tu
     size = float(off[place, pair])
     relative = size / max(1e-9, float(ideal[place, pair]))
     coarse = 2.0**-12 < relative < 2.0**-5
-    cause = f"the angles carry about {round(-math.log2(relative))} bits, as in bfloat16 or float16: position * inv_freq is rounded" if coarse else None
+    cause = (
+        f"the angles carry about {round(-math.log2(relative))} bits, as in bfloat16 or float16: position * inv_freq is rounded"
+        if coarse
+        else None
+    )
     return (
         f"the rotary angle of pair {pair} at position {positions[place]} is off by {size:.2g} rad from {positions[place]} times its step",
-        Diagnosis(cause=cause, fix="compute positions, inv_freq and their product in float32" if coarse else None, evidence={"radians": size}),
+        Diagnosis(
+            cause=cause, fix="compute positions, inv_freq and their product in float32" if coarse else None, evidence={"radians": size}
+        ),
     )
 
 
@@ -345,7 +355,12 @@ def _after_cast(subject: Subject, exact: list[tuple[list[int], Angles]]) -> Iter
             continue
         pairs = _shared(positions, after)
         if pairs:
-            finding = _at(subject, after, f"after model.to(bfloat16) positions {pairs[0][0]} and {pairs[0][1]} get the same rotary angles", _saturated(pairs, positions))
+            finding = _at(
+                subject,
+                after,
+                f"after model.to(bfloat16) positions {pairs[0][0]} and {pairs[0][1]} get the same rotary angles",
+                _saturated(pairs, positions),
+            )
             yield replace(
                 finding,
                 severity="warning",
@@ -356,7 +371,12 @@ def _after_cast(subject: Subject, exact: list[tuple[list[int], Angles]]) -> Iter
         size = float(_radians(after, torch.atan2(before.sin, before.cos)).max())
         if size > 0.01:
             yield replace(
-                _at(subject, after, f"after model.to(bfloat16) rotary angles are off by up to {size:.2g} rad at position {positions[-1]}", Diagnosis()),
+                _at(
+                    subject,
+                    after,
+                    f"after model.to(bfloat16) rotary angles are off by up to {size:.2g} rad at position {positions[-1]}",
+                    Diagnosis(),
+                ),
                 severity="note",
                 cause="model.to(bfloat16) rounds the buffer that the angles come from (inv_freq or its table) to 8 bits",
                 fix="keep the buffer in float32: recompute it after a cast, or build the model in bfloat16 with inv_freq in float32",
@@ -480,14 +500,25 @@ def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tup
         cause = f"the exponent of inv_freq is divided by head_dim {head_dim}, and only {2 * pairs} dimensions are rotated (rotary_dim)"
         fix = "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"
     elif regular and abs(base - theta) > 0.01 * theta and abs(float(frequencies[0]) * factor - 1) < 1e-3 and _is_round(base):
-        cause, fix = f"the base in use is {base:.6g}; the config's rope_theta {theta:g} does not reach inv_freq", "use config.rope_theta as the base"
+        cause, fix = (
+            f"the base in use is {base:.6g}; the config's rope_theta {theta:g} does not reach inv_freq",
+            "use config.rope_theta as the base",
+        )
     else:
         return message, Diagnosis(evidence=evidence)
     return message, Diagnosis(cause=cause, fix=fix, evidence=evidence)
 
 
 def _placed(
-    subject: Subject, rotated: Rotated, told: Diagnosis, message: str, *, expected: str, observed: str, operand: int | None = None, in_angles: bool = False
+    subject: Subject,
+    rotated: Rotated,
+    told: Diagnosis,
+    message: str,
+    *,
+    expected: str,
+    observed: str,
+    operand: int | None = None,
+    in_angles: bool = False,
 ) -> Found:
     """The finding at the op that made the rotated queries or keys."""
     recording, index = rotated.recording, rotated.first.index

@@ -53,7 +53,9 @@ def calls_do_not_interfere(subject: Subject) -> Iterator[Finding]:
             + (f": {apart.max_abs:.3g} apart" if apart else ": it fails"),
             where=where,
             source=source_lines(where),
-            cause=f"{name} is kept from one call and used in the next" if name else "the model keeps something from one call that changes the next",
+            cause=f"{name} is kept from one call and used in the next"
+            if name
+            else "the model keeps something from one call that changes the next",
             fix="key what is cached by everything it depends on: sizes, offset, window, positions, mask, dtype, device",
             expected="equal bits",
             observed=f"{apart.mismatched} of {apart.total} logits differ" if apart else "an exception",

@@ -80,7 +80,9 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
             message="tie_word_embeddings is set, and the head has its own weight",
             where=where,
             source=source_lines(where),
-            cause="the weight was copied, not shared: both start with the same values" if equal else "the head was never tied to the embedding",
+            cause="the weight was copied, not shared: both start with the same values"
+            if equal
+            else "the head was never tied to the embedding",
             fix="self.lm_head.weight = self.embed_tokens.weight, after the weights are made",
             expected="one parameter",
             observed=f"two of shape {tuple(head.weight.shape)}",

@@ -196,5 +196,3 @@ def _line_of_embedding(code: CodeType) -> int:
     calls = [node for node in ast.walk(tree.tree) if isinstance(node, ast.Call)] if tree else []
     lines = [node.lineno for node in calls if code.co_firstlineno <= node.lineno <= last and "Embedding" in ast.unparse(node.func)]
     return min(lines, default=code.co_firstlineno)
-
-

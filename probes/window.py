@@ -135,9 +135,7 @@ def _count(visible: Tensor) -> int | None:
     return keys if keys and bool(visible[-keys:].all()) else None
 
 
-def _finding(
-    recording: Recording, reach: Reach, expected: int, window: int, kinds: list[str] | None, case: Case, setting: str
-) -> Found:
+def _finding(recording: Recording, reach: Reach, expected: int, window: int, kinds: list[str] | None, case: Case, setting: str) -> Found:
     seq = case.seq_len
     event, spot = recording.events[reach.index], recording.spots[reach.index]
     made = _mask_maker(recording, reach, seq)

@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         line = [sys.executable, "-m", "olmodebug", *command, "--timeout", "120", "--json", str(REPORTS / f"{name}.json")]
         done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=540, check=False)
-        print(f"{name:24s} exit {done.returncode}  {time.perf_counter() - started:6.1f} s  {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        print(
+            f"{name:24s} exit {done.returncode}  {time.perf_counter() - started:6.1f} s  {done.stderr.strip().splitlines()[-1:]}",
+            flush=True,
+        )
     return 0
 
 

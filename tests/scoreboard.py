@@ -117,10 +117,14 @@ def main(argv: list[str] | None = None) -> int:
         for job in jobs:
             row = job.result()
             clean.append(row)
-            print(f"{'clean' if not row['errors'] else 'ALARM':6s}{row['name']:42s}{'; '.join(row['errors'])} {row['warnings']} warnings {row['broke']}")
+            print(
+                f"{'clean' if not row['errors'] else 'ALARM':6s}{row['name']:42s}{'; '.join(row['errors'])} {row['warnings']} warnings {row['broke']}"
+            )
     total = max(1, len(rows))
     found, placed, explained = (sum(row[key] for row in rows) for key in ("detected", "placed", "explained"))
-    print(f"detected {found}/{len(rows)}, in the right function {placed}/{len(rows)} ({placed / total:.0%}), explained {explained}/{len(rows)}")
+    print(
+        f"detected {found}/{len(rows)}, in the right function {placed}/{len(rows)} ({placed / total:.0%}), explained {explained}/{len(rows)}"
+    )
     print(f"false alarms on {sum(bool(row['errors']) for row in clean)} of {len(clean)} clean models")
     if arguments.json:
         arguments.json.write_text(json.dumps({"mutants": rows, "clean": clean}, indent=1), encoding="utf-8")

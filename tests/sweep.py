@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{word:6s}{row['type']:28s}{row.get('seconds', 0):6.1f} s  {str(row.get('reason') or row.get('error') or '')[:90]}")
         for finding in errors:
             where = finding["where"]
-            print(f"        {finding['probe']}: {finding['message']}  [{where['function']}:{where['line']} {where['op']}] {finding['cause']}")
+            print(
+                f"        {finding['probe']}: {finding['message']}  [{where['function']}:{where['line']} {where['op']}] {finding['cause']}"
+            )
         for outcome in broke:
             print(f"        {outcome['probe']} broke: {outcome['reason'].strip().splitlines()[-1]}")
         sys.stdout.flush()

@@ -304,7 +304,9 @@ def test_a_model_that_did_not_build_is_replayed_as_fixed_once_it_does(run: Calla
     assert ran.code == 1
     assert [(f["probe"], f["fix_verified"]) for f in ran.errors()] == [("build.constructs", True)]
     assert "reported" not in ran.err
-    Path("mine.py").write_text(text.replace("self.inv_freq = 1.0", "inv_freq = 1.0").replace('", self.inv_freq)', '", inv_freq)'), encoding="utf-8")
+    Path("mine.py").write_text(
+        text.replace("self.inv_freq = 1.0", "inv_freq = 1.0").replace('", self.inv_freq)', '", inv_freq)'), encoding="utf-8"
+    )
     mended = run("replay")
     assert (mended.code, mended.out.split()) == (0, ["fixed", "build.constructs"]), mended.out + mended.err
 
@@ -455,7 +457,9 @@ def test_a_report_is_drawn_on_a_narrow_terminal_in_plain_ascii_without_torch(tmp
         findings=(finding,),
     )
     report.write(tmp_path / "report.json")
-    program = "import sys, olmodebug.cli; code = olmodebug.cli.main(['report', 'report.json']); assert 'torch' not in sys.modules; sys.exit(code)"
+    program = (
+        "import sys, olmodebug.cli; code = olmodebug.cli.main(['report', 'report.json']); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
     code, drawn = on_narrow_terminal("-c", program, cwd=tmp_path)
     assert code == 0, drawn
     assert not COLOUR.search(drawn)

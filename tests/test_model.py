@@ -51,9 +51,7 @@ CONFIGS = {
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 every_implementation = pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-one_of_each_generation = pytest.mark.parametrize(
-    "config", [OLMO1, DATADECIDE, OLMO2, OLMO3], ids=["olmo1", "datadecide", "olmo2", "olmo3"]
-)
+one_of_each_generation = pytest.mark.parametrize("config", [OLMO1, DATADECIDE, OLMO2, OLMO3], ids=["olmo1", "datadecide", "olmo2", "olmo3"])
 
 # Measured on these models on one thread, logits up to 1.6: 0.0 in float32, both implementations. Over 56 other shapes
 # it was at most 7.7e-6, and a fault is 1e-3 or more, as test_the_comparison_with_transformers_can_fail shows.
@@ -161,9 +159,7 @@ def largest_difference(left: Tensor, right: Tensor) -> float:
 @every_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_config
-def test_logits_loss_and_every_gradient_equal_transformers(
-    config: OlmoConfig, dtype: torch.dtype, attn_implementation: Any
-) -> None:
+def test_logits_loss_and_every_gradient_equal_transformers(config: OlmoConfig, dtype: torch.dtype, attn_implementation: Any) -> None:
     ours, theirs = both(replace(config, attn_implementation=attn_implementation), dtype)
     input_ids = random_ids(2, 13)
     input_ids[0, 3] = PAD
@@ -377,9 +373,7 @@ def test_eager_attention_equals_sdpa_with_and_without_padding(config: OlmoConfig
 @every_implementation
 @pytest.mark.parametrize("side", ["left", "right"])
 @one_of_each_generation
-def test_a_padded_row_equals_the_row_alone_also_when_decoded_with_a_cache(
-    config: OlmoConfig, side: str, attn_implementation: Any
-) -> None:
+def test_a_padded_row_equals_the_row_alone_also_when_decoded_with_a_cache(config: OlmoConfig, side: str, attn_implementation: Any) -> None:
     model = small_model(replace(config, attn_implementation=attn_implementation))
     lengths = [12, 3, 7]
     attention_mask = padding_mask(lengths, side)
@@ -407,9 +401,7 @@ def test_a_padded_row_equals_the_row_alone_also_when_decoded_with_a_cache(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_implementation
 @one_of_each_generation
-def test_fully_masked_rows_give_no_nan_forward_or_backward(
-    config: OlmoConfig, attn_implementation: Any, dtype: torch.dtype
-) -> None:
+def test_fully_masked_rows_give_no_nan_forward_or_backward(config: OlmoConfig, attn_implementation: Any, dtype: torch.dtype) -> None:
     model = small_model(replace(config, attn_implementation=attn_implementation), dtype)
     input_ids, attention_mask = random_ids(3, 9), padding_mask([9, 2, 0], "left")
     labels = input_ids.masked_fill(attention_mask == 0, -100)
@@ -425,9 +417,7 @@ def test_fully_masked_rows_give_no_nan_forward_or_backward(
 def test_a_query_that_sees_no_key_attends_to_nothing(attn_implementation: Any) -> None:
     model = small_model(replace(OLMO1, attn_implementation=attn_implementation))
     attended: list[Tensor] = []
-    model.get_submodule("model.layers.0.self_attn").register_forward_hook(
-        lambda module, inputs, output: attended.append(output)
-    )
+    model.get_submodule("model.layers.0.self_attn").register_forward_hook(lambda module, inputs, output: attended.append(output))
     model(random_ids(2, 6), padding_mask([6, 4], "left"))
     assert attended[0][1, :2].abs().max() == 0.0
     assert attended[0][1, 2:].abs().amax(-1).min() > 0.0
@@ -452,9 +442,7 @@ def test_a_sliding_window_of_five_sees_five_keys_itself_included(attn_implementa
     chunks=st.lists(st.integers(min_value=1, max_value=6), min_size=1, max_size=5),
     implementation=st.sampled_from(["eager", "sdpa"]),
 )
-def test_any_chunking_with_a_cache_equals_one_forward(
-    config: OlmoConfig, chunks: list[int], implementation: Any
-) -> None:
+def test_any_chunking_with_a_cache_equals_one_forward(config: OlmoConfig, chunks: list[int], implementation: Any) -> None:
     model = small_model(replace(config, attn_implementation=implementation))
     input_ids = random_ids(2, sum(chunks))
     cache = KVCache()
@@ -637,9 +625,7 @@ def test_the_pad_row_is_trained_only_where_no_pad_token_is_named() -> None:
 
 @every_implementation
 @one_of_each_generation
-def test_the_model_runs_on_meta_and_fake_tensors_under_autocast_and_compiled(
-    config: OlmoConfig, attn_implementation: Any
-) -> None:
+def test_the_model_runs_on_meta_and_fake_tensors_under_autocast_and_compiled(config: OlmoConfig, attn_implementation: Any) -> None:
     config = replace(config, attn_implementation=attn_implementation)
     input_ids, attention_mask = random_ids(2, 7), padding_mask([7, 5], "left")
     model = Olmo(config).train()

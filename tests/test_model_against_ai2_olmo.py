@@ -140,9 +140,7 @@ def largest_difference(left: Tensor, right: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @every_config
-def test_logits_loss_and_every_gradient_equal_ai2_olmo(
-    config: OlmoConfig, attn_implementation: Any, dtype: torch.dtype
-) -> None:
+def test_logits_loss_and_every_gradient_equal_ai2_olmo(config: OlmoConfig, attn_implementation: Any, dtype: torch.dtype) -> None:
     ours, theirs = both(replace(config, attn_implementation=attn_implementation), dtype)
     input_ids = random_ids(2, 13)
     observed, expected = ours(input_ids, labels=input_ids), theirs(input_ids)
@@ -158,9 +156,7 @@ def test_logits_loss_and_every_gradient_equal_ai2_olmo(
         assert largest_difference(parameter.grad, gradients[name]) < GRADIENT_ATOL, name
 
 
-@pytest.mark.parametrize(
-    "config", [DATADECIDE, replace(OLMO2, norm_casts_before_weight=True)], ids=["datadecide", "olmo2"]
-)
+@pytest.mark.parametrize("config", [DATADECIDE, replace(OLMO2, norm_casts_before_weight=True)], ids=["datadecide", "olmo2"])
 def test_bfloat16_equals_ai2_olmo_bit_for_bit(config: OlmoConfig) -> None:
     """OLMo 1 is left out: ai2-olmo hands torch's LayerNorm bfloat16, where transformers and we hand it float32."""
     ours, theirs = both(config, torch.bfloat16)

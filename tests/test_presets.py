@@ -77,9 +77,7 @@ def test_every_preset_has_the_number_of_parameters_it_states(name: str) -> None:
 
 
 def test_the_ladder_has_its_fourteen_sizes_and_counts_the_head_but_not_the_embedding() -> None:
-    assert [name for name in names() if name.startswith("datadecide-") and name != "datadecide-tiny"] == list(
-        LADDER_SIZES
-    )
+    assert [name for name in names() if name.startswith("datadecide-") and name != "datadecide-tiny"] == list(LADDER_SIZES)
     for name, size in LADDER_SIZES.items():
         config = preset(name)
         assert PRESETS[name].parameters - config.vocab_size * config.hidden_size == size

@@ -22,12 +22,25 @@ def loud(spec: str, topic: str) -> list[str]:
     return [f"{f['probe']}: {f['message']}" for f in findings_on(spec, f"{topic}.") if f["severity"] != "note"]
 
 
-@pytest.mark.parametrize("name", ['hf/key-positions-on-the-cpu', 'nanogpt/causal-mask-on-the-cpu'])
+@pytest.mark.parametrize("name", ["hf/key-positions-on-the-cpu", "nanogpt/causal-mask-on-the-cpu"])
 def test_device_probes_catch_place_and_explain(name: str) -> None:
     caught(name, "device")
 
 
-@pytest.mark.parametrize("spec", ["olmo1-tiny", "olmo2-tiny", f"{CLEAN / 'hf_style.py'}:build_qk_norm", f"{CLEAN / 'nanogpt_style.py'}:build", f"{CLEAN / 'llama_style.py'}:build_moe", "transformers:LlamaForCausalLM", "transformers:BloomForCausalLM", "transformers:MptForCausalLM", "transformers:Gemma2ForCausalLM"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "olmo1-tiny",
+        "olmo2-tiny",
+        f"{CLEAN / 'hf_style.py'}:build_qk_norm",
+        f"{CLEAN / 'nanogpt_style.py'}:build",
+        f"{CLEAN / 'llama_style.py'}:build_moe",
+        "transformers:LlamaForCausalLM",
+        "transformers:BloomForCausalLM",
+        "transformers:MptForCausalLM",
+        "transformers:Gemma2ForCausalLM",
+    ],
+)
 def test_device_probes_are_silent_on_correct_models(spec: str) -> None:
     assert loud(spec, "device") == []
 

@@ -27,12 +27,40 @@ def loud(spec: str, topic: str) -> list[str]:
     return [f"{f['probe']}: {f['message']}" for f in findings_on(spec, f"{topic}.") if f["severity"] != "note"]
 
 
-@pytest.mark.parametrize("name", ['hf/residual-init-never-applied', 'hf/residual-init-twice', 'hf/init-never-called', 'nanogpt/init-never-called', 'nanogpt/init-too-large', 'nanogpt/residual-init-never-applied', 'llama/residual-init-on-w3', 'llama/residual-init-twice', 'llama/init-never-called', 'hf/zero-embedding-rows', 'hf/value-and-output-both-zero', 'llama/feed-forward-dead'])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf/residual-init-never-applied",
+        "hf/residual-init-twice",
+        "hf/init-never-called",
+        "nanogpt/init-never-called",
+        "nanogpt/init-too-large",
+        "nanogpt/residual-init-never-applied",
+        "llama/residual-init-on-w3",
+        "llama/residual-init-twice",
+        "llama/init-never-called",
+        "hf/zero-embedding-rows",
+        "hf/value-and-output-both-zero",
+        "llama/feed-forward-dead",
+    ],
+)
 def test_init_probes_catch_place_and_explain(name: str) -> None:
     caught(name, "init")
 
 
-@pytest.mark.parametrize("spec", ["olmo1-tiny", "olmo2-tiny", f"{CLEAN / 'hf_style.py'}:build_qk_norm", f"{CLEAN / 'nanogpt_style.py'}:build", f"{CLEAN / 'llama_style.py'}:build_moe", "transformers:GPT2LMHeadModel", "transformers:MambaForCausalLM", "transformers:GPTNeoXForCausalLM"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "olmo1-tiny",
+        "olmo2-tiny",
+        f"{CLEAN / 'hf_style.py'}:build_qk_norm",
+        f"{CLEAN / 'nanogpt_style.py'}:build",
+        f"{CLEAN / 'llama_style.py'}:build_moe",
+        "transformers:GPT2LMHeadModel",
+        "transformers:MambaForCausalLM",
+        "transformers:GPTNeoXForCausalLM",
+    ],
+)
 def test_init_probes_are_silent_on_correct_models(spec: str) -> None:
     assert loud(spec, "init") == []
 
@@ -45,7 +73,11 @@ def edited(folder: Path, old: str, new: str) -> str:
 
 
 def test_a_weight_that_nothing_wrote_into_is_named(tmp_path: Path) -> None:
-    spec = edited(tmp_path, "        self.attention_norm = nn.Parameter(torch.ones(args.dim))", "        self.attention_norm = nn.Parameter(torch.empty(args.dim))")
+    spec = edited(
+        tmp_path,
+        "        self.attention_norm = nn.Parameter(torch.ones(args.dim))",
+        "        self.attention_norm = nn.Parameter(torch.empty(args.dim))",
+    )
     found = [f for f in findings_on(spec, "init.every") if f["severity"] == "warning"]
     assert [f["where"]["function"] for f in found] == ["TransformerBlock.__init__"]
     assert "layers.0.attention_norm is never initialised" in found[0]["message"]

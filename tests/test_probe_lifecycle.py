@@ -24,12 +24,38 @@ def loud(spec: str, topic: str) -> list[str]:
     return [f"{f['probe']}: {f['message']}" for f in findings_on(spec, f"{topic}.") if f["severity"] != "note"]
 
 
-@pytest.mark.parametrize("name", ['hf/plain-list-of-layers', 'llama/plain-list-of-layers', 'hf/inv-freq-rounded-by-cast', 'llama/table-rounded-by-cast', 'hf/inv-freq-lost-by-to-empty', 'llama/table-lost-by-to-empty', 'llama/depth-scale-lost-by-to-empty', 'hf/tying-lost-by-to-empty', 'nanogpt/tying-lost-by-to-empty', 'nanogpt/tied-by-data'])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf/plain-list-of-layers",
+        "llama/plain-list-of-layers",
+        "hf/inv-freq-rounded-by-cast",
+        "llama/table-rounded-by-cast",
+        "hf/inv-freq-lost-by-to-empty",
+        "llama/table-lost-by-to-empty",
+        "llama/depth-scale-lost-by-to-empty",
+        "hf/tying-lost-by-to-empty",
+        "nanogpt/tying-lost-by-to-empty",
+        "nanogpt/tied-by-data",
+    ],
+)
 def test_lifecycle_probes_catch_place_and_explain(name: str) -> None:
     caught(name, "lifecycle")
 
 
-@pytest.mark.parametrize("spec", ["olmo1-tiny", "olmo2-tiny", f"{CLEAN / 'hf_style.py'}:build_qk_norm", f"{CLEAN / 'nanogpt_style.py'}:build", f"{CLEAN / 'llama_style.py'}:build_moe", "transformers:LlamaForCausalLM", "transformers:GPT2LMHeadModel", "transformers:MixtralForCausalLM"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "olmo1-tiny",
+        "olmo2-tiny",
+        f"{CLEAN / 'hf_style.py'}:build_qk_norm",
+        f"{CLEAN / 'nanogpt_style.py'}:build",
+        f"{CLEAN / 'llama_style.py'}:build_moe",
+        "transformers:LlamaForCausalLM",
+        "transformers:GPT2LMHeadModel",
+        "transformers:MixtralForCausalLM",
+    ],
+)
 def test_lifecycle_probes_are_silent_on_correct_models(spec: str) -> None:
     assert loud(spec, "lifecycle") == []
 

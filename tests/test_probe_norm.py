@@ -24,17 +24,47 @@ def loud(spec: str, topic: str) -> list[str]:
     return [f"{f['probe']}: {f['message']}" for f in findings_on(spec, f"{topic}.") if f["severity"] != "note"]
 
 
-@pytest.mark.parametrize("name", ['hf/eps-ignored', 'llama/eps-ignored', 'hf/norm-squares-in-float16', 'llama/norm-squares-in-float16', 'hf/residual-overwritten-by-norm', 'nanogpt/residual-forgotten', 'llama/residual-overwritten-by-norm', 'hf/final-norm-missing', 'nanogpt/final-norm-missing', 'llama/final-norm-missing', 'nanogpt/unbiased-std'])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf/eps-ignored",
+        "llama/eps-ignored",
+        "hf/norm-squares-in-float16",
+        "llama/norm-squares-in-float16",
+        "hf/residual-overwritten-by-norm",
+        "nanogpt/residual-forgotten",
+        "llama/residual-overwritten-by-norm",
+        "hf/final-norm-missing",
+        "nanogpt/final-norm-missing",
+        "llama/final-norm-missing",
+        "nanogpt/unbiased-std",
+    ],
+)
 def test_norm_probes_catch_place_and_explain(name: str) -> None:
     caught(name, "norm")
 
 
-@pytest.mark.parametrize("spec", ["olmo1-tiny", "olmo2-tiny", f"{CLEAN / 'hf_style.py'}:build_qk_norm", f"{CLEAN / 'nanogpt_style.py'}:build", f"{CLEAN / 'llama_style.py'}:build_moe", "transformers:OPTForCausalLM", "transformers:Gemma2ForCausalLM", "transformers:CohereForCausalLM", "transformers:BeamForCausalLM"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "olmo1-tiny",
+        "olmo2-tiny",
+        f"{CLEAN / 'hf_style.py'}:build_qk_norm",
+        f"{CLEAN / 'nanogpt_style.py'}:build",
+        f"{CLEAN / 'llama_style.py'}:build_moe",
+        "transformers:OPTForCausalLM",
+        "transformers:Gemma2ForCausalLM",
+        "transformers:CohereForCausalLM",
+        "transformers:BeamForCausalLM",
+    ],
+)
 def test_norm_probes_are_silent_on_correct_models(spec: str) -> None:
     assert loud(spec, "norm") == []
 
 
-@pytest.mark.parametrize("name", ["nanogpt/post-norm", "hf/sandwich-norms", "hf/norm-after-branch", "hf/parallel-block", "hf/embedding-scaled"])
+@pytest.mark.parametrize(
+    "name", ["nanogpt/post-norm", "hf/sandwich-norms", "hf/norm-after-branch", "hf/parallel-block", "hf/embedding-scaled"]
+)
 def test_where_a_norm_stands_is_a_choice(name: str, tmp_path: Path) -> None:
     neutral = next(m for m in NEUTRAL if m.name == name)
     assert loud(f"{materialize(neutral, tmp_path)}:{neutral.build}", "norm") == []

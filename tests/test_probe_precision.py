@@ -20,12 +20,23 @@ def loud(spec: str, topic: str) -> list[str]:
     return [f"{f['probe']}: {f['message']}" for f in findings_on(spec, f"{topic}.") if f["severity"] != "note"]
 
 
-@pytest.mark.parametrize("name", ['hf/softmax-in-bfloat16', 'hf/loss-in-bfloat16', 'nanogpt/phase-in-bfloat16'])
+@pytest.mark.parametrize("name", ["hf/softmax-in-bfloat16", "hf/loss-in-bfloat16", "nanogpt/phase-in-bfloat16"])
 def test_precision_probes_catch_place_and_explain(name: str) -> None:
     caught(name, "precision")
 
 
-@pytest.mark.parametrize("spec", ["olmo1-tiny", "olmo2-tiny", f"{CLEAN / 'hf_style.py'}:build_qk_norm", f"{CLEAN / 'nanogpt_style.py'}:build", f"{CLEAN / 'llama_style.py'}:build_moe", "transformers:GemmaForCausalLM", "transformers:BloomForCausalLM"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "olmo1-tiny",
+        "olmo2-tiny",
+        f"{CLEAN / 'hf_style.py'}:build_qk_norm",
+        f"{CLEAN / 'nanogpt_style.py'}:build",
+        f"{CLEAN / 'llama_style.py'}:build_moe",
+        "transformers:GemmaForCausalLM",
+        "transformers:BloomForCausalLM",
+    ],
+)
 def test_precision_probes_are_silent_on_correct_models(spec: str) -> None:
     assert loud(spec, "precision") == []
 

@@ -89,7 +89,10 @@ def test_positions_that_are_all_one_too_high_are_no_bug(tmp_path: Path) -> None:
 def test_queries_scaled_by_their_position_are_no_bug(tmp_path: Path) -> None:
     spec = edited(
         tmp_path,
-        ("        if past_key_value is not None:\n", "        query = query * (1 + torch.arange(query_length)).log1p()[:, None]\n        if past_key_value is not None:\n"),
+        (
+            "        if past_key_value is not None:\n",
+            "        query = query * (1 + torch.arange(query_length)).log1p()[:, None]\n        if past_key_value is not None:\n",
+        ),
     )
     for name in PROBES:
         result = run(name, spec)
@@ -103,7 +106,14 @@ def test_a_short_convolution_over_keys_is_no_bug(tmp_path: Path) -> None:
         assert run(name, spec).findings == ()
 
 
-CLEAN_SPECS = ["olmo3-tiny", "hf_style.py:build_partial_rotary", "hf_style.py:build_attention_factor", "hf_style.py:build_linear_scaling", "llama_style.py:build_positions", "nanogpt_style.py:build_rope"]
+CLEAN_SPECS = [
+    "olmo3-tiny",
+    "hf_style.py:build_partial_rotary",
+    "hf_style.py:build_attention_factor",
+    "hf_style.py:build_linear_scaling",
+    "llama_style.py:build_positions",
+    "nanogpt_style.py:build_rope",
+]
 
 
 @pytest.mark.parametrize("spec", CLEAN_SPECS)

@@ -55,7 +55,17 @@ def test_a_window_on_a_full_layer_is_found(tmp_path: Path) -> None:
     assert "layer 1 (full_attention) sees 5 keys" in finding.message
 
 
-@pytest.mark.parametrize("spec", ["olmo3-tiny", "hf_style.py:build_window", "hf_style.py:build_window_sdpa", "transformers:MistralForCausalLM", "transformers:Gemma3ForCausalLM", "transformers:GptOssForCausalLM"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "olmo3-tiny",
+        "hf_style.py:build_window",
+        "hf_style.py:build_window_sdpa",
+        "transformers:MistralForCausalLM",
+        "transformers:Gemma3ForCausalLM",
+        "transformers:GptOssForCausalLM",
+    ],
+)
 def test_a_right_window_passes(spec: str) -> None:
     result = run("receptive-field", str(CLEAN / spec) if ".py" in spec else spec)
     assert (result.outcome.status, result.findings) == ("passed", ())

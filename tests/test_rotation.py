@@ -10,7 +10,13 @@ from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject
 from tests.mutants.catalog import CLEAN
 
-ROTARY = ["hf_style.py:build", "hf_style.py:build_sdpa", "llama_style.py:build", "nanogpt_style.py:build_rope", "nanogpt_style.py:build_rope_flash"]
+ROTARY = [
+    "hf_style.py:build",
+    "hf_style.py:build_sdpa",
+    "llama_style.py:build",
+    "nanogpt_style.py:build_rope",
+    "nanogpt_style.py:build_rope_flash",
+]
 
 
 def subject_of(spec: str) -> Subject:
@@ -35,7 +41,10 @@ def test_learned_positions_reach_the_values() -> None:
     assert first.value is not None and varies(first.value, 1e-4)
 
 
-@pytest.mark.parametrize(("spec", "theta", "pairs"), [("hf_style.py:build", 50000.0, 6), ("llama_style.py:build", 10000.0, 7), ("nanogpt_style.py:build_rope", 10000.0, 6)])
+@pytest.mark.parametrize(
+    ("spec", "theta", "pairs"),
+    [("hf_style.py:build", 50000.0, 6), ("llama_style.py:build", 10000.0, 7), ("nanogpt_style.py:build_rope", 10000.0, 6)],
+)
 def test_the_frequencies_in_use_are_recovered(spec: str, theta: float, pairs: int) -> None:
     twin = subject_of(spec)
     case = constant_case(twin)

@@ -81,7 +81,9 @@ def test_the_block_starts_from_its_seed_each_time() -> None:
     assert torch.equal(*draws)
 
 
-def test_deterministic_mode_is_restored() -> None:
+def test_deterministic_mode_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the setter itself, without the two seconds that torch's public function takes to import its compiler
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", torch._C._set_deterministic_algorithms)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with settled():
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -310,7 +310,15 @@ def test_an_unknown_transformers_class_offers_near_names() -> None:
     assert "LlamaForCausalLM" in refused("transformers:LamaForCausalLM")
 
 
-@pytest.mark.parametrize(("job", "words"), [({"device": "gpu9"}, "no such kind of device"), ({"dtype": "int8"}, "expected float32"), ({"dtype": "float"}, ""), ({"tokenizer": "no.json"}, "no such tokenizer")])
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ({"device": "gpu9"}, "no such kind of device"),
+        ({"dtype": "int8"}, "expected float32"),
+        ({"dtype": "float"}, ""),
+        ({"tokenizer": "no.json"}, "no such tokenizer"),
+    ],
+)
 def test_an_unknown_device_dtype_or_tokenizer_is_refused(job: dict[str, str], words: str) -> None:
     if job == {"dtype": "float"}:
         assert resolve(Job(spec="olmo1-tiny", dtype="float")).dtype == torch.float32
@@ -403,11 +411,13 @@ def test_a_scripted_model_is_refused_with_the_way_out() -> None:
 
 
 def test_building_restores_the_random_state_and_the_default_dtype(here: Path) -> None:
-    write("mine.py", MODEL + "\n    def build():\n        torch.set_default_dtype(torch.float64)\n        torch.manual_seed(9)\n        return Plain()\n")
+    write(
+        "mine.py",
+        MODEL
+        + "\n    def build():\n        torch.set_default_dtype(torch.float64)\n        torch.manual_seed(9)\n        return Plain()\n",
+    )
     torch.manual_seed(3)
     before = torch.get_rng_state()
     resolve(Job(spec="mine.py:build"))
     assert torch.get_default_dtype() == torch.float32
     assert torch.equal(torch.get_rng_state(), before)
-
-

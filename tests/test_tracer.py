@@ -1,6 +1,5 @@
 """The tracer: it changes no bit, leaves nothing behind, and says truly what ran where."""
 
-
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path

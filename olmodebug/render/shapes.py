@@ -20,7 +20,9 @@ def _lines(tree: ShapeTree) -> Iterator[Line]:
     size = f"{count_text(tree.parameters)} parameters, {bytes_text(tree.parameter_bytes)}"
     where = ", nothing was allocated (meta device)" if tree.device == "meta" else ""
     yield line((tree.subject, "bold"), f"  {size}{where}")
-    legend = "B batch, T sequence length" + "".join(f", {name} {number}" for name, number in sorted(tree.names.items(), key=lambda n: -n[1]))
+    legend = "B batch, T sequence length" + "".join(
+        f", {name} {number}" for name, number in sorted(tree.names.items(), key=lambda n: -n[1])
+    )
     yield line((legend, "dim"))
     yield line("")
     for row in tree.rows:
@@ -39,7 +41,9 @@ def _row(row: ModuleShape) -> Line:
     size = f"  {count_text(row.parameters)} {bytes_text(row.parameter_bytes)}" if row.parameters else ""
     dtype = f" {dtype_text(row.dtype)}" if row.dtype else ""
     padded = f"{head:{NAME_COLUMN}s} "
-    return line((f"{kind}", "dim"), (shapes, "cyan"), (size + dtype, ""), head=(padded, "bold" if row.depth < 2 else ""), indent=NAME_COLUMN + 1)
+    return line(
+        (f"{kind}", "dim"), (shapes, "cyan"), (size + dtype, ""), head=(padded, "bold" if row.depth < 2 else ""), indent=NAME_COLUMN + 1
+    )
 
 
 def _joined(shapes: tuple[str, ...]) -> str:

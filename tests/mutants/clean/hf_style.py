@@ -240,13 +240,9 @@ class MyAttention(nn.Module):
         softcap = self.config.attn_logit_softcapping
         dropout = self.attention_dropout
         if uses_sdpa(self.config):
-            attn_output = sdpa_attention(
-                query, key, value, attention_mask, self.scaling, dropout=dropout, training=self.training
-            )
+            attn_output = sdpa_attention(query, key, value, attention_mask, self.scaling, dropout=dropout, training=self.training)
         else:
-            attn_output = eager_attention(
-                query, key, value, attention_mask, self.scaling, dropout, softcap, training=self.training
-            )
+            attn_output = eager_attention(query, key, value, attention_mask, self.scaling, dropout, softcap, training=self.training)
         attn_output = attn_output.reshape(batch_size, query_length, self.num_heads * self.head_dim)
         return self.o_proj(attn_output), present
 
@@ -276,9 +272,7 @@ class MyDecoderLayer(nn.Module):
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_value=None, use_cache=False):
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
-        hidden_states, present = self.self_attn(
-            hidden_states, position_embeddings, attention_mask, past_key_value, use_cache
-        )
+        hidden_states, present = self.self_attn(hidden_states, position_embeddings, attention_mask, past_key_value, use_cache)
         hidden_states = residual + self.dropout(hidden_states)
 
         residual = hidden_states
@@ -315,14 +309,10 @@ class MyModel(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_mask = masks[layer.attention_type]
             if self.config.gradient_checkpointing and self.training and not use_cache:
-                hidden_states, present = checkpoint(
-                    layer, hidden_states, position_embeddings, layer_mask, use_reentrant=False
-                )
+                hidden_states, present = checkpoint(layer, hidden_states, position_embeddings, layer_mask, use_reentrant=False)
             else:
                 past_key_value = None if past_key_values is None else past_key_values[i]
-                hidden_states, present = layer(
-                    hidden_states, position_embeddings, layer_mask, past_key_value, use_cache
-                )
+                hidden_states, present = layer(hidden_states, position_embeddings, layer_mask, past_key_value, use_cache)
             presents.append(present)
 
         hidden_states = self.norm(hidden_states)
