@@ -69,6 +69,16 @@ def last_add(recording: Recording, path: str) -> Event | None:
     return None
 
 
+def is_weighted(recording: Recording, add: Event) -> bool:
+    """Whether what an addition takes was multiplied by a plain number just before: a residual with a weight, so by design."""
+    read = {info.storage for info in add.inputs}
+    for index in range(max(0, add.index - 4), add.index):
+        event, other = recording.events[index], recording.kept[index].arguments.get("other")
+        if event.op in ("mul", "mul_") and isinstance(other, float | int) and read & {info.storage for info in event.outputs}:
+            return True
+    return False
+
+
 def last_call_place(recording: Recording, path: str) -> Where:
     """The last place inside the block's own forward."""
     call = next(c for c in recording.kept_calls if c.module == path)

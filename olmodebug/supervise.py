@@ -254,6 +254,8 @@ def reproduce(order: Order, probe: str) -> str:
     parts += [f"--{name}={job[name]}" for name in ("tokenizer", "adapter", "dtype") if job.get(name)]
     parts += [f"--vocab-size={job['vocab_size']}"] if job.get("vocab_size") else []
     parts += [f"--seed={job['seed']}"] if job.get("seed") else []
+    parts += [f"--device={job['device']}"] if job.get("device", "cpu") != "cpu" else []
+    parts += ["--download"] if job.get("download") else []
     parts += [f"--probes={path}" for path in order.own_probes]
     if not probe.startswith("build."):
         parts += ["-k", probe]
@@ -309,4 +311,5 @@ def _last_line(output: Path) -> str | None:
         lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    return next((text.strip() for text in reversed(lines) if text.strip()), None)
+    last = next((text.strip() for text in reversed(lines) if text.strip()), None)
+    return last if last is None or len(last) <= 160 else f"{last[:160]} ..."

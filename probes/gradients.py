@@ -161,7 +161,7 @@ def _directional(twin: Subject, case: Case, parameters: list[nn.Parameter], *, s
             logits = twin.call(case).logits
         return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).double(), target.reshape(-1))
 
-    with torch.enable_grad():
+    with torch.enable_grad(), quiet():
         twin.model.zero_grad(set_to_none=True)
         loss().backward()
     analytic = sum(float((p.grad.double() * d).sum()) for p, d in zip(parameters, way, strict=True) if p.grad is not None)

@@ -23,6 +23,8 @@ from olmodebug.weights import RESIDUAL, Weight, shared_std, weights_of
 LEAST_GAP = 0.15
 # Uniform logits have a loss of ln V; logits with a std of 2 already cost 2 nats more.
 LOSS_MARGIN = 2.0
+# Multipliers after muP (MiniCPM, Granite, Cohere, Falcon H1): the loss at the start depends on the full width.
+WIDTH_SCALES = ("scale_emb", "dim_model_base", "logits_scaling", "logit_scale", "embedding_multiplier", "lm_head_multiplier")
 MLP_INPUT = ("w1", "w3", "gate_proj", "up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "ff_proj")
 MLP_OUTPUT = ("w2", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "ff_out")
 INIT_METHODS = ("init_weights", "_init_weights", "initialize_weights", "_initialize_weights", "reset_parameters")
@@ -163,6 +165,9 @@ def loss_near_log_vocab(subject: Subject) -> Iterator[Finding]:
     Catches: an embedding at torch's default std of 1 that is tied to the head; an initialisation that is never called.
     """
     _fresh_only(subject)
+    scaled = next((name for name in WIDTH_SCALES if subject.setting(name) not in (None, 1, 1.0)), None)
+    if scaled is not None:
+        not_applicable(f"its config scales by width ({scaled}), which a small copy does not reproduce")
     twin = subject.twin()
     batch, seq = twin.sizes()
     ids, target = twin.token_ids(batch, seq, seed=21), torch.tensor(twin.token_ids(batch, seq, seed=22))

@@ -26,7 +26,7 @@ from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
-from olmodebug.stream import ends_in_norm, is_block, is_norm_of_input, is_scaled, last_add, last_call_place, stream_of
+from olmodebug.stream import ends_in_norm, is_block, is_norm_of_input, is_scaled, is_weighted, last_add, last_call_place, stream_of
 from olmodebug.subject import Subject, quiet
 from olmodebug.tracer import Recording, record
 
@@ -45,6 +45,8 @@ EPS_NAMES = (
 UNIT_LIMIT = roundings_limit({"float32"})
 # Activations of a few hundred are ordinary in trained models; their squares leave float16, whose largest number is 65504.
 BIG_ACTIVATION = 600.0
+# Switches of BLOOM and Falcon, and of MiniMax, that take the residual behind the norm on purpose.
+POST_RESIDUAL_NAMES = ("apply_residual_connection_post_layernorm", "postnorm")
 FINAL_SCALES = (1e6, 1e9)
 
 
@@ -170,6 +172,8 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
     blocks = blocks_of(subject.model)
     if len(blocks) < 2 or not is_block(blocks[0][1]):
         not_applicable("no repeated blocks with attention and feed-forward in one module were recognised")
+    if any(subject.setting(name) is True for name in POST_RESIDUAL_NAMES):
+        not_applicable("its config puts the norm into the residual stream")
     twin, usual = subject.fresh_twin(), subject.twin()
     for _, block in blocks_of(twin.model):
         if not silence_branches(block):
@@ -193,7 +197,7 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
         what, cause = "zeros: the residual is not added", "the last step of the block replaces the stream by its branch"
         fix = "x = x + mlp(norm(x))"
         place = last_call_place(loud, first)
-    elif add is not None and not ends_in_norm(loud, first) and is_norm_of_input(silent, first, after, limit):
+    elif add is not None and not is_weighted(loud, add) and not ends_in_norm(loud, first) and is_norm_of_input(silent, first, after, limit):
         what, cause = (
             "its input normalised: the residual stream goes through a norm",
             "the norm's output is used for the branch and for the residual",
