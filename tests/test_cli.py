@@ -267,13 +267,13 @@ def test_a_selection_of_nothing_is_exit_5(run: Callable[..., Ran]) -> None:
 def test_a_broken_model_fails_is_recorded_and_replayed_until_it_is_fixed(run: Callable[..., Ran]) -> None:
     text = (BUGS / "mask_added.py").read_text(encoding="utf-8")
     Path("mine.py").write_text(text, encoding="utf-8")
-    ran = run("check", "mine.py:build_repaired", "-k", "no-future or mask-is-accepted", "--json", "report.json")
+    ran = run("check", "mine.py:build_loud", "-k", "mask-is-accepted or structure", "--json", "report.json")
     assert ran.code == 1
     assert ran.report is not None
     (finding,) = ran.errors()
-    assert (finding["probe"], finding["fix_verified"]) == ("causality.no-future", True)
-    assert (finding["where"]["file"], finding["where"]["function"]) == ("mine.py", "RepairedOLMoAttention.forward")
-    assert finding["reproduce"] == "olmodebug check mine.py:build_repaired -k causality.no-future"
+    assert (finding["probe"], finding["fix_verified"]) == ("padding.mask-is-accepted", True)
+    assert (finding["where"]["file"], finding["where"]["function"]) == ("mine.py", "OLMoAttention.forward")
+    assert finding["reproduce"] == "olmodebug check mine.py:build_loud -k padding.mask-is-accepted"
 
     assert Path(".olmodebug/.gitignore").read_text(encoding="utf-8") == "*\n"
     (recorded,) = Path(".olmodebug/runs").iterdir()
@@ -282,17 +282,17 @@ def test_a_broken_model_fails_is_recorded_and_replayed_until_it_is_fixed(run: Ca
 
     drawn = run("report", ran.report["id"])
     assert drawn.code == 0
-    assert "RepairedOLMoAttention.forward" in drawn.out
+    assert "OLMoAttention.forward" in drawn.out
 
     still = run("replay")
-    assert (still.code, still.out.split()) == (1, ["still", "fails", "causality.no-future"])
+    assert (still.code, still.out.split()) == (1, ["still", "fails", "padding.mask-is-accepted"])
 
-    softmax = "        if attention_mask is not None:\n            scores = scores + attention_mask[:, None, None, :]\n"
-    assert softmax in text
-    masked = "        scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float('-inf'))\n"
-    Path("mine.py").write_text(text.replace(softmax, masked), encoding="utf-8")
+    added = "            scores = scores + attention_mask\n"
+    assert text.count(added) == 1
+    masked = "            scores = scores.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(scores.dtype).min)\n"
+    Path("mine.py").write_text(text.replace(added, masked), encoding="utf-8")
     mended = run("replay")
-    assert (mended.code, mended.out.split()) == (0, ["fixed", "causality.no-future"])
+    assert (mended.code, mended.out.split()) == (0, ["fixed", "padding.mask-is-accepted"])
     again = run("replay")
     assert again.code == 5, "the newest run has no failed probe, so there is nothing to replay"
 
@@ -312,13 +312,13 @@ def test_a_model_that_did_not_build_is_replayed_as_fixed_once_it_does(run: Calla
 
 
 def test_an_expected_failure_is_no_failure_and_must_fail(run: Callable[..., Ran]) -> None:
-    spec = f"{BUGS / 'mask_added.py'}:build_repaired"
+    spec = f"{BUGS / 'mask_added.py'}:build_loud"
     ran = run(
-        "check", spec, "-k", "no-future or eval-repeats", "--json", "report.json",
-        "--expect-failure", "causality.no-future=prefix model", "--expect-failure", "determinism.eval-repeats=dropout",
+        "check", spec, "-k", "mask-is-accepted or eval-repeats", "--json", "report.json",
+        "--expect-failure", "padding.mask-is-accepted=no padding here", "--expect-failure", "determinism.eval-repeats=dropout",
     )  # fmt: skip
-    assert ran.outcome("causality.no-future") | {"seconds": 0} == {
-        "probe": "causality.no-future", "status": "expected-failure", "reason": "prefix model", "seconds": 0,
+    assert ran.outcome("padding.mask-is-accepted") | {"seconds": 0} == {
+        "probe": "padding.mask-is-accepted", "status": "expected-failure", "reason": "no padding here", "seconds": 0,
     }  # fmt: skip
     assert ran.code == 1, "an expected failure that passes must fail the run"
     (finding,) = ran.errors()
@@ -350,8 +350,8 @@ def test_a_factory_that_ends_the_process_is_a_finding(body: str, words: str, run
         last = len(path.read_text(encoding="utf-8").splitlines())
         assert (finding["where"]["file"], finding["where"]["line"]) == ("mine.py", last)
     assert finding["raised"] is None, "what it printed is not what it raised"
-    assert len(str(finding["evidence"].get("last line of its output", ""))) <= 200
-    assert "x" * 200 not in ran.out
+    assert all(len(str(value)) <= 200 for value in finding["evidence"].values())
+    assert "x" * 201 not in ran.out
 
 
 def test_a_factory_that_hangs_is_a_finding_at_its_line(run: Callable[..., Ran]) -> None:
