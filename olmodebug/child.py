@@ -4,49 +4,14 @@ The job comes as JSON on standard input; every event goes as one JSON line to th
 before the next step starts, so that the parent knows what was running when a process dies or hangs.
 """
 
-import faulthandler
-import json
-import os
-import signal
-import sys
-import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from .serve import Tell, serve
 
 
-def main() -> None:
-    """Run one job."""
-    order = json.load(sys.stdin)
-    events = os.fdopen(order["events"], "w", encoding="utf-8")
-    stacks = Path(order["stacks"]).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
-    faulthandler.enable(file=stacks, all_threads=False)
-    if hasattr(faulthandler, "register"):
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
-    for path in reversed(order["path"]):
-        if path not in sys.path:
-            sys.path.insert(0, path)
-
-    def tell(kind: str, **fields: Any) -> None:
-        events.write(json.dumps({"event": kind, **fields}, allow_nan=False) + "\n")
-        events.flush()
-
-    try:
-        _run(order, tell)
-    except Exception as error:  # the parent decides what it means; nothing may be lost
-        tell("fault", text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-    except BaseException as error:  # sys.exit or KeyboardInterrupt from the subject's own code: a death like any other
-        traceback.print_exc()
-        for frame in reversed(traceback.extract_tb(error.__traceback__)):  # as faulthandler writes it
-            stacks.write(f'  File "{frame.filename}", line {frame.lineno} in {frame.name}\n')
-        stacks.flush()
-        sys.stderr.flush()
-        os._exit(1)
-    tell("end")
-    events.close()
-    _leave(events)
-
-
-def _run(order: dict[str, Any], tell: Any) -> None:
+def run(order: dict[str, Any], tell: Tell) -> None:
+    """Build the subject of an order and run its probes, telling each result."""
     from .environment import environment
     from .errors import OlmodebugError
     from .examine import build, run_probe
@@ -91,12 +56,5 @@ def _run(order: dict[str, Any], tell: Any) -> None:
     tell("subject", value=plain(building.subject.info()))
 
 
-def _leave(events: TextIO) -> None:
-    """End without running destructors of a subject that may have corrupted the process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(run)

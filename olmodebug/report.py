@@ -134,12 +134,17 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Everything one run found; the verdict and the exit code follow from it."""
+    """Everything one run found; the verdict and the exit code follow from it.
+
+    `sections` holds what a command measured beyond its findings, by topic (`shapes`, `leaks`, `parity`, `memory`,
+    `training`, `guard`): JSON values only, in the form that `report.schema.json` gives each.
+    """
 
     subject: SubjectInfo
     environment: Environment
     outcomes: tuple[Outcome, ...] = ()
     findings: tuple[Finding, ...] = ()
+    sections: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     created: str = ""
     id: str = ""
@@ -208,6 +213,7 @@ def from_json(text: str) -> Report:
             environment=Environment(**body["environment"]),
             outcomes=tuple(Outcome(**outcome) for outcome in body["outcomes"]),
             findings=tuple(finding_from(finding) for finding in body["findings"]),
+            sections=body.get("sections", {}),
             seconds=body["seconds"],
             created=body["created"],
             id=body["id"],

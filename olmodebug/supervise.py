@@ -3,13 +3,8 @@
 It loads no torch. A child that dies in one probe is started again for the others, so that nothing already found is lost.
 """
 
-import contextlib
 import json
 import os
-import selectors
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -19,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .records import Where
+from .process import Child, Death, innermost, last_line, run_child
 from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, with_reproduction
 from .store import Run
 
 MOST_RESTARTS = 5
-SECONDS_TO_LOAD = 120.0  # torch and the probes, before the subject's own time begins; cold disks are slow
-SECONDS_TO_LEAVE = 20.0  # from the journal's end to the process's end
 BUILD, FIRST_RUN = "build.constructs", "build.runs"
 
 
@@ -56,8 +49,6 @@ class _Journal:
     subject: SubjectInfo | None = None
     environment: Environment | None = None
     step: str = BUILD
-    started: bool = False
-    ended: bool = False
     unusable: str | None = None
     fault: str | None = None
 
@@ -88,14 +79,17 @@ def check(order: Order, run: Run, progress: Callable[[int, int, str, float], Non
 
 def _one_child(
     order: Order, journal: _Journal, folder: Path, scratch: Path, progress: Callable[[int, int, str, float], None], started: float
-) -> str | None:
-    """Run one child to its end; None when it ended well, else how it died."""
-    read, write = os.pipe()
-    stacks = folder / "stacks.txt"
+) -> Death | None:
+    """Run one child to its end; None when it ended well or said why it could not go on, else how it died."""
+    # hypothesis would leave a folder in the user's working directory
+    storage = os.environ.get("HYPOTHESIS_STORAGE_DIRECTORY", str(scratch / "hypothesis"))
+    child = Child(
+        module="olmodebug.child",
+        folder=folder,
+        timeout_seconds=order.timeout_seconds,
+        environment={"HYPOTHESIS_STORAGE_DIRECTORY": storage},
+    )
     message = {
-        "events": write,
-        "stacks": str(stacks),
-        "path": [str(Path.cwd()), *[p for p in sys.path if p]],
         "job": dict(order.job),
         "select": order.select,
         "own_probes": list(order.own_probes),
@@ -105,83 +99,19 @@ def _one_child(
         "done": [name for name in journal.outcomes if name not in (BUILD, FIRST_RUN)],
         "failed": [o.probe for o in journal.outcomes.values() if o.status in ("failed", "expected-failure")],
     }
-    with (folder / "output.txt").open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "olmodebug.child"],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=(write,),
-            start_new_session=True,
-            # hypothesis would leave a folder in the user's working directory
-            env={"HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "hypothesis"), **os.environ, "PYTHONPATH": _python_path()},
-        )
-    os.close(write)
-    journal.step, journal.started, journal.ended = BUILD, False, False
-    assert process.stdin is not None
-    try:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(message).encode())
-            process.stdin.close()
-        hung = _follow(order, journal, read, process, progress, started, stacks)
-        if not hung:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=SECONDS_TO_LEAVE)
-    finally:
-        os.close(read)
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
-    if hung:
-        return f"gave no answer for {order.timeout_seconds:g} s"
-    if journal.ended or journal.unusable or journal.fault:
-        return None
-    if code < 0:
-        return f"died of {signal.Signals(-code).name}"
-    return f"ended with exit status {code}"
+    journal.step = BUILD
 
+    def tick() -> None:
+        progress(len(journal.outcomes), len(journal.probes) + 2, journal.step, time.monotonic() - started)
 
-def _follow(
-    order: Order,
-    journal: _Journal,
-    read: int,
-    process: "subprocess.Popen[bytes]",
-    progress: Callable[[int, int, str, float], None],
-    started: float,
-    stacks: Path,
-) -> bool:
-    """Read the child's journal until it ends; True when it hangs."""
-    rest, last = b"", time.monotonic()
-    with selectors.DefaultSelector() as selector:
-        selector.register(read, selectors.EVENT_READ)
-        while True:
-            ready = selector.select(timeout=0.2)
-            now = time.monotonic()
-            progress(len(journal.outcomes), len(journal.probes) + 2, journal.step, now - started)
-            if ready:
-                chunk = os.read(read, 1 << 16)
-                if not chunk:
-                    return False
-                *lines, rest = (rest + chunk).split(b"\n")
-                for text in lines:
-                    _note(journal, json.loads(text))
-                last = now
-                if journal.ended:
-                    return False
-            elif now - last > (order.timeout_seconds if journal.started else max(order.timeout_seconds, SECONDS_TO_LOAD)):
-                with contextlib.suppress(ProcessLookupError, AttributeError):
-                    os.kill(process.pid, signal.SIGUSR1)  # faulthandler writes the stack
-                    _wait_for(stacks)
-                return True
+    death = run_child(child, message, lambda event: _note(journal, event), tick)
+    return None if journal.unusable or journal.fault else death
 
 
 def _note(journal: _Journal, event: dict[str, Any]) -> None:
     kind = event["event"]
     if kind == "start":
-        journal.step, journal.started = event["step"], True
-    elif kind == "end":
-        journal.ended = True
+        journal.step = event["step"]
     elif kind == "probes":
         journal.probes = event["names"]
     elif kind == "environment":
@@ -200,20 +130,19 @@ def _note(journal: _Journal, event: dict[str, Any]) -> None:
         journal.fault = event["traceback"]
 
 
-def _record_death(journal: _Journal, death: str, folder: Path) -> None:
+def _record_death(journal: _Journal, death: Death, folder: Path) -> None:
     step = journal.step
     while_doing = "building the model" if step == BUILD else f"running {step}"
-    where = _innermost(folder / "stacks.txt")
-    last = _last_line(folder / "output.txt")
-    hang = death.startswith("gave no answer")
+    where = innermost(folder / "stacks.txt")
+    last = last_line(folder / "output.txt")
     journal.outcomes[step] = Outcome(probe=step, status="failed")
     journal.findings.append(
         Finding(
             probe=step,
             severity="error",
-            message=f"the process {death} while {while_doing}",
+            message=f"the process {death.text} while {while_doing}",
             where=where,
-            fix="look for an endless loop, a lock or a wait for input; --timeout allows more time" if hang else None,
+            fix="look for an endless loop, a lock or a wait for input; --timeout allows more time" if death.hung else None,
             evidence={"last line of its output": last[:200]} if last else {},
         )
     )
@@ -270,46 +199,3 @@ def order_from(record: Mapping[str, Any]) -> Order:
 def order_record(order: Order) -> dict[str, Any]:
     """An order as JSON-able values."""
     return asdict(order)
-
-
-def _python_path() -> str:
-    """The child must find olmodebug where this process did, installed or not."""
-    here = str(Path(__file__).parents[1])
-    return os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
-
-
-def _wait_for(stacks: Path, seconds: float = 1.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not (stacks.exists() and stacks.stat().st_size):
-        time.sleep(0.05)
-
-
-def _innermost(stacks: Path) -> Where:
-    """The innermost frame of a faulthandler dump that is the subject's own; faulthandler prints innermost first."""
-    try:
-        lines = stacks.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return Where()
-    package, probes = str(Path(__file__).parent), str(Path(__file__).parents[1] / "probes")
-    frames = []
-    for text in lines:
-        if text.lstrip().startswith('File "'):
-            file, _, rest = text.strip().removeprefix('File "').partition('", line ')
-            line, _, function = rest.partition(" in ")
-            frames.append((file, line, function))
-    for file, line, function in frames:
-        ours = file.startswith((package, probes)) and not file.endswith("model.py")
-        if not (ours or file.startswith("<") or f"{os.sep}lib{os.sep}python" in file) and line.isdigit():
-            with contextlib.suppress(ValueError):
-                file = str(Path(file).relative_to(Path.cwd()))
-            return Where(function=function, file=file, line=int(line))
-    return Where()
-
-
-def _last_line(output: Path) -> str | None:
-    try:
-        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    last = next((text.strip() for text in reversed(lines) if text.strip()), None)
-    return last if last is None or len(last) <= 160 else f"{last[:160]} ..."

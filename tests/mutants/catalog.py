@@ -1345,8 +1345,8 @@ _NANOGPT_MUTANTS = (
         "kernels structure attention",
         "scale|scaling|sqrt|twice",
         (
-            "                q, k, v, attn_mask=None,",
-            "                q / math.sqrt(q.size(-1)), k, v, attn_mask=None,",
+            "scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p",
+            "scaled_dot_product_attention(q / math.sqrt(q.size(-1)), k, v, attn_mask=None, dropout_p",
         ),
         severity="warning",
         build="build_flash",
@@ -2358,9 +2358,8 @@ NEUTRAL: tuple[Mutant, ...] = (
         ("def sdpa_attention(", "CHUNK = 4\n\n\ndef sdpa_attention("),
         (
             (
-                "            attn_output = eager_attention(\n"
-                "                query, key, value, attention_mask, self.scaling, dropout, softcap, training=self.training\n"
-                "            )\n"
+                "            attn_output = eager_attention(query, key, value, attention_mask, self.scaling, dropout, softcap, "
+                "training=self.training)\n"
             ),
             (
                 "            pieces = []\n"
@@ -2473,8 +2472,8 @@ NEUTRAL: tuple[Mutant, ...] = (
     _neutral(
         "hf/sdpa-with-grouped-heads",
         (
-            "                query, key, value, attention_mask, self.scaling, dropout=dropout, training=self.training\n",
-            "                query, key.contiguous(), value.contiguous(), attention_mask, self.scaling, dropout, self.training\n",
+            "sdpa_attention(query, key, value, attention_mask, self.scaling, dropout=dropout, training=self.training)\n",
+            "sdpa_attention(query, key.contiguous(), value.contiguous(), attention_mask, self.scaling, dropout, self.training)\n",
         ),
         build="build_sdpa",
     ),

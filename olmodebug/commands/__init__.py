@@ -1,0 +1,8 @@
+"""The commands, one a module: `declare(commands)` adds its arguments, and a function of the command's name runs it.
+
+Importing a command loads nothing heavy: what it needs is imported when it runs.
+"""
+
+from . import check, env, probes, replay, report, shapes
+
+ALL = (check, shapes, probes, env, report, replay)

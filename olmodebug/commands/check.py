@@ -1,0 +1,132 @@
+"""`olmodebug check`: run the probes on a subject in a child process, and draw what they found."""
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from .shared import Commands, Progress, add_command, add_subject, must_be_writable, say, show
+
+if TYPE_CHECKING:
+    from ..report import Report
+    from ..supervise import Order
+
+
+def declare(commands: Commands) -> None:
+    """The arguments of `check`."""
+    one = add_command(commands, check)
+    add_subject(one)
+    one.add_argument("-k", dest="select", metavar="EXPR", help="only probes whose name fits, as in pytest: -k 'rope or mask'")
+    one.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, or a folder with one, that must fit the vocabulary")
+    one.add_argument(
+        "--adapter", metavar="FILE.py:NAME", help="a function (model, input_ids, ...) -> logits, where the call cannot be guessed"
+    )
+    one.add_argument("--vocab-size", type=int, metavar="N", help="the number of token ids, where it cannot be found")
+    one.add_argument("--seed", type=int, default=0, help="seed of the weights and of every case (default 0)")
+    one.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    one.add_argument("--dtype", help="cast the model first: float32, bfloat16, float16")
+    one.add_argument("--quick", action="store_true", help="leave out the slow probes")
+    one.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest any one step may take (default 300)")
+    one.add_argument("--probes", action="append", default=[], metavar="FILE.py", help="probes of your own, beside the shipped ones")
+    one.add_argument("--expect-failure", action="append", default=[], metavar="PROBE=REASON", help="a failure that is known; strict")
+    one.add_argument("--json", metavar="FILE", help="also write the report as JSON (schema olmodebug/report@1)")
+    one.add_argument("--download", action="store_true", help="let hf:org/name use the network")
+    one.add_argument("-v", "--verbose", action="store_true", help="every probe's outcome, notes in full, versions")
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check a model: is this implementation right, and where not, which line, why, and how to mend it."""
+    import shlex
+
+    from ..spec_text import parse_config
+    from ..supervise import Order
+
+    _known_selection(arguments.select, arguments.probes)
+    job = {
+        "spec": arguments.subject,
+        "config": parse_config(arguments.config),
+        "seed": arguments.seed,
+        "tokenizer": arguments.tokenizer,
+        "adapter": arguments.adapter,
+        "vocab_size": arguments.vocab_size,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "download": arguments.download,
+    }
+    order = Order(
+        job=job,
+        select=arguments.select,
+        own_probes=tuple(arguments.probes),
+        quick=arguments.quick,
+        expected=_expected(arguments.expect_failure),
+        timeout_seconds=arguments.timeout,
+        command=shlex.join(["olmodebug", *arguments.argv]),
+    )
+    for path in (arguments.json,):
+        must_be_writable(path)
+    report = run_check(order)
+    if arguments.json:
+        report.write(Path(arguments.json))
+    show(report, verbose=arguments.verbose)
+    return report.exit_code
+
+
+def run_check(order: "Order") -> "Report":
+    """The report on an order, recorded in `.olmodebug/`, with progress on standard error."""
+    from ..store import new_run
+    from ..supervise import InternalFault, check, order_record
+
+    run = new_run(Path.cwd())
+    if run.problem:
+        say(f"olmodebug: {run.problem}")
+    progress = Progress()
+    try:
+        report = check(order, run, progress)
+    except InternalFault as fault:
+        progress.clear()
+        raise RuntimeError(f"the checking process failed:\n{fault}") from None
+    progress.clear()
+    with contextlib.suppress(OSError):
+        run.save(report, order_record(order))
+    return report
+
+
+def _known_selection(expression: str | None, own: Sequence[str]) -> None:
+    """A UsageError when a -k expression can be seen to select nothing, with near names."""
+    if not expression:
+        return
+    from ..probe import declared_in, declared_probes, select
+
+    names = declared_probes()
+    for path in own:
+        if not Path(path).is_file():
+            raise UsageError(f"--probes {path}: no such file")
+        names += declared_in(Path(path))
+    if not select(names, expression) and expression != "build":
+        say(f"olmodebug: {no_such_probe(expression, [item.name for item in names])}")
+
+
+def no_such_probe(expression: str, names: Sequence[str]) -> str:
+    """The message for a -k that fits nothing, with near names."""
+    import difflib
+
+    near = difflib.get_close_matches(expression, names, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; olmodebug probes lists them"
+    return f"no probe matches {expression!r}{hint}"
+
+
+def _expected(pairs: Sequence[str]) -> dict[str, str]:
+    from ..probe import declared_probes
+
+    expected = {}
+    names = [item.name for item in declared_probes()]
+    for pair in pairs:
+        name, equals, reason = pair.partition("=")
+        if not equals or not reason.strip():
+            raise UsageError(f"--expect-failure {pair}: give a reason, as in --expect-failure {name}='no KV cache yet'")
+        if name not in names:
+            raise UsageError(f"--expect-failure: {no_such_probe(name, names)}")
+        expected[name] = reason.strip()
+    return expected
