@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from .errors import EXIT_FINDINGS, EXIT_INTERNAL, EXIT_NOTHING_CHECKED, EXIT_PASS, ReportError
+from .files import write_whole
 from .records import Case, Rows, Where
 from .units import plural
 
@@ -193,9 +194,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, self.to_json())
 
 
 def from_json(text: str) -> Report:

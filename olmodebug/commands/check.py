@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .shared import Commands, Progress, add_command, add_subject, must_be_writable, say, show
+from .shared import Commands, Progress, add_command, add_output, add_subject, check_output, deliver, say
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -31,9 +31,8 @@ def declare(commands: Commands) -> None:
     one.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest any one step may take (default 300)")
     one.add_argument("--probes", action="append", default=[], metavar="FILE.py", help="probes of your own, beside the shipped ones")
     one.add_argument("--expect-failure", action="append", default=[], metavar="PROBE=REASON", help="a failure that is known; strict")
-    one.add_argument("--json", metavar="FILE", help="also write the report as JSON (schema olmodebug/report@1)")
     one.add_argument("--download", action="store_true", help="let hf:org/name use the network")
-    one.add_argument("-v", "--verbose", action="store_true", help="every probe's outcome, notes in full, versions")
+    add_output(one)
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -64,13 +63,8 @@ def check(arguments: argparse.Namespace) -> int:
         timeout_seconds=arguments.timeout,
         command=shlex.join(["olmodebug", *arguments.argv]),
     )
-    for path in (arguments.json,):
-        must_be_writable(path)
-    report = run_check(order)
-    if arguments.json:
-        report.write(Path(arguments.json))
-    show(report, verbose=arguments.verbose)
-    return report.exit_code
+    check_output(arguments)
+    return deliver(arguments, run_check(order))
 
 
 def run_check(order: "Order") -> "Report":

@@ -1,6 +1,7 @@
 """What several commands say and ask: arguments that mean the same everywhere, progress, and the last look before the work."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -18,6 +19,9 @@ SUBJECT_HELP = (
     "what to check: a preset (olmo1-4M, the default), file.py:attribute, package.module:attribute, a local Hugging Face "
     "checkpoint folder, transformers:ClassName, or hf:org/name"
 )
+# Named here and not taken from render.formats, which loads rich; a test holds the two together.
+FORMATS = ("full", "concise", "json", "jsonl", "junit", "github", "sarif", "md")
+FILES = {"json": "JSON (schema olmodebug/report@1)", "html": "one HTML page that needs no network", "md": "Markdown"}
 SHOW_PROGRESS_AFTER_SECONDS = 2.0
 
 Commands = Any  # argparse names the type of its subparsers with an underscore
@@ -44,14 +48,47 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def must_be_writable(path: str | None) -> None:
-    """Find out before the work, not after it."""
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """How a report leaves a command: --json, --html and --md write files, --format chooses what goes to standard output."""
+    parser.add_argument("--format", choices=FORMATS, default="full", help="what standard output gets (default full, for people)")
+    for name, what in FILES.items():
+        parser.add_argument(f"--{name}", metavar="FILE", help=f"also write the report as {what}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="every probe's outcome, notes in full, versions")
+
+
+def check_output(arguments: argparse.Namespace) -> None:
+    """Find out before the work, not after it, that a file of `add_output` cannot be written."""
+    for name in FILES:
+        must_be_writable(getattr(arguments, name), option=f"--{name}")
+
+
+def must_be_writable(path: str | None, *, option: str = "--json") -> None:
+    """UsageError when a file cannot be written there."""
     if path is None:
         return
     target = Path(path)
-    folder = target.parent
-    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--json {path}: cannot write there")
+    writable = os.access(target, os.W_OK) if target.exists() else target.parent.is_dir() and os.access(target.parent, os.W_OK)
+    if target.is_dir() or not writable:
+        raise UsageError(f"{option} {path}: cannot write there")
+
+
+def deliver(arguments: argparse.Namespace, report: "Report") -> int:
+    """Write the files that were asked for, show the report on standard output, and give back its exit code."""
+    from ..files import write_whole
+
+    for name in FILES:
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        try:
+            write_whole(Path(path), _file_text(name, report))
+        except OSError as error:
+            raise UsageError(f"--{name} {path}: cannot be written ({error.strerror})") from None
+    if arguments.format == "full":
+        show(report, verbose=arguments.verbose)
+    else:
+        _show_as(arguments.format, report)
+    return report.exit_code
 
 
 def show(report: "Report", *, verbose: bool) -> None:
@@ -59,6 +96,29 @@ def show(report: "Report", *, verbose: bool) -> None:
     from ..render.terminal import console, report_view
 
     console(sys.stdout).print(report_view(report, verbose=verbose))
+
+
+def _show_as(name: str, report: "Report") -> None:
+    from ..render.formats import FORMATS as RENDERERS
+    from ..render.layout import printable
+
+    sys.stdout.write(printable(RENDERERS[name](report), sys.stdout.encoding or "utf-8"))
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if name == "github" and summary:  # where GitHub takes the page of a workflow step from
+        with contextlib.suppress(OSError), Path(summary).open("a", encoding="utf-8") as page:
+            page.write(RENDERERS["md"](report))
+
+
+def _file_text(name: str, report: "Report") -> str:
+    if name == "json":
+        return report.to_json()
+    if name == "html":
+        from ..render.html import html
+
+        return html(report)
+    from ..render.markdown import markdown
+
+    return markdown(report)
 
 
 class Progress:

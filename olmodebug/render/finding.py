@@ -23,7 +23,7 @@ def finding_view(finding: Finding) -> Group:
 def _finding(finding: Finding) -> Iterator[Line]:
     yield line((finding.severity, STYLES[finding.severity]), "  ", (finding.probe, "bold"))
     yield line((finding.message, "bold"), indent=2)
-    place = _place(finding.where)
+    place = place_text(finding.where)
     if place:
         yield line(place, head=("  --> ", "dim"), indent=6)
     yield from _source(finding.source)
@@ -37,12 +37,12 @@ def _finding(finding: Finding) -> Iterator[Line]:
         ("ruled out", "\n".join(finding.ruled_out)),
         ("also", f"failing because of this: {', '.join(finding.also)}" if finding.also else None),
         ("raised", finding.raised),
-        ("smallest", _case(finding.case) if finding.case else None),
+        ("smallest", case_text(finding.case) if finding.case else None),
         ("reproduce", finding.reproduce),
     )
 
 
-def _place(where: Where) -> str:
+def place_text(where: Where) -> str:
     """`model.py:88 in Attention.forward   (module model.layers.0.self_attn, softmax)`, or what is known of it."""
     file = f"{where.file}:{where.line}" if where.file and where.line else where.file or ""
     code = " in ".join(filter(None, [file, where.function]))
@@ -74,7 +74,7 @@ def _rows(*rows: tuple[str, str | None]) -> Iterator[Line]:
             yield row(label, text)
 
 
-def _case(case: Case) -> str:
+def case_text(case: Case) -> str:
     """`cut 7: input_ids [1,4] 5 3 8 1; seed 0`: rows are parted by a slash."""
     inputs = {"input_ids": case.input_ids, "attention_mask": case.attention_mask}
     inputs |= {"position_ids": case.position_ids, "labels": case.labels}

@@ -1,0 +1,19 @@
+"""The pictures of the HTML page: one module a topic of `Report.sections`, each from the section's JSON alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """How one topic is headed and drawn."""
+
+    title: str
+    draw: Callable[[Mapping[str, Any]], Markup]
+
+
+# In the order of the page.
+FIGURES: dict[str, Figure] = {}
