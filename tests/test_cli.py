@@ -116,7 +116,7 @@ def alone(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]"
 # Starting up
 
 
-def test_help_and_import_load_no_torch() -> None:
+def test_help_is_quick_and_loads_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'hypothesis', 'pytest', 'numpy', 'rich'} & set(sys.modules)"
     program = f"""
 import sys, olmodebug, olmodebug.cli
@@ -137,7 +137,7 @@ assert 'torch' not in sys.modules, "listing the probes loads torch"
     assert "causality.no-future" in ran.stdout
 
 
-def test_help_takes_less_than_80_ms_of_cpu() -> None:
+def test_quick_means_less_than_80_ms_of_cpu() -> None:
     def cpu() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert alone("-m", "olmodebug", "--help").returncode == 0
