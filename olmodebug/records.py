@@ -12,7 +12,11 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """What is known of a tensor without keeping it; prints `f32[2,8,16]`."""
+    """What is known of a tensor without keeping it; prints `f32[2,8,16]`.
+
+    `storage` is a number that tensors of one run share exactly where they share memory (0: unknown), `digest` a checksum
+    of the bits; `finite`, `absmax` and `digest` are None where they were not asked for.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -21,6 +25,7 @@ class TensorInfo:
     storage: int = 0
     finite: bool | None = None
     absmax: float | None = None
+    digest: int | None = None
 
     def __str__(self) -> str:
         return f"{dtype_text(self.dtype)}[{','.join(map(str, self.shape))}]"
@@ -44,7 +49,11 @@ class Where:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One aten op of a traced run: where it was called, what went in, what came out, in `phase` forward or backward."""
+    """One aten op of a traced run: where it was called, what went in, what came out.
+
+    `phase` is `forward`, `backward`, or `recompute` for what activation checkpointing runs again during backward.
+    `parameters` are the names of the parameters and buffers that it reads, directly or through a view.
+    """
 
     index: int
     op: str

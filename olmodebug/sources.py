@@ -6,9 +6,11 @@ of Python: helper functions that the user wrote count, wherever they are.
 
 import inspect
 import linecache
+import os
 import site
 import sys
 import sysconfig
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -22,6 +24,7 @@ _PROBES = str(Path(__file__).parents[1] / "probes")  # where the shipped probes 
 _TORCH = str(Path(nn.__file__).parents[1])  # torch/nn/__init__.py
 _PYTHON = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
 _INSTALLED = tuple(dict.fromkeys([*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")]))
+_PACKAGE_FOLDERS = ("site-packages", "dist-packages")  # an environment may see the packages of another one, through a .pth file
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +81,13 @@ class Sources:
         """Whether a file is part of torch."""
         return file.startswith(_TORCH)
 
-    def spot(self, frame: FrameType | None, stop: CodeType | None = None) -> Spot | None:
+    def spot(self, frame: FrameType | None, stop: CodeType | Collection[CodeType] = ()) -> Spot | None:
         """The innermost own frame at or above `frame`, else the innermost near one; the search ends at `stop`."""
         near: Spot | None = None
-        ranks = self._ranks
+        ranks, ends = self._ranks, (stop,) if isinstance(stop, CodeType) else stop
         while frame is not None:
             code = frame.f_code
-            if code is stop:
+            if code in ends:
                 break
             rank = ranks.get(code.co_filename)
             if rank is None:
@@ -111,10 +114,22 @@ class Sources:
     def _judge(self, file: str) -> int:
         if file.startswith(("<", _PACKAGE, _PROBES, _TORCH)):
             return OUTSIDE
-        for root in _INSTALLED:
-            if file.startswith(root):
-                return NEAR if Path(file).relative_to(root).parts[0] in self._packages else OUTSIDE
+        package = _installed_package(file)
+        if package is not None:
+            return NEAR if package in self._packages else OUTSIDE
         return OUTSIDE if file.startswith(_PYTHON) else OWN
+
+
+def _installed_package(file: str) -> str | None:
+    """The package that an installed file belongs to; None for a file that is not installed."""
+    for root in _INSTALLED:
+        if file.startswith(root + os.sep):
+            return Path(file).relative_to(root).parts[0]
+    parts = Path(file).parts
+    for i in range(len(parts) - 2, 0, -1):
+        if parts[i] in _PACKAGE_FOLDERS:
+            return parts[i + 1]
+    return None
 
 
 def traceback_frames(traceback: TracebackType | None) -> list[tuple[FrameType, int, int]]:

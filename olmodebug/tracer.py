@@ -1,93 +1,58 @@
 """What a model did: every aten op with its module, function and line, and every module call, in order.
 
 `record` runs a callable under module hooks and a dispatch mode and gives back a `Recording`. By default only shapes,
-dtypes and places are kept; `keep=True` also keeps copies of the tensors, for the relations that compare them.
-Tracing changes no bit of the result, forward or backward, and leaves no hook behind, also after an exception.
+dtypes and places are kept; `keep` also keeps copies of the tensors, of every op or of those that it picks, for the
+relations that compare them. `on_event` sees the live tensors of every op as it runs and nothing is kept, so that a run
+of thousands of ops and gigabytes of activations can be looked at as it goes by; `digests` tell two runs apart bit for
+bit without any tensor. Tracing changes no bit of the result, forward or backward, and leaves no hook behind, also after
+an exception.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .records import Event, ModuleCall, TensorInfo, Where
-from .sources import Sources, Spot, short_path
+from .copies import Copies, info
+from .places import Places
+from .recording import Kept, KeptCall, Moment, Recording
+from .records import Event, ModuleCall, TensorInfo
+from .sources import Sources, Spot
 
+__all__ = ["Kept", "KeptCall", "Moment", "Recording", "record"]
 
-@dataclass(slots=True)
-class Kept:
-    """Copies of what one op read and wrote: its arguments by name (tensors cloned before the op ran) and its outputs."""
-
-    arguments: dict[str, Any]
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-
-@dataclass(slots=True)
-class KeptCall:
-    """Copies of the tensors that went into and came out of one module call."""
-
-    module: str
-    kind: str
-    spot: Spot | None
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    first_event: int
-    last_event: int
-
-
-@dataclass(slots=True)
-class Recording:
-    """One traced run. `kept` and `kept_calls` are empty unless tensors were asked for.
-
-    `result` is what the run returned, `error` what it raised; `failed` is the event that was running then.
-    """
-
-    events: list[Event] = field(default_factory=list)
-    spots: list[Spot | None] = field(default_factory=list)
-    calls: list[ModuleCall] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
-    kept_calls: list[KeptCall] = field(default_factory=list)
-    result: Any = None
-    error: BaseException | None = None
-    failed: Event | None = None
-    failed_arguments: dict[str, Any] | None = None
-
-    def __iter__(self) -> Iterator[Event]:
-        return iter(self.events)
-
-    def __len__(self) -> int:
-        return len(self.events)
-
-    def __repr__(self) -> str:
-        return f"<Recording of {len(self.events)} ops in {len(self.calls)} module calls>"
-
-    def dtypes(self) -> set[str]:
-        """Every floating dtype that an op wrote."""
-        return {info.dtype for event in self.events for info in event.outputs if "float" in info.dtype}
+Keep = bool | Callable[[Event], bool]
 
 
 def record(
     model: nn.Module,
     run: Callable[[], Any],
     *,
-    keep: bool = False,
+    keep: Keep = False,
     statistics: bool = False,
+    digests: bool = False,
+    on_event: Callable[[Moment], None] | None = None,
+    on_call: Callable[[ModuleCall, list[Tensor]], None] | None = None,
+    log: bool = True,
     sources: Sources | None = None,
-    replace: Mapping[int, list[Tensor]] | Callable[[int, list[Tensor]], None] | None = None,
+    replace: Callable[[int, list[Tensor]], None] | None = None,
     catch: bool = False,
 ) -> Recording:
     """Run `run()` with every op and module call of `model` recorded.
 
-    `statistics` adds finiteness and the largest magnitude of every output. `replace(index, outputs)` may write into the
-    outputs of an op before anything reads them. With `catch`, an exception is kept in the recording, not raised.
+    `keep` keeps copies of the tensors of every op, or of those for which `keep(event)` holds; it is asked before the op
+    runs, when the event has no outputs yet, and copies at module boundaries are made with `keep=True` only. `statistics`
+    adds finiteness and the largest magnitude of every output, `digests` a checksum of its bits. `on_event` is called
+    after every op with its live tensors, `on_call` after every module call with its outputs; with `log=False` they are
+    all that sees the events, and the recording stays empty. `replace(index, outputs)` may write into the outputs of an
+    op before anything reads them. With `catch`, an exception is kept in the recording, not raised.
     """
-    tracer = _Tracer(model, keep=keep, statistics=statistics, sources=sources or Sources(model), replace=replace)
+    tracer = _Tracer(model, sources or Sources(model), keep, statistics, digests, on_event, on_call, log, replace)
     handles = tracer.attach()
     try:
         with tracer:
@@ -108,14 +73,36 @@ def _run_traced(run: Callable[[], Any]) -> Any:
 
 
 class _Tracer(TorchDispatchMode):
-    def __init__(self, model: nn.Module, *, keep: bool, statistics: bool, sources: Sources, replace: Any) -> None:
+    supports_higher_order_operators = True  # flex_attention and its like come as one event
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: Sources,
+        keep: Keep,
+        statistics: bool,
+        digests: bool,
+        on_event: Callable[[Moment], None] | None,
+        on_call: Callable[[ModuleCall, list[Tensor]], None] | None,
+        log: bool,
+        replace: Callable[[int, list[Tensor]], None] | None,
+    ) -> None:
         super().__init__()
-        self.model, self.keep, self.statistics, self.sources, self.replace = model, keep, statistics, sources, replace
+        self.model, self.replace = model, replace
+        self.statistics, self.digests, self.log = statistics, digests, log
+        self.on_event, self.on_call = on_event, on_call
+        self.keep_all, self.picks = keep is True, keep if callable(keep) else None
         self.recording = Recording()
-        self.parameters = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
+        self.storages = self.recording.storages
+        self.copies = Copies(self.storages, model.parameters())
+        self.names: dict[int, list[str]] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self.names.setdefault(self.storages.number(tensor), []).append(name)
+        self.by_identity = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self.count = 0
         self.stack: list[str] = [""]
         self.open: list[tuple[int, list[TensorInfo], list[Tensor], Spot | None]] = []
-        self.forward_place: dict[int, tuple[Where, Spot | None]] = {}
+        self.places = Places(model, sources, _run_traced.__code__)
         self.copying = False  # our own copies pass through the mode too, and are no ops of the subject
 
     def attach(self) -> list[Any]:
@@ -129,131 +116,137 @@ class _Tracer(TorchDispatchMode):
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
             tensors = _tensors((args, kwargs))
-            spot = self.sources.spot(sys._getframe(1), _run_traced.__code__) if self.keep else None
-            copies = self._copies(tensors) if self.keep else []
-            self.open.append((len(self.recording.events), [_info(t) for t in tensors], copies, spot))
+            spot = self.places.spot(sys._getframe(1)) if self.keep_all else None
+            copies = self._copies(tensors) if self.keep_all else []
+            self.open.append((self.count, [info(t, self.storages) for t in tensors], copies, spot))
 
         return hook
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if len(self.stack) < 2 or self.stack[-1] != name:
+                return  # a hook of the subject raised before ours could enter
             self.stack.pop()
             first, inputs, copies, spot = self.open.pop()
             tensors = _tensors(output)
-            self.recording.calls.append(
-                ModuleCall(
-                    module=name,
-                    kind=type(module).__name__,
-                    inputs=tuple(inputs),
-                    outputs=tuple(_info(t) for t in tensors),
-                    first_event=first,
-                    last_event=len(self.recording.events) - 1,
-                    depth=len(self.stack) - 1,
-                )
+            call = ModuleCall(
+                module=name,
+                kind=type(module).__name__,
+                inputs=tuple(inputs),
+                outputs=tuple(info(t, self.storages) for t in tensors),
+                first_event=first,
+                last_event=self.count - 1,
+                depth=len(self.stack) - 1,
             )
-            if self.keep:
-                outputs = self._copies(tensors)
-                last = len(self.recording.events) - 1
-                self.recording.kept_calls.append(KeptCall(name, type(module).__name__, spot, copies, outputs, first, last))
+            if self.log:
+                self.recording.calls.append(call)
+            if self.keep_all:
+                kept = KeptCall(name, call.kind, spot, copies, self._copies(tensors), first, self.count - 1)
+                self.recording.kept_calls.append(kept)
+            if self.on_call is not None:
+                with self._unseen():
+                    self.on_call(call, tensors)
 
         return hook
 
-    def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """What runs inside is no op of the subject."""
         self.copying = True
         try:
-            return [t.detach().clone() for t in tensors]
+            yield
         finally:
             self.copying = False
+
+    def _copies(self, tensors: list[Tensor]) -> list[Tensor]:
+        with self._unseen():
+            return [self.copies.of(t) for t in tensors]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.copying:
             return func(*args, **kwargs)
-        recording = self.recording
-        index = len(recording.events)
+        recording, storages = self.recording, self.storages
         flat, _ = tree_flatten((args, kwargs))
         tensors = [item for item in flat if isinstance(item, Tensor)]
-        where, spot, phase = self._place(func)
-        inputs = tuple(_info(t) for t in tensors)
-        names = tuple(self.parameters[id(t)] for t in tensors if id(t) in self.parameters)
+        op = func.__name__.partition(".")[0] if hasattr(func, "__name__") else str(func)
+        where, spot, phase = self.places.of(op, self.stack[-1])
+        inputs = tuple([info(t, storages) for t in tensors])
+        event = Event(index=self.count, op=op, where=where, phase=phase, inputs=inputs, parameters=self._parameters(tensors, inputs))
+        keep = self.keep_all or (self.picks is not None and self.picks(event))
+        writes = _written(func)
+        written = [t for name in writes for t in _tensors(_argument(func, name, args, kwargs))] if writes else []
         arguments: dict[str, Any] = {}
-        copies: list[Tensor] = []
-        if self.keep:
-            arguments = _bind(func, args, kwargs)
-            copies = _tensors(arguments)
-        recording.failed = Event(index=index, op=where.op or "", where=where, phase=phase, inputs=inputs, parameters=names)
-        recording.failed_arguments = arguments if self.keep else None
+        if keep:
+            arguments = _bind(func, args, kwargs, self.copies.of)
+        elif self.on_event is not None:
+            before = {id(t): t.detach().clone() for t in written}
+            arguments = _bind(func, args, kwargs, lambda t: before.get(id(t), t))
+        for tensor in written:
+            self.copies.before_write(tensor)
+        recording.failed, recording.failed_arguments = event, arguments if keep else None
         try:
             output = func(*args, **kwargs)
         except Exception:
-            if not self.keep:
-                recording.failed_arguments = _bind(func, args, kwargs)
+            if not keep:
+                recording.failed_arguments = _bind(func, args, kwargs, lambda t: t.detach().clone())
             raise
         recording.failed = recording.failed_arguments = None
+        for tensor in written:
+            storages.note_write(tensor)
         results = [output] if isinstance(output, Tensor) else _tensors(output)
         if self.replace is not None:
-            self.replace(index, results)
-        outputs = tuple(_info(t, self.statistics) for t in results)
-        recording.events.append(
-            Event(index=index, op=where.op or "", where=where, phase=phase, inputs=inputs, outputs=outputs, parameters=names)
-        )
-        recording.spots.append(spot)
-        if self.keep:
-            recording.kept.append(Kept(arguments, copies, [t.detach().clone() for t in results]))
+            self.replace(self.count, results)
+        outputs = tuple([info(t, storages, statistics=self.statistics, digests=self.digests) for t in results])
+        event = Event(index=self.count, op=op, where=where, phase=phase, inputs=inputs, outputs=outputs, parameters=event.parameters)
+        self.count += 1
+        if self.log:
+            recording.events.append(event)
+            recording.spots.append(spot)
+            if keep:
+                recording.kept.append(Kept(arguments, _tensors(arguments), [self.copies.of(t) for t in results]))
+            elif self.picks is not None:
+                recording.kept.append(Kept({}, [], []))
+        if self.on_event is not None:
+            self.on_event(Moment(event, spot, arguments, _tensors(arguments), results))
         return output
 
-    def _place(self, func: Any) -> tuple[Where, Spot | None, str]:
-        op = func.__name__.partition(".")[0] if hasattr(func, "__name__") else str(func)
-        # The node whose backward is running, and the counter that numbers nodes as they are made, have no public
-        # accessor; without them backward ops would lose their module and line, nothing else.
-        node = torch._C._current_autograd_node()
-        if node is not None:
-            place = self.forward_place.get(node._sequence_nr())
-            module = place[0].module if place else ""
-            spot = place[1] if place else None
-            return _where(module, spot, op), spot, "backward"
-        spot = self.sources.spot(sys._getframe(2), _run_traced.__code__)
-        where = _where(self.stack[-1], spot, op)
-        if torch.is_grad_enabled():
-            self.forward_place.setdefault(torch.autograd._get_sequence_nr() - 1, (where, spot))
-        return where, spot, "forward"
+    def _parameters(self, tensors: list[Tensor], inputs: tuple[TensorInfo, ...]) -> tuple[str, ...]:
+        """Names of what is read: by identity, and through views where one parameter alone owns the storage."""
+        found = []
+        for tensor, known in zip(tensors, inputs, strict=True):
+            names = self.names.get(known.storage)
+            if names is not None:
+                name = self.by_identity.get(id(tensor)) or (names[0] if len(names) == 1 else None)
+                if name is not None and name not in found:
+                    found.append(name)
+        return tuple(found)
 
 
-def _where(module: str, spot: Spot | None, op: str) -> Where:
-    if spot is None:
-        return Where(module=module, op=op)
-    return Where(module=module, function=spot.function, file=short_path(spot.file), line=spot.line, op=op)
+@cache
+def _written(func: Any) -> tuple[str, ...]:
+    """The arguments that an op writes into, by its schema."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return ()
+    return tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
-def _info(tensor: Tensor, statistics: bool = False) -> TensorInfo:
-    finite: bool | None = None
-    absmax: float | None = None
-    if statistics and tensor.dtype.is_floating_point and tensor.numel():
-        absmax = float(tensor.detach().abs().max())
-        finite = absmax == absmax and absmax != float("inf")
-    strided = tensor.layout == torch.strided
-    return TensorInfo(
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype)[6:],
-        device=str(tensor.device),
-        strides=tensor.stride() if strided else (),
-        storage=_storage(tensor),
-        finite=finite,
-        absmax=absmax,
-    )
+def _argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    for spec, value in zip(func._schema.arguments, args, strict=False):
+        if spec.name == name:
+            return value
+    return None
 
 
-def _storage(tensor: Tensor) -> int:
-    """A number that two views of one storage share; 0 where a tensor has no memory of its own."""
-    if tensor.device.type == "meta" or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
-        return 0
-    return tensor.untyped_storage().data_ptr()
-
-
-def _bind(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments by their schema's names, tensors copied: the op may write into them."""
-    bound = {spec.name: value for spec, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
-    return tree_map_only(Tensor, lambda t: t.detach().clone(), bound)  # type: ignore[no-any-return]
+def _bind(func: Any, args: Any, kwargs: Any, copy: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The arguments by their schema's names, each tensor as `copy` gives it."""
+    schema = getattr(func, "_schema", None)
+    names = [spec.name for spec in schema.arguments] if schema is not None else [str(i) for i in range(len(args))]
+    bound = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return tree_map_only(Tensor, copy, bound)  # type: ignore[no-any-return]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

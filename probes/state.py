@@ -93,7 +93,7 @@ def leaves_things_alone(subject: Subject) -> Iterator[Finding]:
             with own_code(twin, case):
                 recording = record(twin.model, lambda: twin.model(ids, **arguments))
     if not torch.equal(ids, kept):
-        storage = ids.untyped_storage().data_ptr()
+        storage = recording.storages.number(ids)
         where = Where()
         for event, spot in zip(recording.events, recording.spots, strict=True):
             if event.op.endswith("_") and event.inputs and event.inputs[0].storage == storage:

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
 from olmodebug.records import Event
-from olmodebug.tracer import record
+from olmodebug.tracer import Moment, record
 
 HERE = Path(__file__)
 
@@ -314,6 +316,223 @@ def test_replaced_outputs_reach_what_comes_after(toy: Toy, grad_off: None) -> No
     replaced = record(toy, lambda: toy(IDS), replace=silence).result
     toy.embed.weight.zero_()
     assert torch.equal(replaced, toy(IDS))
+
+
+# Streams: nothing is kept, everything is seen
+
+
+def test_a_consumer_sees_every_op_with_its_live_tensors_and_nothing_is_kept(toy: Toy, grad_off: None) -> None:
+    seen: list[tuple[int, str, list[Tensor]]] = []
+    ends: list[str] = []
+    wanted = record(toy, lambda: toy(IDS), keep=True)
+
+    def look(moment: Moment) -> None:
+        assert moment.event.outputs[0].shape == moment.outputs[0].shape
+        seen.append((moment.event.index, moment.event.op, [t.clone() for t in moment.outputs]))
+
+    recording = record(toy, lambda: toy(IDS), on_event=look, on_call=lambda call, outputs: ends.append(call.module), log=False)
+    assert (recording.events, recording.calls, recording.kept, recording.spots) == ([], [], [], [])
+    assert [(index, op) for index, op, _ in seen] == [(e.index, e.op) for e in wanted]
+    assert all(
+        torch.equal(a, b) for (_, _, outs), kept in zip(seen, wanted.kept, strict=True) for a, b in zip(outs, kept.outputs, strict=True)
+    )
+    assert ends == [call.module for call in wanted.calls]
+
+
+def test_a_consumer_gets_what_stood_there_before_an_op_wrote_into_it(toy: Toy, grad_off: None) -> None:
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def look(moment: Moment) -> None:
+        if moment.event.op == "mul_":
+            before.append((moment.arguments["self"].clone(), moment.outputs[0].clone()))
+
+    record(toy, lambda: toy(IDS), on_event=look)
+    ((was, is_now),) = before
+    assert torch.equal(was, toy.embed(IDS).view(-1, 6))
+    assert torch.equal(is_now, was * 2)
+
+
+def test_ops_of_the_consumer_are_not_recorded(toy: Toy) -> None:
+    plain = [e.op for e in record(toy, lambda: toy(IDS))]
+    looked = record(
+        toy, lambda: toy(IDS), on_event=lambda m: m.outputs[0].float().abs().max().item(), on_call=lambda c, outputs: outputs[0].sum()
+    )
+    assert [e.op for e in looked] == plain
+
+
+def test_tensors_are_kept_only_where_a_predicate_asks(toy: Toy, grad_off: None) -> None:
+    recording = record(toy, lambda: toy(IDS), keep=lambda e: e.op == "_softmax")
+    assert len(recording.kept) == len(recording.events)
+    full = record(toy, lambda: toy(IDS), keep=True)
+    for e, kept, other in zip(recording.events, recording.kept, full.kept, strict=True):
+        if e.op == "_softmax":
+            assert torch.equal(kept.inputs[0], other.inputs[0])
+            assert torch.equal(kept.outputs[0], other.outputs[0])
+            assert kept.arguments.keys() == other.arguments.keys()
+        else:
+            assert (kept.arguments, kept.inputs, kept.outputs) == ({}, [], [])
+    assert recording.kept_calls == []
+
+
+def test_digests_tell_two_runs_apart_bit_for_bit_without_a_tensor(toy: Toy, grad_off: None) -> None:
+    def run(change: bool) -> list[int | None]:
+        if change:
+            toy.blocks[1].proj.weight[0, 0] += 1e-6  # type: ignore[union-attr,operator,index]
+        return [info.digest for e in record(toy, lambda: toy(IDS), digests=True) for info in e.outputs]
+
+    first, again, changed = run(False), run(False), run(True)
+    assert first == again
+    assert None not in first
+    differs = next(i for i, (a, b) in enumerate(zip(first, changed, strict=True)) if a != b)
+    events = record(toy, lambda: toy(IDS)).events
+    assert (events[differs].op, events[differs].where.module) == ("t", "blocks.1.proj"), "the view of the changed weight is the first"
+
+
+# Ways of running that are easy to get wrong
+
+
+class Recomputed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.block = Block()
+        self.reentrant = reentrant
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return checkpoint(self.block, hidden, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_activation_checkpointing_runs_again_is_told_from_backward(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, hidden = Recomputed(reentrant), torch.randn(2, 6, requires_grad=True)
+    recording = record(model, lambda: model(hidden).square().sum().backward())
+    again = [(e.op, e.where.module, e.where.line) for e in recording if e.phase == "recompute" and e.op != "detach"]
+    first = [(e.op, e.where.module, e.where.line) for e in recording if e.phase == "forward" and e.where.module.startswith("block")]
+    assert (
+        again[:3]
+        == first[:3]
+        == [("t", "block.proj", line_of("proj")), ("addmm", "block.proj", line_of("proj")), ("tanh", "block", line_of("helper"))]
+    )
+    product = [e for e in recording if e.op == "mm" and e.phase == "backward"]
+    assert {(e.where.module, e.where.line) for e in product} == {("block.proj", line_of("proj"))}
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x  # <- square
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * x.exp()  # <- own-backward
+
+
+def test_a_backward_written_by_hand_stands_at_its_own_line() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Square.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+
+    model, x = Model(), torch.ones(3, requires_grad=True)
+    exp = event(record(model, lambda: model(x).sum().backward()).events, "exp", phase="backward")
+    assert (exp.where.function, exp.where.line) == ("Square.backward", line_of("own-backward"))
+
+
+def test_the_parameters_that_an_op_reads_are_named_also_through_views(toy: Toy) -> None:
+    events = record(toy, lambda: toy(IDS)).events
+    assert event(events, "embedding").parameters == ("embed.weight",)
+    assert set(event(events, "addmm").parameters) == {"blocks.0.proj.bias", "blocks.0.proj.weight"}
+
+
+def test_an_accumulated_gradient_belongs_to_the_module_of_its_parameter(toy: Toy) -> None:
+    def twice() -> None:
+        for _ in range(2):
+            toy(IDS).sum().backward()
+
+    added = [e.where.module for e in record(toy, twice) if e.op == "add_" and e.phase == "backward"]
+    assert sorted(added) == ["blocks.0.proj"] * 2 + ["blocks.1.proj"] * 2 + ["embed"]
+
+
+def test_a_module_used_in_two_places_is_called_twice_under_its_first_name() -> None:
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.Tanh(), shared)
+    recording = record(model, lambda: model(torch.ones(1, 3)))
+    assert [call.module for call in recording.calls] == ["0", "1", "0", ""]
+
+
+class Ones(TorchDispatchMode):
+    """A mode of the subject's own."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return torch.ones(3) if func is torch.ops.aten.zeros.default else func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_of_the_subject_work_inside_and_around_a_trace() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with Ones():
+                return x + torch.zeros(3)
+
+    model = Model()
+    inner = record(model, lambda: model(torch.ones(3)))
+    assert inner.result.tolist() == [2.0, 2.0, 2.0]
+    assert [e.op for e in inner if e.op in ("ones", "zeros", "add")] == ["ones", "ones", "add"]
+    with FakeTensorMode():
+        plain = nn.Linear(3, 3)
+        fake = record(plain, lambda: plain(torch.empty(2, 3)))
+    view, product = event(fake.events, "t"), event(fake.events, "addmm")
+    assert product.outputs[0].shape == (2, 3)
+    assert view.inputs[0].storage == view.outputs[0].storage != product.outputs[0].storage
+
+
+def test_views_are_known_on_the_meta_device_too() -> None:
+    model = nn.Linear(3, 4, device="meta")
+    events = record(model, lambda: model(torch.empty(2, 3, device="meta")), statistics=True, digests=True).events
+    turned, product = event(events, "t"), event(events, "addmm")
+    assert turned.inputs[0].storage == turned.outputs[0].storage == product.inputs[2].storage != product.outputs[0].storage
+    assert (product.outputs[0].finite, product.outputs[0].digest) == (None, None)
+
+
+def test_a_compiled_model_is_traced_as_it_runs_uncompiled() -> None:
+    torch.manual_seed(0)
+    model = Block()
+    compiled = torch.compile(model, backend="eager")
+    hidden = torch.randn(2, 6)
+    recording = record(compiled, lambda: compiled(hidden))
+    assert torch.equal(recording.result, model(hidden))
+    assert event(recording.events, "tanh").where.function == "helper"
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def states(self, hidden: Tensor) -> Iterator[Tensor]:
+        for block in self.blocks:
+            hidden = block(hidden)
+            yield hidden * 2  # <- yielded
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.stack(list(self.states(hidden)))
+
+
+def test_an_op_in_a_generator_stands_in_the_generator() -> None:
+    model = Steps()
+    doubled = [e for e in record(model, lambda: model(torch.ones(2, 6))) if e.op == "mul"]
+    assert [(e.where.function, e.where.line, e.where.module) for e in doubled] == [("Steps.states", line_of("yielded"), "")] * 2
+
+
+def test_a_hook_of_the_subject_that_raises_leaves_the_stack_of_modules_in_order(toy: Toy) -> None:
+    def refuse(module: nn.Module, args: Any) -> None:
+        raise ValueError("no")
+
+    handle = toy.blocks[0].register_forward_pre_hook(refuse)
+    recording = record(toy, lambda: toy(IDS), catch=True)
+    handle.remove()
+    assert isinstance(recording.error, ValueError)
+    assert [call.module for call in recording.calls] == ["embed", ""]
 
 
 def test_a_module_called_again_in_a_recursion_keeps_its_path() -> None:
