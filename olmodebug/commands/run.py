@@ -1,0 +1,68 @@
+"""`olmodebug run -- CMD ...`: a training script as it is, under the guards, and what really went wrong in it."""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from ..errors import EXIT_NOTHING_CHECKED, EXIT_PASS, UsageError
+from .shared import Commands, add_command, must_be_writable, say
+
+ALL_GUARDS = "index,nan,shape,oom,loop"
+
+
+def declare(commands: Commands) -> None:
+    """The arguments of `run`."""
+    one = add_command(commands, run)
+    one.usage = "olmodebug run [--guard NAMES] [--json FILE] [-v] -- CMD ..."
+    one.add_argument("--guard", default=ALL_GUARDS, metavar="NAMES", help=f"which guards, separated by commas (default {ALL_GUARDS})")
+    one.add_argument("--json", metavar="FILE", help="also write the report as JSON (schema olmodebug/report@1)")
+    one.add_argument("-v", "--verbose", action="store_true", help="every guard's outcome, notes in full, versions")
+    one.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command, after --: python train.py ..., torchrun ...")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a training script unchanged under guards, and tell what really went wrong: index, nan, shape, oom, loop.
+
+    The script keeps the terminal, its signals and its exit status; the diagnosis follows on standard error.
+    """
+    import time
+
+    from ..guards.diagnosis import diagnose
+    from ..guards.run import run_guarded
+    from ..guards.settings import Settings, parse_guards
+    from ..store import new_run
+
+    command = arguments.cmd[1:] if arguments.cmd[:1] == ["--"] else arguments.cmd
+    if not command:
+        raise UsageError("run: expected a command after --, as in olmodebug run -- python train.py")
+    guards = parse_guards(arguments.guard)
+    must_be_writable(arguments.json)
+    record = new_run(Path.cwd())
+    if record.folder is None:
+        raise UsageError(f"run: {record.problem}, and the guards write what they find there")
+    settings = Settings(guards=guards, folder=record.folder.resolve())
+    started = time.perf_counter()
+    ended = run_guarded(command, settings, os.environ)
+    report = diagnose(command, settings, ended, time.perf_counter() - started)
+    with contextlib.suppress(OSError):
+        record.save(report, {"command": report.subject.spec, "guards": list(guards)})
+    if arguments.json:
+        report.write(Path(arguments.json))
+    _show(report, verbose=arguments.verbose)
+    if ended.exit_code != EXIT_PASS:
+        return ended.exit_code
+    if report.exit_code == EXIT_NOTHING_CHECKED:
+        say("olmodebug: nothing was checked: no Python process of the command imported torch")
+    return report.exit_code
+
+
+def _show(report: "object", *, verbose: bool) -> None:
+    from ..render.guard import guarded_run_view
+    from ..render.terminal import console
+    from ..report import Report
+
+    assert isinstance(report, Report)
+    sys.stdout.flush()
+    console(sys.stderr).print(guarded_run_view(report, verbose=verbose))

@@ -1,0 +1,147 @@
+"""The report on a watched command, made from its journals alone: findings, outcomes a guard, and the section `guard`."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..environment import olmodebug_version
+from ..process import innermost
+from ..report import Environment, Finding, Outcome, Report, Severity, SubjectInfo, finding_from, plain
+from .excerpts import lines_at
+from .journal import Event, read_journals
+from .run import Ended, stacks_of
+from .settings import Settings, redacted, secrets_of
+
+SURVIVES = "process.survives"
+
+TOPICS = {"index": "index", "numerics": "nan", "shape": "shape", "memory": "oom", "loop": "loop"}
+ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
+
+NOT_SEEN = {
+    "loop": "no optimizer step was seen",
+}
+
+
+def diagnose(command: Sequence[str], settings: Settings, ended: Ended, seconds: float) -> Report:
+    """The report on a command that has ended."""
+    secrets = secrets_of(os.environ)
+    journals = [events for events in read_journals(settings.folder) if events]
+    processes = [_process(events) for events in journals]
+    working = [p for p in processes if p["ops"] or p["findings"]] or processes
+    findings = _merged(journals, len(working))
+    findings += _death(settings.folder, ended)
+    findings.sort(key=lambda finding: ORDER[finding.severity])
+    text = redacted(" ".join(command), secrets)
+    seen = bool(processes)
+    section: dict[str, Any] = {
+        "guards": list(settings.guards),
+        "ended": {"status": ended.status, "signal": ended.signal, "text": ended.text},
+        "processes": working,
+        "memory": next((e["memory"] for events in journals for e in events if e["event"] == "memory"), None),
+    }
+    return Report(
+        subject=SubjectInfo(spec=text, kind="training script"),
+        environment=_environment(text, journals),
+        outcomes=tuple(_outcome(name, findings, working, seen, seconds) for name in settings.guards),
+        findings=tuple(findings),
+        sections={"guard": plain(section)},
+        seconds=round(seconds, 3),
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        id=settings.folder.name,
+    )
+
+
+def _environment(text: str, journals: list[list[Event]]) -> Environment:
+    start = next((e for events in journals for e in events if e["event"] == "start"), None)
+    return Environment(
+        olmodebug=olmodebug_version(),
+        python=(start or {}).get("python") or platform.python_version(),
+        platform=platform.platform(),
+        torch=(start or {}).get("torch"),
+        transformers=(start or {}).get("transformers"),
+        cuda=(start or {}).get("cuda"),
+        command=f"olmodebug run -- {text}",
+    )
+
+
+def _process(events: list[Event]) -> dict[str, Any]:
+    start = next((e for e in events if e["event"] == "start"), {})
+    last = next((e for e in reversed(events) if e["event"] in ("end", "progress")), {})
+    ended = next((e for e in events if e["event"] == "end"), None)
+    return {
+        "pid": start.get("pid", 0),
+        "rank": start.get("rank"),
+        "program": start.get("program", ""),
+        "torch": start.get("torch"),
+        "ops": last.get("ops", 0),
+        "steps": last.get("steps", 0),
+        "backwards": last.get("backwards", 0),
+        "seconds": last.get("seconds", 0.0),
+        "findings": sum(e["event"] == "finding" for e in events),
+        "ended": "before its last line was written" if ended is None else ended["exception"] or "normally",
+    }
+
+
+def _merged(journals: list[list[Event]], processes: int) -> list[Finding]:
+    """The findings of all processes; the same rule at the same line is one finding, with the ranks that met it."""
+    merged: dict[tuple[object, ...], Finding] = {}
+    ranks: dict[tuple[object, ...], list[str]] = {}
+    for events in journals:
+        start = next((e for e in events if e["event"] == "start"), {})
+        for event in events:
+            if event["event"] != "finding":
+                continue
+            finding = finding_from(event["finding"])
+            key: tuple[object, ...] = (finding.probe, finding.where.file, finding.where.line, finding.severity)
+            merged.setdefault(key, finding)
+            if start.get("rank") is not None:
+                ranks.setdefault(key, []).append(str(start["rank"]))
+    found = []
+    for place, finding in merged.items():
+        if processes > 1 and ranks.get(place):
+            where = ", ".join(dict.fromkeys(sorted(ranks[place], key=int)))
+            finding = replace(finding, evidence={**finding.evidence, "ranks": where})
+        found.append(finding)
+    return found
+
+
+def _death(folder: Path, ended: Ended) -> list[Finding]:
+    """A finding on a process that was killed by a fault of its own (a segmentation fault, an abort), with its last line."""
+    stacks = [(path, path.read_text(encoding="utf-8", errors="replace")) for path in stacks_of(folder)]
+    found = []
+    for path, text in stacks:
+        reason = text.partition("\n")[0].removeprefix("Fatal Python error: ")
+        where = innermost(path)
+        found.append(
+            Finding(
+                probe=SURVIVES,
+                severity="error",
+                message=f"the process died: {reason}",
+                where=where,
+                source=lines_at(where),
+                fix="run the line alone; native code (an extension, a kernel, a full stack) died in it",
+                observed=ended.text,
+            )
+        )
+    return found
+
+
+def _outcome(name: str, findings: Sequence[Finding], processes: list[dict[str, Any]], seen: bool, seconds: float) -> Outcome:
+    probe = f"guard.{name}"
+    if not seen or not any(p["ops"] or p["findings"] for p in processes):
+        why = "no Python process of the command imported torch" if not seen else "no op of torch was run"
+        return Outcome(probe=probe, status="not-applicable", reason=why)
+    if any(f.severity == "error" and TOPICS.get(f.probe.partition(".")[0]) == name for f in findings):
+        return Outcome(probe=probe, status="failed", seconds=seconds)
+    if name == "loop" and not any(p["steps"] for p in processes):
+        return Outcome(probe=probe, status="not-applicable", reason=NOT_SEEN["loop"])
+    return Outcome(probe=probe, status="passed", seconds=seconds)
+
+
+def worst(report: Report) -> Mapping[str, int]:
+    """How many findings of each severity."""
+    return {severity: len(report.of(severity)) for severity in ORDER}

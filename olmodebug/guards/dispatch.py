@@ -1,0 +1,114 @@
+"""The dispatch mode that stays on for the whole run: it looks at an op before and after it, and hands on what is wrong.
+
+Nothing here changes a value, draws a random number or waits for a device, but for index ops, whose indices must be known
+before the kernel starts. Ops inside a `torch.compile` region are fused and are not seen.
+"""
+
+from types import CodeType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
+
+from . import index
+from .index import READS, SAMPLERS
+
+
+class Guarded(TorchDispatchMode):
+    """Every op passes through; `watch` is asked what to look for and told what was seen."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, watch: Any) -> None:
+        super().__init__()
+        self.watch = watch
+        self.reads = READS if "index" in watch.guards else {}
+        self.samplers = SAMPLERS if "index" in watch.guards else ()
+        self.after = watch.observers
+        self.before = watch.preparers
+        self.ops = 0
+        self.quiet = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compilation and fused regions are not looked into: without this, torch.compile would run eagerly under a mode."""
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper around every op (it would import the compiler): `skip_compiler` names our functions to it instead.
+
+        Private to torch; where it is ignored, the wrapper is back and costs time, nothing else.
+        """
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.quiet:
+            return func(*args, **kwargs)
+        self.ops += 1
+        if func in self.reads:
+            self.check_index(func, args, kwargs)
+        elif func in self.samplers:
+            self.check_probabilities(args[0])
+        for prepare in self.before:
+            prepare(func, args, kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except Exception as error:
+            self.quiet = True
+            try:
+                self.watch.op_raised(func, args, kwargs, error)
+            finally:
+                self.quiet = False
+            raise
+        if self.after:
+            self.quiet = True
+            try:
+                for observe in self.after:
+                    observe(func, args, kwargs, output)
+            finally:
+                self.quiet = False
+        return output
+
+    def check_index(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Raise before a kernel would; on the CPU the op raises its own error a moment later."""
+        self.quiet = True
+        try:
+            bad = index.bad_index(func, args, kwargs)
+            if bad is None:
+                wrapped = index.wraps(func, args)
+                if wrapped is not None:
+                    self.watch.index_wraps(wrapped)
+                return
+            message = self.watch.index_is_bad(bad)
+        finally:
+            self.quiet = False
+        if bad.index.device.type != "cpu":
+            raise IndexError(f"{message} (stopped by olmodebug before the kernel was launched)")
+
+    def check_probabilities(self, probabilities: torch.Tensor) -> None:
+        """multinomial on a device asserts on improper probabilities, after the launch."""
+        self.quiet = True
+        try:
+            wrong = index.improper_probabilities(probabilities)
+            message = self.watch.improper(probabilities, wrong) if wrong else ""
+        finally:
+            self.quiet = False
+        if wrong and probabilities.device.type != "cpu":
+            raise RuntimeError(f"{message} (stopped by olmodebug before the kernel was launched)")
+
+
+def skip_compiler(functions: list[Any]) -> None:
+    """Tell dynamo to leave these functions, and those defined in them, to Python.
+
+    `skip_code` has no public name; without it dynamo may try to compile a guard's frame, which costs time and changes nothing.
+    """
+    skip = getattr(getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None), "skip_code", None)
+    if skip is None:
+        return
+    codes: list[CodeType] = [f.__code__ for f in functions if hasattr(f, "__code__")]
+    while codes:
+        code = codes.pop()
+        skip(code)
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]

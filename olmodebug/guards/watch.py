@@ -1,0 +1,178 @@
+"""One watched process: the guards that are on, installed and removed as a whole, and what they found."""
+
+import atexit
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..environment import package_version
+from ..report import Finding
+from . import index, place
+from .dispatch import Guarded, skip_compiler
+from .excerpts import lines_at
+from .index import Bad
+from .journal import Journal
+from .settings import settings_from
+
+_ALIVE: list["Watch"] = []  # the watch of this process under `olmodebug run`; the interpreter's end finds it here
+
+
+class Watch:
+    """The guards of one process. A context manager; under `olmodebug run` it stays on until the interpreter ends."""
+
+    def __init__(self, guards: tuple[str, ...], journal: Journal) -> None:
+        self.guards = guards
+        self.journal = journal
+        self.observers: list[Callable[..., None]] = []
+        self.preparers: list[Callable[..., None]] = []
+        self.undo = contextlib.ExitStack()
+        self.started = time.perf_counter()
+        self.steps = 0
+        self.backwards = 0
+        self.ended = False
+        self.last_failure: Any = None
+        self.mode = Guarded(self)
+
+    def __enter__(self) -> "Watch":
+        skip_compiler(_functions())
+        self.undo.enter_context(self.mode)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo.close()
+        self.finish(error)
+
+    @contextlib.contextmanager
+    def looking(self) -> Any:
+        """Our own ops are no ops of the script."""
+        before, self.mode.quiet = self.mode.quiet, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.mode.quiet = before
+
+    def find(self, finding: Finding) -> None:
+        """Record a finding; under the guards everything is written at once."""
+        self.journal.find(finding)
+
+    def index_is_bad(self, bad: Bad) -> str:
+        """Record a bad index and return the sentence on it."""
+        finding = index.explain_index(bad, place.here(sys._getframe(2)), None)
+        self.find(finding)
+        return f"{finding.message}: {finding.observed}, expected {finding.expected}"
+
+    def index_wraps(self, bad: Bad) -> None:
+        self.find(index.explain_wrap(bad, place.here(sys._getframe(2))))
+
+    def improper(self, probabilities: Tensor, wrong: str) -> str:
+        where = place.here(sys._getframe(2)).at("multinomial")
+        message = f"multinomial is given {wrong}, which is no probability"
+        self.find(
+            Finding(
+                probe=index.PROBABILITIES,
+                severity="error",
+                message=message,
+                where=where,
+                source=lines_at(where),
+                expected="finite numbers of at least 0",
+                observed=f"{wrong} in {tuple(probabilities.shape)} {str(probabilities.dtype)[6:]}",
+                fix="look at the logits before the softmax: a nan or inf there, or a temperature of 0",
+            )
+        )
+        return message
+
+    def op_raised(self, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
+        """An op raised: whoever explains the exception later needs its operands, while they live."""
+
+    def finish(self, error: BaseException | None) -> None:
+        """What only the end can tell; once."""
+        if self.ended:
+            return
+        self.ended = True
+        self.journal.tell(
+            "end",
+            ops=self.mode.ops,
+            steps=self.steps,
+            backwards=self.backwards,
+            seconds=round(time.perf_counter() - self.started, 3),
+            exception=None if error is None else type(error).__name__,
+        )
+
+
+def install_from_environment() -> None:
+    """Start the guards of this process as the parent asked for them; called once torch has been imported."""
+    settings = settings_from(os.environ)
+    if settings is None or _ALIVE:
+        return
+    watch = Watch(settings.guards, Journal(settings.folder))
+    _ALIVE.append(watch)
+    if multiprocessing.parent_process() is None:
+        _tell_start(watch, settings.folder)
+    watch.__enter__()
+    atexit.register(_at_exit, watch, os.getpid())
+    os.register_at_fork(after_in_child=lambda: _forked(watch))
+
+
+def _tell_start(watch: Watch, folder: Path) -> None:
+    stacks = None
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError):
+            stacks = (folder / f"stacks-{os.getpid()}.txt").open("w", encoding="utf-8")
+            faulthandler.enable(file=stacks)
+            watch.undo.callback(lambda: None if stacks is None else stacks.flush())
+    watch.journal.tell(
+        "start",
+        time=time.time(),
+        pid=os.getpid(),
+        rank=_number("RANK"),
+        world=_number("WORLD_SIZE"),
+        torch=torch.__version__,
+        cuda=torch.version.cuda or torch.version.hip,
+        transformers=package_version("transformers"),
+        python=sys.version.split()[0],
+        program=Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "",
+    )
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else None
+
+
+def _at_exit(watch: Watch, pid: int) -> None:
+    """The interpreter ends: an exception that nobody caught is in `sys.last_value`, set before any excepthook runs."""
+    if os.getpid() != pid:
+        return
+    error = getattr(sys, "last_value", None)
+    watch.undo.close()
+    watch.finish(error if isinstance(error, BaseException) else None)
+
+
+def _forked(watch: Watch) -> None:
+    """A forked worker (a data loader's) keeps the index guard and leaves the ends of the story to its parent."""
+    watch.ended = True
+
+
+def _functions() -> list[FunctionType]:
+    """Every function of the guards that may run inside an op of a compiled script."""
+    found: list[FunctionType] = []
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("olmodebug.guards"):
+            continue
+        for value in list(vars(module).values()):
+            if isinstance(value, FunctionType):
+                found.append(value)
+            elif isinstance(value, type) and value.__module__ == name:
+                found += [item for item in vars(value).values() if isinstance(item, FunctionType)]
+    return found
