@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import check, shapes, trace
     from .report import Finding, Report
+    from .testing import ProbeFailure, parametrize_with_probes
 
-__all__ = ["Finding", "Report", "check", "shapes", "trace"]
+__all__ = ["Finding", "ProbeFailure", "Report", "check", "parametrize_with_probes", "shapes", "trace"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,8 @@ def __getattr__(name: str) -> Any:
         return globals()[name]
     if name in ("Finding", "Report"):
         return getattr(importlib.import_module(".report", __name__), name)
+    if name in ("ProbeFailure", "parametrize_with_probes"):
+        return getattr(importlib.import_module(".testing", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -68,6 +68,21 @@ def resolve(job: Job) -> Subject:
     return subject
 
 
+def resolve_object(value: object, job: Job) -> Subject:
+    """The subject around a model, a class or a factory that Python holds already; `job` gives it its name and its seed."""
+
+    def build(seed: int) -> _Built:
+        with settled(seed=seed):
+            return _from_object(value, dataclasses.replace(job, seed=seed))
+
+    built = build(job.seed)
+    subject = from_model(built.model, spec=job.spec, config=built.config, vocab_size=job.vocab_size, seed=job.seed)
+    if not isinstance(value, nn.Module):
+        subject.rebuild = lambda: resolve_object(value, job)
+        subject.remake = lambda seed: build(seed).model
+    return subject
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Built:
     model: nn.Module

@@ -32,9 +32,9 @@ class Run:
             report.write(self.folder / "report.json")
 
 
-def new_run(base: Path) -> Run:
+def new_run(base: Path, *, name: str | None = None) -> Run:
     """A fresh folder under `base`/.olmodebug/runs; old ones beyond the newest are removed."""
-    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    name = name or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     home = base / ".olmodebug"
     folder = home / "runs" / name
     try:

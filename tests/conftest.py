@@ -1,10 +1,15 @@
 """What every test shares: one thread, hypothesis profiles, and the mark of tests that need a GPU."""
 
 import os
+from importlib.metadata import entry_points
 
 import pytest
 import torch
 from hypothesis import settings
+
+pytest_plugins = ["pytester"]
+if not entry_points(group="pytest11", name="olmodebug"):  # a bare checkout: nothing has told pytest of the plugin
+    pytest_plugins.append("_olmodebug_pytest")
 
 settings.register_profile("quick", derandomize=True, deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=2000)

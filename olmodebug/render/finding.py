@@ -20,9 +20,18 @@ def finding_view(finding: Finding) -> Group:
     return Group(*_finding(finding))
 
 
+def details_view(finding: Finding) -> Group:
+    """What stands under a finding's message: the place, its lines, the cause, the repair, the evidence."""
+    return Group(*_details(finding))
+
+
 def _finding(finding: Finding) -> Iterator[Line]:
     yield line((finding.severity, STYLES[finding.severity]), "  ", (finding.probe, "bold"))
     yield line((finding.message, "bold"), indent=2)
+    yield from _details(finding)
+
+
+def _details(finding: Finding) -> Iterator[Line]:
     place = place_text(finding.where)
     if place:
         yield line(place, head=("  --> ", "dim"), indent=6)
