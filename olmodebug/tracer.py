@@ -27,6 +27,7 @@ from .sources import Sources, Spot
 __all__ = ["Kept", "KeptCall", "Moment", "Recording", "record"]
 
 Keep = bool | Callable[[Event], bool]
+Before = Callable[[Event, Any, Any, Mapping[str, Any]], None]
 
 
 def record(
@@ -38,6 +39,7 @@ def record(
     digests: bool = False,
     on_event: Callable[[Moment], None] | None = None,
     on_call: Callable[[ModuleCall, list[Tensor]], None] | None = None,
+    before: Before | None = None,
     log: bool = True,
     sources: Sources | None = None,
     replace: Callable[[int, list[Tensor]], None] | None = None,
@@ -48,11 +50,11 @@ def record(
     `keep` keeps copies of the tensors of every op, or of those for which `keep(event)` holds; it is asked before the op
     runs, when the event has no outputs yet, and copies at module boundaries are made with `keep=True` only. `statistics`
     adds finiteness and the largest magnitude of every output, `digests` a checksum of its bits. `on_event` is called
-    after every op with its live tensors, `on_call` after every module call with its outputs; with `log=False` they are
+    after every op with its live tensors, `on_call` after every module call with its outputs, `before(event, func, args, kwargs)` before every op; with `log=False` they are
     all that sees the events, and the recording stays empty. `replace(index, outputs)` may write into the outputs of an
     op before anything reads them. With `catch`, an exception is kept in the recording, not raised.
     """
-    tracer = _Tracer(model, sources or Sources(model), keep, statistics, digests, on_event, on_call, log, replace)
+    tracer = _Tracer(model, sources or Sources(model), keep, statistics, digests, on_event, on_call, before, log, replace)
     handles = tracer.attach()
     try:
         with tracer:
@@ -84,13 +86,14 @@ class _Tracer(TorchDispatchMode):
         digests: bool,
         on_event: Callable[[Moment], None] | None,
         on_call: Callable[[ModuleCall, list[Tensor]], None] | None,
+        before: Before | None,
         log: bool,
         replace: Callable[[int, list[Tensor]], None] | None,
     ) -> None:
         super().__init__()
         self.model, self.replace = model, replace
         self.statistics, self.digests, self.log = statistics, digests, log
-        self.on_event, self.on_call = on_event, on_call
+        self.on_event, self.on_call, self.before = on_event, on_call, before
         self.keep_all, self.picks = keep is True, keep if callable(keep) else None
         self.recording = Recording()
         self.storages = self.recording.storages
@@ -185,6 +188,8 @@ class _Tracer(TorchDispatchMode):
         for tensor in written:
             self.copies.before_write(tensor)
         recording.failed, recording.failed_arguments = event, arguments if keep else None
+        if self.before is not None:
+            self.before(event, func, args, kwargs)
         try:
             output = func(*args, **kwargs)
         except Exception:
