@@ -5,7 +5,7 @@ Shapes are tuples of ints, dtypes are names without `torch.`, sizes are bytes.
 
 from dataclasses import dataclass, field
 
-from .units import dtype_text
+from .units import count_text, dtype_text, plural
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -149,3 +149,12 @@ class ShapeTree:
     parameters: int
     parameter_bytes: int
     device: str
+
+    def __repr__(self) -> str:
+        return f"<ShapeTree {self.subject}: {plural(len(self.rows), 'row')}, {count_text(self.parameters)} parameters>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from .render.notebook import shapes_fragment  # a notebook's hook; the records stay without rich
+
+        return shapes_fragment(self)

@@ -187,6 +187,12 @@ class Report:
         errors, warnings = plural(len(self.of("error")), "error"), plural(len(self.of("warning")), "warning")
         return f"<Report {self.subject.spec}: {self.verdict}, {errors}, {warnings}; {self.counts}>"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from .render.notebook import report_fragment  # a notebook's hook; reading and writing reports stays without rich
+
+        return report_fragment(self)
+
     def to_json(self) -> str:
         """Strict JSON, schema `olmodebug/report@1`: non-finite numbers are the strings `nan`, `inf` and `-inf`."""
         body = {"schema": SCHEMA, "verdict": self.verdict, "exit_code": self.exit_code, "counts": _plain(self.counts)}

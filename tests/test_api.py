@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -57,3 +59,26 @@ def test_a_trace_names_module_function_and_line_of_every_op() -> None:
     assert softmax[0].where.module == "model.layers.0.self_attn"
     assert softmax[0].where.file is not None
     assert softmax[0].where.file.endswith("model.py")
+
+
+def test_a_notebook_gets_a_fragment_that_says_what_the_report_says_and_escapes_it() -> None:
+    from tests.test_render_formats import FINDING, REPORT
+
+    hostile = replace(REPORT, findings=(replace(FINDING, message="<script>alert(1)</script>"),))
+    text = hostile._repr_html_()
+    assert "<script" not in text
+    assert "<b>olmo_model.py:OLMo</b> fail: 4 ran (1 pass, 2 fail, 1 expected-fail)" in text
+    assert "the scores weight[bold] get no causal mask" in text
+    assert text.count("<details open>") == 1
+    assert "\n" not in repr(hostile)
+
+
+def test_a_notebook_gets_the_tree_of_shapes_and_python_one_line() -> None:
+    tree = olmodebug.shapes(Olmo(preset("olmo1-tiny")))
+    assert repr(tree).startswith("<ShapeTree Olmo: ")
+    assert "\n" not in repr(tree)
+    assert "q_proj" in tree._repr_html_()
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert Path(olmodebug.__file__).with_name("py.typed").is_file()

@@ -5,11 +5,13 @@ import hashlib
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+from olmodebug.render.figures import FIGURES
 from olmodebug.render.html import TEMPLATES, html
-from olmodebug.report import Outcome, Report
+from olmodebug.report import Outcome, Report, read
 from tests.test_render_formats import FINDING, NOTHING, REPORT
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -121,3 +123,20 @@ def test_control_characters_are_shown_and_not_sent() -> None:
 def test_probes_that_share_a_reason_share_a_line() -> None:
     many = tuple(Outcome(probe=f"rope.rule-{i}", status="skipped", reason="the model does not build") for i in range(40))
     assert check_page(html(replace(REPORT, outcomes=many, findings=()))).text.count("the model does not build") == 1
+
+
+SAMPLES = sorted((Path(__file__).parent / "samples").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_every_section_is_drawn_small_and_safe(path: Path) -> None:
+    report = read(path)
+    page = check_page(html(report))
+    headings = [title for topic, title in TITLES.items() if topic in report.sections]
+    assert headings, "a sample without a section that is drawn"
+    assert set(report.sections) <= set(TITLES), "a section that nothing draws"
+    for title in headings:
+        assert title in page.text
+
+
+TITLES = {topic: figure.title for topic, figure in FIGURES.items()}

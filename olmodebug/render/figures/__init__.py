@@ -6,6 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from . import guard
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
@@ -16,4 +18,6 @@ class Figure:
 
 
 # In the order of the page.
-FIGURES: dict[str, Figure] = {}
+FIGURES: dict[str, Figure] = {
+    "guard": Figure(title="The guarded run", draw=guard.draw),
+}
