@@ -40,6 +40,7 @@ class Job:
     dtype: str | None = None
     download: bool = False
     meta: bool = False  # build on the meta device, whole: nothing is allocated
+    whole: bool = False  # no small copy of a large preset
 
 
 def resolve(job: Job) -> Subject:
@@ -164,7 +165,7 @@ def _from_preset(name: str, job: Job) -> _Built:
     parameters = sum(p.numel() for p in full.parameters())
     if job.meta:
         return _Built(model=full, config=config)
-    if parameters <= SHRINK_ABOVE:
+    if job.whole or parameters <= SHRINK_ABOVE:
         return _Built(model=Olmo(config), config=config)
     group = max(1, config.num_attention_heads // config.num_key_value_heads)
     heads = 4 if group in (1, 2, 4) else 2 * group

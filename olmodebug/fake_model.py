@@ -1,0 +1,55 @@
+"""A subject whose tensors are fake: shapes, dtypes and strides on a pretended CPU, and no memory behind them."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode  # the documented FakeTensor; its module has no public name
+
+from .load import SubjectCodeError
+from .spec import Job, resolve
+from .subject import Subject
+
+
+def fake_mode() -> FakeTensorMode:
+    """The mode that a fake subject lives in; constants of the model's own code may be real tensors."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_subject(job: Job, mode: FakeTensorMode, *, dtype: torch.dtype) -> Subject:
+    """The subject of a job, whole, in training mode, every parameter and buffer fake and of this floating dtype.
+
+    It is built on the meta device. One whose own code does not run there is built as usual first, with its memory.
+    """
+    try:
+        subject = resolve(replace(job, meta=True))
+    except SubjectCodeError:
+        subject = resolve(replace(job, whole=True))
+        subject.assumptions.append("built with its memory, because it does not run on the meta device")
+    return faked(subject, mode, dtype=dtype)
+
+
+def faked(subject: Subject, mode: FakeTensorMode, *, dtype: torch.dtype) -> Subject:
+    """The same subject with every tensor that its modules hold replaced by a fake one; tied weights stay tied."""
+    known: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
+            with mode:
+                empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="cpu")
+                if isinstance(tensor, nn.Parameter):
+                    empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            known[id(tensor)] = empty
+        return known[id(tensor)]
+
+    kept: list[Any] = []  # the replaced tensors, so that no id is used twice
+    for module in subject.model.modules():
+        for holder in (module._parameters, module._buffers, vars(module)):
+            for name, value in list(holder.items()):
+                if isinstance(value, Tensor):
+                    kept.append(value)
+                    holder[name] = fake(value)
+    subject.model.train()
+    return subject
