@@ -204,7 +204,9 @@ def _emulate_attention(gpu: Gpu) -> torch.library.Library:
             if attn_mask is not None:
                 attn_mask = _aligned(attn_mask).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
             gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-            return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, gradient, dropout_p, is_causal, scale=scale)[0]
+            return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, gradient, dropout_p, is_causal, scale=scale)[
+                0
+            ]
         return aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )[0]

@@ -46,7 +46,8 @@ def faked(subject: Subject, mode: FakeTensorMode, *, dtype: torch.dtype) -> Subj
 
     kept: list[Any] = []  # the replaced tensors, so that no id is used twice
     for module in subject.model.modules():
-        for holder in (module._parameters, module._buffers, vars(module)):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))  # type: ignore[assignment]
+        for holder in holders:
             for name, value in list(holder.items()):
                 if isinstance(value, Tensor):
                     kept.append(value)

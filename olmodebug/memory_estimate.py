@@ -11,7 +11,7 @@ from .peak_owner import owner
 from .sources import short_path
 from .storage_trace import CATEGORIES, WORKSPACE, Allocation, StorageTrace
 
-MOST_POINTS = 400
+MOST_POINTS = 240  # the schema allows 400; a terminal shows 70, a page some more
 MOST_HOLDERS = 12
 MOST_MODULES = 40
 
@@ -39,9 +39,7 @@ def estimate(trace: StorageTrace, gpu: Gpu | None, settings: AllocatorSettings |
         simulated = replayed.allocator.peak_reserved
         margin = second + LARGE_SEGMENT + round(SAFE_MARGIN * simulated)
         reserved = Range(low=min(certain, simulated), expected=simulated, safe=max(simulated, tensors.safe) + margin)
-        process = Range(
-            low=reserved.low + CONTEXT.low, expected=reserved.expected + CONTEXT.expected, safe=reserved.safe + CONTEXT.safe
-        )
+        process = Range(low=reserved.low + CONTEXT.low, expected=reserved.expected + CONTEXT.expected, safe=reserved.safe + CONTEXT.safe)
         segments = Segments(
             expandable=replayed.allocator.settings.expandable_segments,
             segments=replayed.allocator.segments,

@@ -43,7 +43,10 @@ def section(estimate: MemoryEstimate | None = None, **fields: Any) -> dict[str, 
     """The section of an estimate with further fields; every field is there, null or empty where it says nothing."""
     unknown = set(fields) - set(EMPTY)
     assert not unknown, f"no such field of the memory section: {unknown}"
-    body = {name: (dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value) for name, value in EMPTY.items()}
+    body = {
+        name: (dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value)
+        for name, value in EMPTY.items()
+    }
     if estimate is not None:
         body |= {
             "figures": {name: _range(getattr(estimate, name)) for name in ("tensors", "reserved", "process")},

@@ -38,7 +38,7 @@ def owner(live: Sequence[Allocation], step: int, phase: str) -> str:
         return f"{_percent(size, total)} of the peak is saved activations{where}, {bytes_text(size)} ({when})"
     if category == TEMPORARIES and len(same) > 1 and len({a.op for a in members}) == 1:
         return f"{_percent(size, total)} of the peak is temporary copies made by {members[0].op}, {bytes_text(size)} ({when})"
-    names = {name: amount for name, amount in sums.most_common(3)}
+    names = dict(sums.most_common(3))
     if size < 0.5 * total and len(names) > 1:
         listed = ", ".join(f"{name} {_percent(amount, total)}" for name, amount in names.items())
         return f"no single category holds the peak: {listed} ({when})"

@@ -153,7 +153,7 @@ class StorageTracer(TorchDispatchMode):
                     if name == "step" and allocation is not None:
                         allocation.host = not on_device
 
-    def _claim(self, tensor: Tensor, category: str, parameter: nn.Parameter | None) -> Allocation | None:
+    def _claim(self, tensor: Tensor, category: str, parameter: Tensor | None) -> Allocation | None:
         storage = tensor.untyped_storage()
         module = self._owners.get(id(parameter), "") if parameter is not None else ""
         known = self._live.get(storage._cdata)

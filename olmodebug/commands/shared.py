@@ -95,7 +95,13 @@ def show(report: "Report", *, verbose: bool) -> None:
     """Draw a report on standard output."""
     from ..render.terminal import console, report_view
 
-    console(sys.stdout).print(report_view(report, verbose=verbose))
+    screen = console(sys.stdout)
+    if "memory" in report.sections:
+        from ..render.memory import memory_view
+
+        screen.print(memory_view(report.sections["memory"]))
+        screen.print()
+    screen.print(report_view(report, verbose=verbose))
 
 
 def _show_as(name: str, report: "Report") -> None:
@@ -124,7 +130,8 @@ def _file_text(name: str, report: "Report") -> str:
 class Progress:
     """A line on standard error that says what runs, once that takes longer than two seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, noun: str = "probes") -> None:
+        self.noun = noun
         self.terminal = sys.stderr.isatty()
         self.last = 0.0
         self.shown = False
@@ -136,7 +143,7 @@ class Progress:
             return
         self.last = now
         text = (
-            f"{done} of {total} probes done, {seconds:.0f} s; now {step}"
+            f"{done} of {total} {self.noun} done, {seconds:.0f} s; now {step}"
             if done
             else f"loading torch and building the model, {seconds:.0f} s"
         )

@@ -1,0 +1,149 @@
+"""`olmodebug memory`: will it fit, what is at the peak, what would make it smaller."""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
+
+if TYPE_CHECKING:
+    from ..memory_run import MemoryOrder
+    from ..report import Report
+
+SNAPSHOTS = (".pickle", ".pkl")
+PRECISIONS = {"float32": "fp32", "float16": "fp16-amp", "bfloat16": "bf16-amp"}
+PURE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def declare(commands: Commands) -> None:
+    """The arguments of `memory`."""
+    one = add_command(commands, memory)
+    one.add_argument(
+        "subject", nargs="*", default=[DEFAULT_SUBJECT], metavar="SUBJECT",
+        help=f"{SUBJECT_HELP}; or a snapshot.pickle of torch.cuda.memory; or two reports (files or run ids) to compare",
+    )  # fmt: skip
+    one.add_argument("--config", action="append", default=[], metavar="KEY=VALUE|FILE", help="what a class that needs a config gets")
+    step = one.add_argument_group("the step")
+    step.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a micro-batch (default 8)")
+    step.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (default 2048, or what the model declares)")
+    step.add_argument(
+        "--dtype", choices=tuple(PRECISIONS), default="float16",
+        help="what is computed in: float16 (autocast, GradScaler; the default), bfloat16 (autocast), float32",
+    )  # fmt: skip
+    step.add_argument("--pure", action="store_true", help="weights, gradients and optimizer state in --dtype too, without autocast")
+    step.add_argument(
+        "--optimizer", choices=("adamw", "adamw-fused", "adamw-for-loop", "sgd", "sgd-momentum"), default="adamw",
+        help="adamw is torch's default on CUDA, foreach",
+    )  # fmt: skip
+    step.add_argument("--checkpointing", action="store_true", help="each block is recomputed in the backward pass")
+    step.add_argument("--loss", choices=("model", "chunked"), default="model", help="chunked: head and cross-entropy over chunks of tokens")
+    step.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
+    step.add_argument("--inference", action="store_true", help="no training: a prompt of --seq-len, then --new-tokens from the cache")
+    step.add_argument("--new-tokens", type=int, default=2, metavar="N", help="tokens decoded after the prompt (default 2)")
+    card = one.add_argument_group("the card")
+    card.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the prediction is for (default cuda; needs none)")
+    card.add_argument("--gpu", metavar="NAME", help="T4, V100, A10, A100, A100-40GB, L4, L40S, RTX4090, H100, H200, B200 ...")
+    card.add_argument("--budget", metavar="SIZE", help="the memory of the card, such as 8GiB; exit 1 when it does not fit")
+    card.add_argument(
+        "--expandable-segments", action="store_true", help="as PYTORCH_ALLOC_CONF=expandable_segments:True, which is read too"
+    )
+    work = one.add_argument_group("the work")
+    work.add_argument("--predict-only", action="store_true", help="no run on real tensors after the prediction")
+    work.add_argument("--no-what-ifs", action="store_true", help="the prediction alone, without changes and largest sizes")
+    work.add_argument("--chrome-trace", metavar="FILE", help="also write the timeline for chrome://tracing and Perfetto")
+    work.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
+    work.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest any one step may take (default 300)")
+    work.add_argument("--download", action="store_true", help="let hf:org/name use the network")
+    add_output(one)
+
+
+def memory(arguments: argparse.Namespace) -> int:
+    """Predict the memory of a training step, module by module, without a GPU: will it fit, and what would make it smaller.
+
+    A short training then shows that the prediction is true. Exit 1 when it does not fit.
+    """
+    from .shared import must_be_writable
+
+    check_output(arguments)
+    must_be_writable(arguments.chrome_trace, option="--chrome-trace")
+    report = _report(arguments)
+    if arguments.chrome_trace:
+        from ..chrome_trace import chrome_trace
+        from ..files import write_whole
+
+        write_whole(Path(arguments.chrome_trace), chrome_trace(report.sections["memory"]))
+    return deliver(arguments, report)
+
+
+def _report(arguments: argparse.Namespace) -> "Report":
+    if len(arguments.subject) > 2:
+        raise UsageError(f"memory: expected a subject, a snapshot, or two reports to compare; observed {len(arguments.subject)} arguments")
+    return _predicted(arguments)
+
+
+def _predicted(arguments: argparse.Namespace) -> "Report":
+    from ..memory_run import MemoryFault, run_memory
+    from ..store import new_run
+
+    order = _order(arguments)
+    run = new_run(Path.cwd())
+    if run.problem:
+        say(f"olmodebug: {run.problem}")
+    progress = Progress(noun="parts")
+    try:
+        report = run_memory(order, run, progress)
+    except MemoryFault as fault:
+        progress.clear()
+        raise RuntimeError(f"the memory process failed:\n{fault}") from None
+    progress.clear()
+    with contextlib.suppress(OSError):
+        run.save(report, {name: getattr(order, name) for name in type(order).__dataclass_fields__})
+    return report
+
+
+def _order(arguments: argparse.Namespace) -> "MemoryOrder":
+    import shlex
+
+    from ..allocator import VARIABLES, settings_from
+    from ..gpus import DEFAULT_GPU, bytes_from, gpu_named
+    from ..memory_run import MemoryOrder
+    from ..spec_text import parse_config
+
+    cuda = arguments.device == "cuda"
+    if not cuda and (arguments.gpu or arguments.expandable_segments):
+        raise UsageError("--gpu and --expandable-segments are for --device cuda")
+    gpu = gpu_named(arguments.gpu or DEFAULT_GPU) if cuda else None
+    budget = bytes_from(arguments.budget) if arguments.budget else gpu.total_bytes if gpu and arguments.gpu else None
+    allocator = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), "")
+    if arguments.expandable_segments:
+        allocator = ",".join(filter(None, [allocator, "expandable_segments:True"]))
+    settings_from(allocator)  # a UsageError now and not in the child
+    return MemoryOrder(
+        job={
+            "spec": arguments.subject[0],
+            "config": parse_config(arguments.config),
+            "seed": arguments.seed,
+            "download": arguments.download,
+        },
+        plan={
+            "batch_size": arguments.batch_size,
+            "seq_len": arguments.seq_len or 0,
+            "precision": (PURE if arguments.pure or arguments.inference else PRECISIONS)[arguments.dtype],
+            "optimizer": arguments.optimizer,
+            "loss": arguments.loss,
+            "checkpointing": arguments.checkpointing,
+            "accumulation": arguments.accumulation,
+            "inference": arguments.inference,
+            "new_tokens": arguments.new_tokens if arguments.inference else 0,
+        },
+        gpu=gpu.name if gpu else None,
+        budget_bytes=budget,
+        allocator=allocator,
+        device=arguments.device,
+        what_ifs=not arguments.no_what_ifs,
+        timeout_seconds=arguments.timeout,
+        command=shlex.join(["olmodebug", *arguments.argv]),
+    )

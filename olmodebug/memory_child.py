@@ -1,0 +1,140 @@
+"""`python -m olmodebug.memory_child`: predict and measure memory in a process that may die of it.
+
+What it finds is told as it is found, so that a run which the system kills leaves the prediction behind.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from .serve import Tell, serve
+
+DEFAULT_SEQ_LEN = 2048
+
+
+def run(order: dict[str, Any], tell: Tell) -> None:
+    """Predict the plan of an order, try what would make it smaller, and measure, telling each result."""
+    from .environment import environment
+    from .errors import OlmodebugError
+    from .explain import explain
+    from .load import SubjectCodeError
+    from .report import Finding, plain
+    from .spec import Job
+
+    job = Job(**order["job"])
+    tell("environment", value=plain(environment(seed=job.seed, command=order["command"], device=order["device"])))
+    tell("start", step="predict")
+    try:
+        _work(order, job, tell)
+    except OlmodebugError as error:
+        tell("unusable", text=str(error))
+    except SubjectCodeError as error:
+        found = explain(error).finding()
+        values = {name: getattr(found, name) for name in Finding.__dataclass_fields__}
+        tell("finding", value=plain(Finding(**{**values, "probe": "memory.step-runs"})))
+
+
+def _work(order: dict[str, Any], job: Any, tell: Tell) -> None:
+    from .allocator import settings_from
+    from .dry_run import Prepared, trace_fake
+    from .gpus import gpu_named
+    from .memory_estimate import estimate
+    from .memory_fit import largest, what_ifs
+    from .memory_section import section, verdict
+    from .report import plain
+    from .training_step import StepPlan
+
+    values = dict(order["plan"])
+    plan = StepPlan(**{**values, "seq_len": values["seq_len"] or 1})
+    gpu = gpu_named(order["gpu"]) if order["gpu"] else None
+    settings = settings_from(order["allocator"])
+    budget: int | None = order["budget_bytes"]
+    started = time.perf_counter()
+    prepared = Prepared(job, plan.weight_dtype)
+    subject = prepared.subject
+    if not values["seq_len"]:
+        plan = replace(plan, seq_len=default_length(subject, plan))
+    with step_of(subject, plan):
+        trace = trace_fake(prepared, plan, gpu)
+    found = estimate(trace, gpu, settings)
+    seconds = time.perf_counter() - started
+    body = section(
+        found,
+        plan={**asdict(plan), "text": str(plan)},
+        gpu=None if gpu is None else _gpu(gpu),
+        budget_bytes=budget,
+        fits=verdict(found.needed, budget),
+        predict_seconds=round(seconds, 3),
+        notes=notes(subject, plan, job),
+    )
+    tell("subject", value=plain(subject.info()))
+    tell("section", value=body)
+    if order["what_ifs"]:
+        tell("start", step="what-ifs")
+
+        def note(text: str) -> None:
+            tell("start", step=f"what-if: {text}")
+
+        rows = what_ifs(prepared, plan, gpu, settings, base=found, budget_bytes=budget, note=note)
+        body = {**body, "what_ifs": [plain(row) for row in rows]}
+        tell("section", value=body)
+        if budget is not None:
+            sizes = []
+            for axis in ("batch_size", "seq_len"):
+                tell("start", step=f"the largest {axis.replace('_', ' ')}")
+                sizes.append(plain(largest(prepared, plan, gpu, settings, axis=axis, budget_bytes=budget)))
+            body = {**body, "largest": sizes}
+            tell("section", value=body)
+
+
+def default_length(subject: Any, plan: Any) -> int:
+    """2048 tokens, or as many as the model declares positions for."""
+    longest = subject.max_positions or DEFAULT_SEQ_LEN
+    return max(1, min(DEFAULT_SEQ_LEN, longest - plan.new_tokens))
+
+
+@contextmanager
+def step_of(subject: Any, plan: Any) -> Iterator[None]:
+    """What the model raises inside is a finding about it, but for what fake tensors cannot do: that ends the prediction."""
+    from torch._subclasses import fake_tensor as fake
+
+    from .errors import OlmodebugError
+    from .load import SubjectCodeError
+    from .sources import short_path
+
+    needs_values = (fake.DataDependentOutputException, fake.DynamicOutputShapeException, fake.UnsupportedOperatorException)
+    try:
+        yield
+    except OlmodebugError:
+        raise
+    except needs_values as error:
+        spot = subject.sources.spot_of(error)
+        where = f" at {short_path(spot.file)}:{spot.line}" if spot else ""
+        operator = getattr(error, "func", "an operator")
+        raise OlmodebugError(f"{subject.spec} cannot be predicted: {operator}{where} depends on values, which a dry run has not") from None
+    except Exception as error:
+        raise SubjectCodeError(f"a training step ({plan})") from error
+
+
+def notes(subject: Any, plan: Any, job: Any) -> list[str]:
+    """What a reader of the figures must know about this model and plan."""
+    import torch
+
+    said = []
+    if plan.inference and not (subject.convention.cache and subject.convention.use_cache):
+        said.append("this model takes no cache, so inference is one forward pass over the prompt")
+    if job.spec.startswith("transformers:") and not job.config:
+        said.append("the subject is a tiny configuration of its class: give its real sizes with --config")
+    if any(isinstance(module, torch._dynamo.OptimizedModule) for module in subject.model.modules()):
+        said.append("the model is compiled; what torch.compile saves or adds is not modelled")
+    return said
+
+
+def _gpu(gpu: Any) -> dict[str, Any]:
+    return {"name": gpu.name, "total_bytes": gpu.total_bytes, "capability": ".".join(map(str, gpu.capability))}
+
+
+if __name__ == "__main__":
+    serve(run)
