@@ -6,6 +6,7 @@ Results go to standard output, progress and notices to standard error. Nothing h
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from .commands import ALL
 from .commands.shared import say
 from .errors import EXIT_COULD_NOT_RUN, EXIT_INTERNAL, OlmodebugError
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,15 +37,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("olmodebug: interrupted")
         return 130
     except (BrokenPipeError, SystemExit):  # `olmodebug ... | head`: the reader has seen enough, and rich turns that into an exit
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            return _fault()
+        _discard_output()  # what is still in the buffer cannot be written either
+        say(f"olmodebug: cannot write the output: {error.strerror}")
+        return EXIT_COULD_NOT_RUN
     except Exception:
-        import traceback
+        return _fault()
 
-        traceback.print_exc()
-        say("olmodebug: this is a fault of olmodebug itself; please report it with the lines above")
-        return EXIT_INTERNAL
+
+def _fault() -> int:
+    """Show the traceback of what nobody foresaw."""
+    import traceback
+
+    traceback.print_exc()
+    say("olmodebug: this is a fault of olmodebug itself; please report it with the lines above")
+    return EXIT_INTERNAL
+
+
+def _discard_output() -> None:
+    """Send standard output to nowhere, so that the interpreter does not stumble over the rest when it leaves."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

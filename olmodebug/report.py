@@ -211,7 +211,8 @@ def from_json(text: str) -> Report:
         raise ReportError(f"not a report: no valid JSON ({error})") from None
     schema = body.get("schema") if isinstance(body, dict) else None
     if schema != SCHEMA:
-        raise ReportError(f"not a report this version can read: expected schema {SCHEMA}, observed {schema}")
+        newer = "; a newer olmodebug wrote it" if str(schema).startswith("olmodebug/report@") else ""
+        raise ReportError(f"not a report this version can read: expected schema {SCHEMA}, observed {schema}{newer}")
     try:
         return Report(
             subject=SubjectInfo(**_tuples(body["subject"])),

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jsonschema
 import pytest
-import torch
 
 import olmodebug.report
 
@@ -215,23 +214,6 @@ def test_what_can_be_seen_to_be_wrong_without_torch_is_exit_2_and_one_line(
     assert ran.err.count("\n") == 1, ran.err
     assert ran.err.startswith("olmodebug: ")
     assert all(word in ran.err for word in words), ran.err
-
-
-def test_a_subject_that_does_not_resolve_is_exit_2_and_one_line(run: Callable[..., Ran]) -> None:
-    write("models.py", "build = Tiny\n")
-    ran = run("check", "model.py:build")
-    assert (ran.code, ran.out) == (2, "")
-    assert "no such file" in ran.err
-    assert "models.py" in ran.err, "the near name is not offered"
-    assert ran.err.count("\n") == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_a_device_that_is_absent_is_exit_2_and_never_a_run_on_another(run: Callable[..., Ran]) -> None:
-    ran = run("check", "olmo1-tiny", "--device", "cuda", "--json", "report.json")
-    assert (ran.code, ran.out, ran.report) == (2, "", None)
-    assert "CUDA is not available" in ran.err
-    assert ran.err.count("\n") == 1
 
 
 def test_a_file_of_probes_that_does_not_load_is_exit_2(run: Callable[..., Ran]) -> None:

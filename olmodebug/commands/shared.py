@@ -74,6 +74,16 @@ def must_be_writable(path: str | None, *, option: str = "--json") -> None:
 
 def deliver(arguments: argparse.Namespace, report: "Report") -> int:
     """Write the files that were asked for, show the report on standard output, and give back its exit code."""
+    write_files(arguments, report)
+    if arguments.format == "full":
+        show(report, verbose=arguments.verbose)
+    else:
+        _show_as(arguments.format, report)
+    return report.exit_code
+
+
+def write_files(arguments: argparse.Namespace, report: "Report") -> None:
+    """Write the files of `add_output` that were asked for; UsageError where one cannot be written."""
     from ..files import write_whole
 
     for name in FILES:
@@ -84,11 +94,6 @@ def deliver(arguments: argparse.Namespace, report: "Report") -> int:
             write_whole(Path(path), _file_text(name, report))
         except OSError as error:
             raise UsageError(f"--{name} {path}: cannot be written ({error.strerror})") from None
-    if arguments.format == "full":
-        show(report, verbose=arguments.verbose)
-    else:
-        _show_as(arguments.format, report)
-    return report.exit_code
 
 
 def show(report: "Report", *, verbose: bool) -> None:
