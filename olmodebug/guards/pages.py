@@ -33,6 +33,26 @@ PAGES: dict[str, str] = {
 
         A fault it catches: float16 logits that overflowed to inf before the softmax.
         """,
+    "numerics.finite": """
+        No nan or inf reaches a loss, a gradient that is applied, or a weight.
+
+        What must hold: what is differentiated and what the optimizer applies is finite. Infinities of an attention mask, values
+        that are masked away, and overflows that a loss scaler skips are legal and are not reported.
+
+        Why it matters: one nan spreads to every weight in one step. The place is the op where it is born from finite inputs,
+        forward or backward, not the line where it was noticed.
+
+        A fault it catches: a row that is masked throughout, whose softmax is nan.
+        """,
+    "numerics.float16-headroom": """
+        Activations in float16 stay well below its largest number, 65504.
+
+        What must hold: the largest magnitude of a forward op in float16 is less than half of 65504.
+
+        Why it matters: training lets activations grow; an overflow is inf, and soon nan.
+
+        A fault it catches: a residual stream that reaches 40000 before the last norm.
+        """,
     "process.survives": """
         No process of the script dies of a signal of its own.
 

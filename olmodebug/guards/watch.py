@@ -7,21 +7,25 @@ import multiprocessing
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..environment import package_version
 from ..report import Finding
 from . import index, place
 from .dispatch import Guarded, skip_compiler
+from .events import Events
 from .excerpts import lines_at
 from .index import Bad
 from .journal import Journal
+from .models import Models
+from .nonfinite import NonFinite
 from .settings import settings_from
 
 _ALIVE: list["Watch"] = []  # the watch of this process under `olmodebug run`; the interpreter's end finds it here
@@ -41,12 +45,47 @@ class Watch:
         self.backwards = 0
         self.ended = False
         self.last_failure: Any = None
+        self.events = Events(self.looking)
+        self.models = Models()
+        self.scalers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.parts: list[Any] = []
+        if "nan" in guards:
+            self.parts.append(NonFinite(self))
+        for part in self.parts:
+            part.listen()
+        self._count()
         self.mode = Guarded(self)
 
     def __enter__(self) -> "Watch":
         skip_compiler(_functions())
+        self.events.install(self.undo)
         self.undo.enter_context(self.mode)
         return self
+
+    def _count(self) -> None:
+        def backward(roots: list[Tensor], spot: object) -> None:
+            self.backwards += 1
+
+        def stepped(optimizer: object, spot: object) -> None:
+            self.steps += 1
+            if self.steps & (self.steps - 1) == 0:  # 1, 2, 4, 8 ...: a killed script still tells about how far it came
+                self.journal.tell("progress", **self._numbers())
+
+        self.events.on("backward_done", backward)
+        self.events.on("stepped", stepped)
+        self.events.on("scaler_scale", lambda scaler, args, spot: self.scalers.add(scaler))
+
+    def scalers_alive(self) -> bool:
+        """Whether a loss scaler that is switched on has scaled a loss."""
+        return any(scaler.is_enabled() for scaler in self.scalers)
+
+    def name_of_tensor(self, tensor: Tensor) -> str | None:
+        """The path of a parameter or buffer in the models that are alive."""
+        return self.models.tensor(tensor)
+
+    def name_of_module(self, module: nn.Module | None) -> str:
+        """The path of a module in the model that holds it."""
+        return self.models.module(module)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.undo.close()
@@ -100,14 +139,13 @@ class Watch:
         if self.ended:
             return
         self.ended = True
-        self.journal.tell(
-            "end",
-            ops=self.mode.ops,
-            steps=self.steps,
-            backwards=self.backwards,
-            seconds=round(time.perf_counter() - self.started, 3),
-            exception=None if error is None else type(error).__name__,
-        )
+        for part in self.parts:
+            part.finish()
+        self.journal.tell("end", exception=None if error is None else type(error).__name__, **self._numbers())
+
+    def _numbers(self) -> dict[str, Any]:
+        seconds = round(time.perf_counter() - self.started, 3)
+        return {"ops": self.mode.ops, "steps": self.steps, "backwards": self.backwards, "seconds": seconds}
 
 
 def install_from_environment() -> None:

@@ -1,0 +1,133 @@
+"""What a training loop does, told as it happens: backward passes, optimizer steps, clipping, scaling, schedules, checkpoints.
+
+Torch's public functions are wrapped while the guards are on and put back afterwards. A wrapper calls what it wraps with the
+same arguments and returns the same value; listeners only look.
+"""
+
+import contextlib
+import functools
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ..sources import Spot
+from .place import line_here
+
+Listener = Callable[..., None]
+
+
+class Events:
+    """The listeners by event; `install` wraps torch, and the exit stack that it is given puts everything back."""
+
+    def __init__(self, quiet: Callable[[], Any]) -> None:
+        self.listeners: dict[str, list[Listener]] = defaultdict(list)
+        self.quiet = quiet
+        self.stepping = 0
+
+    def on(self, event: str, listener: Listener) -> None:
+        self.listeners[event].append(listener)
+
+    def tell(self, event: str, *values: Any) -> None:
+        """Tell all listeners; their own ops are not guarded."""
+        listeners = self.listeners.get(event)
+        if listeners:
+            with self.quiet():
+                for listener in listeners:
+                    listener(*values)
+
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Wrap what the listeners need to hear of."""
+        self._wrap(undo, torch.autograd, "backward", self._backward)
+        undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
+        undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
+        self._wrap(undo, torch.optim.Optimizer, "zero_grad", self._told("zeroed"))
+        self._wrap(undo, nn.Module, "zero_grad", self._told("module_zeroed"))
+        for name in ("clip_grad_norm_", "clip_grad_value_"):
+            wrapped = self._wrap(undo, torch.nn.utils.clip_grad, name, self._told("clip"))
+            self._put(undo, torch.nn.utils, name, wrapped)
+        for name in ("scale", "unscale_", "step", "update"):
+            self._wrap(undo, torch.amp.GradScaler, name, self._scaler(name))
+        for kind in _scheduler_kinds():
+            self._wrap(undo, kind, "step", self._scheduled)
+        self._wrap(undo, torch.utils.checkpoint, "checkpoint", self._told("checkpoint"))
+
+    def _wrap(self, undo: contextlib.ExitStack, holder: Any, name: str, make: Callable[[Any], Any]) -> Any:
+        original = vars(holder)[name]
+        wrapper = functools.wraps(original)(make(original))
+        self._put(undo, holder, name, wrapper)
+        return wrapper
+
+    def _put(self, undo: contextlib.ExitStack, holder: Any, name: str, value: Any) -> None:
+        undo.callback(setattr, holder, name, vars(holder)[name])
+        setattr(holder, name, value)
+
+    def _backward(self, original: Any) -> Any:
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            spot = line_here(sys._getframe(1))
+            roots = [tensors] if isinstance(tensors, Tensor) else [t for t in tensors if isinstance(t, Tensor)]
+            self.tell("backward", roots, spot)
+            result = original(tensors, *args, **kwargs)
+            self.tell("backward_done", roots, spot)
+            return result
+
+        return backward
+
+    def _told(self, event: str) -> Callable[[Any], Any]:
+        """A wrapper that tells the arguments and the line before the call."""
+
+        def make(original: Any) -> Any:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                self.tell(event, args, kwargs, line_here(sys._getframe(1)))
+                return original(*args, **kwargs)
+
+            return wrapper
+
+        return make
+
+    def _scaler(self, name: str) -> Callable[[Any], Any]:
+        def make(original: Any) -> Any:
+            def wrapper(scaler: Any, *args: Any, **kwargs: Any) -> Any:
+                spot = line_here(sys._getframe(1))
+                self.tell(f"scaler_{name}", scaler, args, spot)
+                result = original(scaler, *args, **kwargs)
+                self.tell(f"scaler_{name}_done", scaler, args, spot)
+                return result
+
+            return wrapper
+
+        return make
+
+    def _scheduled(self, original: Any) -> Any:
+        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_code.co_filename
+            # a schedule that drives others, or a library that counts for itself (accelerate steps once a process), is no loop
+            inner = "/torch/optim/" in caller or "/accelerate/" in caller
+            if not inner:
+                self.tell("scheduled", scheduler, line_here(sys._getframe(1)))
+            return original(scheduler, *args, **kwargs)
+
+        return step
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.stepping += 1
+        self.tell("step", optimizer, _caller())
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.tell("stepped", optimizer, _caller())
+        self.stepping = max(0, self.stepping - 1)
+
+
+def _caller() -> Spot | None:
+    return line_here(sys._getframe(2))
+
+
+def _scheduler_kinds() -> list[type]:
+    from torch.optim import lr_scheduler
+
+    kinds = [lr_scheduler.LRScheduler, *lr_scheduler.LRScheduler.__subclasses__()]
+    return [kind for kind in dict.fromkeys(kinds) if "step" in vars(kind) and kind.__module__ == lr_scheduler.__name__]

@@ -1,0 +1,107 @@
+"""What the guards cost: one training step of datadecide-150M on the CPU, plain and under each guard, beside other tools.
+
+`python -m tests.benchmarks.guard [--seq 32] [--repeats 5] [--sherlorch FOLDER]`. The step is forward, cross-entropy, backward
+and AdamW on one row. CPU seconds of the process are taken, and every variant in turn in each repeat, so a busy machine meets all alike; the
+median of the repeats is printed. FOLDER is where `pip install --target FOLDER --no-deps sherlorch` put that package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from olmodebug.guards.journal import Journal
+from olmodebug.guards.watch import Watch
+from olmodebug.model import Olmo
+from olmodebug.presets import preset
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.guard", description=__doc__)
+    parser.add_argument("--model", default="datadecide-150M")
+    parser.add_argument("--seq", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sherlorch", metavar="FOLDER", help="where sherlorch was installed")
+    arguments = parser.parse_args(argv)
+    torch.manual_seed(0)
+    config = preset(arguments.model)
+    model, vocab = Olmo(config).train(), config.vocab_size
+    size = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(0, vocab, (1, arguments.seq))
+
+    def step() -> float:
+        optimizer.zero_grad()
+        output = model(ids)
+        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", output[0])
+        loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    contexts = _contexts(model, arguments.sherlorch)
+    step()
+    times: dict[str, list[float]] = {name: [] for name in contexts}
+    for _ in range(arguments.repeats):
+        for name, make in contexts.items():
+            with make():
+                started = time.process_time()
+                step()
+                times[name].append(time.process_time() - started)
+    plain = statistics.median(times["plain"])
+    print(
+        f"{arguments.model} ({size / 1e6:.0f}M parameters), 1 x {arguments.seq} tokens, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU"
+    )
+    for name, values in times.items():
+        middle = statistics.median(values)
+        print(f"{name:28s} {middle * 1000:8.0f} ms  {middle / plain:5.2f}x   ({min(values) * 1000:.0f} .. {max(values) * 1000:.0f} ms)")
+    return 0
+
+
+def _contexts(model: torch.nn.Module, sherlorch: str | None) -> dict[str, Callable[[], Any]]:
+    contexts: dict[str, Callable[[], Any]] = {"plain": contextlib.nullcontext}
+    for guards in ("index,shape", "index,nan,shape", "index,shape,oom,loop", "index,nan,shape,oom,loop"):
+        contexts[guards] = lambda guards=guards: Watch(tuple(guards.split(",")), Journal(None))  # type: ignore[misc]
+    contexts["detect_anomaly"] = torch.autograd.detect_anomaly
+    contexts["DebugUnderflowOverflow"] = lambda: _underflow_overflow(model)
+    if sherlorch:
+        sys.path.append(sherlorch)
+        contexts.update(_sherlorch())
+    return contexts
+
+
+@contextlib.contextmanager
+def _underflow_overflow(model: torch.nn.Module) -> Any:
+    """transformers' hooks, taken off again; they print nothing while all is finite."""
+    from transformers.debug_utils import DebugUnderflowOverflow
+
+    before = {module: dict(module._forward_hooks) for module in model.modules()}
+    with contextlib.redirect_stdout(None):
+        DebugUnderflowOverflow(model)
+        try:
+            yield
+        finally:
+            for module, hooks in before.items():
+                module._forward_hooks.clear()
+                module._forward_hooks.update(hooks)
+
+
+def _sherlorch() -> dict[str, Callable[[], Any]]:
+    import sherlorch  # type: ignore[import-not-found]
+
+    return {f"sherlorch {sherlorch.__version__}": sherlorch.trace}
+
+
+if __name__ == "__main__":
+    import warnings
+
+    warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
+    raise SystemExit(main())
