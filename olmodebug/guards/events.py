@@ -129,5 +129,5 @@ def _caller() -> Spot | None:
 def _scheduler_kinds() -> list[type]:
     from torch.optim import lr_scheduler
 
-    kinds = [lr_scheduler.LRScheduler, *lr_scheduler.LRScheduler.__subclasses__()]
+    kinds: list[type] = [lr_scheduler.LRScheduler, *lr_scheduler.LRScheduler.__subclasses__()]
     return [kind for kind in dict.fromkeys(kinds) if "step" in vars(kind) and kind.__module__ == lr_scheduler.__name__]
