@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from . import guard
+from . import guard, memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,5 +19,6 @@ class Figure:
 
 # In the order of the page.
 FIGURES: dict[str, Figure] = {
+    "memory": Figure(title="Memory", draw=memory.draw),
     "guard": Figure(title="The guarded run", draw=guard.draw),
 }
