@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,8 +14,8 @@ from .explain import explain
 from .load import SubjectCodeError
 from .probe import select, shipped_probes
 from .records import ShapeTree
-from .report import Finding, Outcome, Report, SubjectInfo, merge_by_root
-from .shape_tree import shape_tree
+from .report import Finding, Outcome, Report, SubjectInfo, merge_by_root, plain
+from .shape_tree import shape_tree, tree_of_spec
 from .spec import Job, resolve
 from .subject import Subject, from_model
 from .tracer import Recording, record
@@ -60,7 +61,7 @@ def check(
             failed.append(probe.name)
         outcomes.append(result.outcome)
         findings += result.findings
-    return _report(subject.info(), outcomes, findings, seed, started)
+    return replace(_report(subject.info(), outcomes, findings, seed, started), sections=plain(subject.measured))
 
 
 def trace(model: nn.Module, run: Callable[[], Any], *, keep: bool = False, statistics: bool = False) -> Recording:
@@ -74,7 +75,7 @@ def trace(model: nn.Module, run: Callable[[], Any], *, keep: bool = False, stati
 def shapes(model: nn.Module | str) -> ShapeTree:
     """The tree of a model with named dimensions; a spec is built on the meta device, whole."""
     if isinstance(model, str):
-        return shape_tree(resolve(Job(spec=model, meta=True)))
+        return tree_of_spec(Job(spec=model))
     return shape_tree(from_model(model))
 
 

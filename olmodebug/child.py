@@ -53,6 +53,8 @@ def run(order: dict[str, Any], tell: Tell) -> None:
         if result.outcome.status in ("failed", "expected-failure"):
             failed.append(probe.name)
         tell("result", outcome=plain(result.outcome), findings=[plain(f) for f in result.findings])
+        for topic in list(building.subject.measured):
+            tell("section", topic=topic, value=plain(building.subject.measured.pop(topic)))
     tell("subject", value=plain(building.subject.info()))
 
 

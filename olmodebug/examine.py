@@ -48,20 +48,23 @@ def build(job: Job) -> Building:
     try:
         subject = resolve(job)
     except SubjectCodeError as error:
-        at_build = error.stage != "first run"
-        name = BUILD if at_build else FIRST_RUN
-        explanation = explain(error)
-        seconds = time.perf_counter() - started
-        finding: Finding = replace(explanation.finding(), probe=name)
-        finding = verified(finding, job, lambda: _builds(job, finding))
-        results = [] if at_build else [Result(outcome=Outcome(probe=BUILD, status="passed", seconds=seconds))]
-        results.append(Result(outcome=Outcome(probe=name, status="failed", seconds=seconds), findings=(_plain(finding),)))
-        if at_build:
-            results.append(Result(outcome=Outcome(probe=FIRST_RUN, status="skipped", reason=f"{BUILD} failed")))
-        return Building(results=results)
+        return Building(results=unbuilt(error, job, time.perf_counter() - started))
     seconds = time.perf_counter() - started
     results = [Result(outcome=Outcome(probe=name, status="passed", seconds=seconds)) for name in (BUILD, FIRST_RUN)]
     return Building(subject=subject, results=results)
+
+
+def unbuilt(error: SubjectCodeError, job: Job, seconds: float) -> list[Result]:
+    """The two build outcomes, and the finding, for a subject whose own code raised while it was built or first run."""
+    at_build = error.stage != "first run"
+    name = BUILD if at_build else FIRST_RUN
+    finding: Finding = replace(explain(error).finding(), probe=name)
+    finding = verified(finding, job, lambda: _builds(job, finding))
+    results = [] if at_build else [Result(outcome=Outcome(probe=BUILD, status="passed", seconds=seconds))]
+    results.append(Result(outcome=Outcome(probe=name, status="failed", seconds=seconds), findings=(_plain(finding),)))
+    if at_build:
+        results.append(Result(outcome=Outcome(probe=FIRST_RUN, status="skipped", reason=f"{BUILD} failed")))
+    return results
 
 
 def run_probe(

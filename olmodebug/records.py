@@ -141,7 +141,10 @@ class ModuleShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeTree:
-    """The modules in the order of the model, what each name of a dimension stands for, and where it was run."""
+    """The modules in the order of the model, what each name of a dimension stands for, and where it was run.
+
+    `runs` are the (batch, seq_len) of the forwards that told the dimensions apart.
+    """
 
     subject: str
     rows: tuple[ModuleShape, ...]
@@ -149,6 +152,8 @@ class ShapeTree:
     parameters: int
     parameter_bytes: int
     device: str
+    dtype: str = ""
+    runs: tuple[tuple[int, int], ...] = ()
 
     def __repr__(self) -> str:
         return f"<ShapeTree {self.subject}: {plural(len(self.rows), 'row')}, {count_text(self.parameters)} parameters>"

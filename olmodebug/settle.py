@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor  # a fake tensor has no values to put back, and no public name
 
 
 @contextmanager
@@ -22,7 +23,10 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
         parameter.grad = None  # a backward would add to the caller's, in place
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers] if model else []
     values = [
-        (buffer, buffer.clone()) for _, known in buffers for buffer in known.values() if buffer is not None and buffer.device.type != "meta"
+        (buffer, buffer.clone())
+        for _, known in buffers
+        for buffer in known.values()
+        if buffer is not None and buffer.device.type != "meta" and not isinstance(buffer, FakeTensor)
     ]
     with torch.random.fork_rng(devices=[]):
         if seed is not None:

@@ -1,78 +1,85 @@
 """The tree of a model with named dimensions: `q_proj  (B, T, hidden) -> (B, T, heads*head_dim)`.
 
-Two forwards with pairwise different batch and sequence sizes settle which dimension is which: what changes with the batch
-is B, what changes with the length is T, and what stays is a size of the model, named from its configuration. On the meta
-device no weight and no activation is ever allocated, so that a model of any size prints in seconds.
+Two forwards whose batches and lengths are four different primes settle which dimension is which: what changes with the
+batch is B, what changes with the length is T, and what stays is a size of the model. Those are named from its
+configuration, and where one number has two meanings (4096 is both hidden and heads*head_dim) the flow of the data
+decides: a dimension that a view splits into heads, or that merges them, is heads*head_dim. On the meta device no weight
+and no activation is ever allocated, so that a model of any size prints in seconds.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode  # no public name; without them such subjects are built whole
 
-from .dims import KV_HEAD_NAMES, MLP_NAMES, WIDTH_NAMES
+from .errors import SubjectError
 from .records import Case, ModuleCall, ModuleShape, ShapeTree, TensorInfo
-from .subject import HEAD_NAMES, VOCAB_NAMES, Subject, own_code, quiet
-from .tracer import record
+from .size_names import Namer, head_merges, sizes_of
+from .spec import Job, bare_model, resolve
+from .subject import Subject, from_model, own_code, quiet
+from .tracer import Recording, record
+from .units import bytes_text
 
-FIRST, SECOND = (3, 11), (5, 17)  # (batch, seq_len), pairwise different primes
+BATCHES = (3, 5)
+LENGTHS = (11, 17, 13, 7, 5, 3, 2)  # the first two that the model's table of positions has room for
+MOST_BYTES = 4 << 30  # of a model that has to be allocated: what a laptop can spare for a look at shapes
+
+
+def tree_of_spec(job: Job) -> ShapeTree:
+    """The tree of a subject that is built without memory where its code allows: on the meta device, else of fake tensors
+    (whose device is a real one), else as usual. SubjectError and SubjectCodeError as from `resolve`."""
+    with suppress(Exception):  # code that reads values, or names a device, cannot run so; the next way shows what is wrong
+        return shape_tree(resolve(replace(job, meta=True)))
+    model, config = bare_model(job)
+    with suppress(Exception), FakeTensorMode():
+        _make_fake(model)
+        return shape_tree(from_model(model, spec=job.spec, config=config, vocab_size=job.vocab_size, seed=job.seed))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if size > MOST_BYTES:
+        raise SubjectError(
+            f"{job.spec} runs neither on the meta device nor on fake tensors, and its {bytes_text(size)} are not allocated for its shapes"
+        )
+    return shape_tree(resolve(job))
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Fake tensors of the CPU in place of every parameter and buffer; a tied one stays tied. The fake mode must be on."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+                store[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 def shape_tree(subject: Subject) -> ShapeTree:
     """The named shapes of every module call of one forward. A subject on the meta device stays there."""
-    longest = subject.max_positions or max(FIRST[1], SECOND[1])
-    runs = [_calls(subject, batch, min(seq, longest)) for batch, seq in (FIRST, SECOND)]
-    namer = Namer(subject, seqs=(min(FIRST[1], longest), min(SECOND[1], longest)))
-    rows = list(_rows(subject.model, runs[0], runs[1], namer))
+    longest = subject.max_positions or max(LENGTHS)
+    lengths = [n for n in LENGTHS if n <= longest][:2] or [1]
+    seqs = (lengths[0], lengths[-1])
+    first, second = (_recorded(subject, batch, seq) for batch, seq in zip(BATCHES, seqs, strict=True))
+    meanings = sizes_of(subject)
+    namer = Namer(meanings, batches=BATCHES, seqs=seqs, merges=head_merges(first, subject, meanings))
+    rows = list(_rows(subject.model, _calls(first), _calls(second), namer))
     parameters = {id(p): p for p in subject.model.parameters()}.values()
     return ShapeTree(
         subject=subject.spec,
         rows=tuple(folded(rows)),
-        names=namer.used(),
+        names=namer.used,
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        device=subject.device.type,
+        device="fake" if any(isinstance(p, FakeTensor) for p in parameters) else subject.device.type,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        runs=tuple(zip(BATCHES, seqs, strict=True)),
     )
-
-
-class Namer:
-    """Names for the dimensions of two runs: B and T by how a size changes, the rest by what the configuration calls it."""
-
-    def __init__(self, subject: Subject, *, seqs: tuple[int, int]) -> None:
-        self.batches, self.seqs = (FIRST[0], SECOND[0]), seqs
-        self.sizes = _model_sizes(subject)
-        self._used: dict[str, int] = {}
-
-    def shape(self, first: tuple[int, ...], second: tuple[int, ...]) -> str:
-        """`(B, T, hidden)` from the shapes of the two runs."""
-        if len(first) != len(second):
-            return str(first)
-        inner = ", ".join(self.dimension(a, b) for a, b in zip(first, second, strict=True))
-        return f"({inner},)" if len(first) == 1 else f"({inner})"
-
-    def dimension(self, first: int, second: int) -> str:
-        """The name of one dimension: a product with B or T, a sum with T, or a size of the model."""
-        if first == second:
-            return self._fixed(first)
-        (b1, b2), (t1, t2) = self.batches, self.seqs
-        for name, x, y in (("B*T", b1 * t1, b2 * t2), ("B", b1, b2), ("T", t1, t2)):
-            if first % x == 0 and second % y == 0 and first // x == second // y:
-                return name if first == x else f"{name}*{self._fixed(first // x)}"
-        if first - t1 == second - t2:
-            return f"T{first - t1:+d}"
-        return str(first)
-
-    def used(self) -> dict[str, int]:
-        """The model's own sizes that occur in the tree, by name."""
-        return dict(self._used)
-
-    def _fixed(self, size: int) -> str:
-        if size in self.sizes:
-            name = self.sizes[size]
-            self._used[name] = size
-            return name
-        return str(size)
 
 
 def folded(rows: list[ModuleShape]) -> Iterator[ModuleShape]:
@@ -90,10 +97,14 @@ def folded(rows: list[ModuleShape]) -> Iterator[ModuleShape]:
         i = j
 
 
-def _calls(subject: Subject, batch: int, seq: int) -> dict[str, ModuleCall]:
+def _recorded(subject: Subject, batch: int, seq: int) -> Recording:
     case = Case(name=f"batch {batch}, seq_len {seq}", input_ids=subject.token_ids(batch, seq))
     with torch.no_grad(), quiet(), own_code(subject, case):
-        recording = record(subject.model, lambda: subject.call(case))
+        return record(subject.model, lambda: subject.call(case))
+
+
+def _calls(recording: Recording) -> dict[str, ModuleCall]:
+    """The first call of every module."""
     calls: dict[str, ModuleCall] = {}
     for call in recording.calls:
         calls.setdefault(call.module, call)
@@ -101,20 +112,16 @@ def _calls(subject: Subject, batch: int, seq: int) -> dict[str, ModuleCall]:
 
 
 def _rows(model: nn.Module, first: dict[str, ModuleCall], second: dict[str, ModuleCall], namer: Namer) -> Iterator[ModuleShape]:
-    counted: set[int] = set()
     for path, module in model.named_modules():
-        own = [p for p in module.parameters() if id(p) not in counted]
         direct = next(iter(module.parameters(recurse=False)), None)
-        if not list(module.children()):
-            counted |= {id(p) for p in own}
         a, b = first.get(path), second.get(path)
         called = a is not None and b is not None
         yield ModuleShape(
             path=path,
             kind=type(module).__name__,
             depth=path.count(".") + 1 if path else 0,
-            inputs=_named(namer, a.inputs, b.inputs) if a and b else (),
-            outputs=_named(namer, a.outputs, b.outputs) if a and b else (),
+            inputs=_named(namer, path, a.inputs, b.inputs) if a and b else (),
+            outputs=_named(namer, path, a.outputs, b.outputs) if a and b else (),
             parameters=sum(p.numel() for p in {id(p): p for p in module.parameters()}.values()),
             parameter_bytes=sum(p.numel() * p.element_size() for p in {id(p): p for p in module.parameters()}.values()),
             dtype=str(direct.dtype).removeprefix("torch.") if direct is not None else "",
@@ -122,43 +129,8 @@ def _rows(model: nn.Module, first: dict[str, ModuleCall], second: dict[str, Modu
         )
 
 
-def _named(namer: Namer, first: tuple[TensorInfo, ...], second: tuple[TensorInfo, ...]) -> tuple[str, ...]:
-    return tuple(namer.shape(a.shape, b.shape) for a, b in zip(first, second, strict=False))
-
-
-def _model_sizes(subject: Subject) -> dict[int, str]:
-    """Size -> name, for the sizes of the configuration and the products that projections have."""
-    heads, width, kv = (subject.setting(*names) for names in (HEAD_NAMES, WIDTH_NAMES, KV_HEAD_NAMES))
-    head_dim = subject.setting("head_dim")
-    if not isinstance(head_dim, int) and isinstance(heads, int) and isinstance(width, int) and heads:
-        head_dim = width // heads
-    kv = kv if isinstance(kv, int) else heads
-    products = []
-    if isinstance(head_dim, int) and isinstance(heads, int):
-        products = [(heads * head_dim, "heads*head_dim"), (3 * heads * head_dim, "3*heads*head_dim")]
-        products += [(head_dim // 2, "head_dim/2")] if head_dim % 2 == 0 else []
-        products += (
-            [(kv * head_dim, "kv_heads*head_dim"), ((heads + 2 * kv) * head_dim, "(heads+2*kv_heads)*head_dim")]
-            if isinstance(kv, int)
-            else []
-        )
-    meanings: list[tuple[object, str]] = [
-        (subject.setting(*VOCAB_NAMES), "vocab"),
-        (width, "hidden"),
-        (subject.setting(*MLP_NAMES), "intermediate"),
-        (heads, "heads"),
-        (kv, "kv_heads"),
-        (head_dim, "head_dim"),
-        *products,
-    ]
-    names: dict[int, str] = {}
-    for size, name in meanings:
-        if isinstance(size, int) and size > 1:
-            names.setdefault(size, name)
-    rows = subject.embedding_rows
-    if rows and rows not in names:
-        names[rows] = "vocab rows"
-    return names
+def _named(namer: Namer, path: str, first: tuple[TensorInfo, ...], second: tuple[TensorInfo, ...]) -> tuple[str, ...]:
+    return tuple(namer.shape(a, b, path) for a, b in zip(first, second, strict=False))
 
 
 def _subtree(rows: list[ModuleShape], start: int) -> int:

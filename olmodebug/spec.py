@@ -43,6 +43,12 @@ class Job:
     whole: bool = False  # no small copy of a large preset
 
 
+def bare_model(job: Job) -> tuple[nn.Module, object]:
+    """(model, config) on the meta device where the subject's own code can be built there, without a first run."""
+    built = _on_meta(dataclasses.replace(job, meta=True))
+    return built.model, built.config
+
+
 def resolve(job: Job) -> Subject:
     """The subject that a job names. SubjectError when the spec leads nowhere (exit 2); SubjectCodeError when the
     subject's own code raises, or gives back no model (a finding)."""

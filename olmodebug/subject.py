@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily  # no public name; without it no ids under a fake mode
 
 from .convention import Convention, Output, find_logits, first_embedding, ids_tensor, read_signature
 from .errors import SubjectError
@@ -46,7 +47,9 @@ class Subject:
     """A live model, how to call it, and what is known about it. Only the subject holds a live model.
 
     `rebuild` makes a fresh one from the same spec, with the same weights from the same seed, and `remake` the bare model
-    from another seed or on another device, without a first run; both None for a model that was handed over alive. `assumptions` are what had to be guessed; the report prints them.
+    from another seed or on another device, without a first run; both None for a model that was handed over alive.
+    `assumptions` are what had to be guessed; the report prints them. `measured` is what probes measured beyond their
+    findings, by topic of `Report.sections`.
     """
 
     spec: str
@@ -59,6 +62,7 @@ class Subject:
     remake: Callable[[int], nn.Module] | None = None
     declared_vocab: int | None = None
     assumptions: list[str] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     limit: float | None = None
     _last: list[tuple[Case, Tensor]] = field(default_factory=list)
@@ -152,7 +156,8 @@ class Subject:
         allowed = [i for i in range(self.vocab_size) if i not in special and (i >= 10 or self.vocab_size < 20)][:4096]
         generator = torch.Generator().manual_seed(seed)
         rows, columns = shape
-        picks = torch.randint(len(allowed), (rows, columns), generator=generator).tolist()
+        with unset_fake_temporarily():  # ids are drawn for real where the model itself is made of fake tensors
+            picks = torch.randint(len(allowed), (rows, columns), generator=generator).tolist()
         return tuple(tuple(allowed[i] for i in row) for row in picks)
 
     def call(

@@ -46,6 +46,7 @@ class _Journal:
     probes: list[str] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    sections: dict[str, Any] = field(default_factory=dict)
     subject: SubjectInfo | None = None
     environment: Environment | None = None
     step: str = BUILD
@@ -53,8 +54,8 @@ class _Journal:
     fault: str | None = None
 
 
-def check(order: Order, run: Run, progress: Callable[[int, int, str, float], None]) -> Report:
-    """Run an order in child processes and give back the report.
+def check(order: Order, run: Run, progress: Callable[[int, int, str, float], None], *, module: str = "olmodebug.child") -> Report:
+    """Run an order in child processes, `python -m module`, and give back the report.
 
     `progress(done, total, step, seconds)` is called about five times a second. UsageError when the subject does not
     resolve, InternalFault when olmodebug itself broke before any probe could run.
@@ -64,7 +65,7 @@ def check(order: Order, run: Run, progress: Callable[[int, int, str, float], Non
     with tempfile.TemporaryDirectory(prefix="olmodebug-") as scratch:
         folder = run.folder or Path(scratch)
         for _ in range(MOST_RESTARTS):
-            death = _one_child(order, journal, folder, Path(scratch), progress, started)
+            death = _one_child(order, journal, folder, Path(scratch), progress, started, module)
             if journal.unusable is not None:
                 raise UsageError(journal.unusable)
             if journal.fault is not None:
@@ -78,13 +79,19 @@ def check(order: Order, run: Run, progress: Callable[[int, int, str, float], Non
 
 
 def _one_child(
-    order: Order, journal: _Journal, folder: Path, scratch: Path, progress: Callable[[int, int, str, float], None], started: float
+    order: Order,
+    journal: _Journal,
+    folder: Path,
+    scratch: Path,
+    progress: Callable[[int, int, str, float], None],
+    started: float,
+    module: str,
 ) -> Death | None:
     """Run one child to its end; None when it ended well or said why it could not go on, else how it died."""
     # hypothesis would leave a folder in the user's working directory
     storage = os.environ.get("HYPOTHESIS_STORAGE_DIRECTORY", str(scratch / "hypothesis"))
     child = Child(
-        module="olmodebug.child",
+        module=module,
         folder=folder,
         timeout_seconds=order.timeout_seconds,
         environment={"HYPOTHESIS_STORAGE_DIRECTORY": storage},
@@ -124,6 +131,8 @@ def _note(journal: _Journal, event: dict[str, Any]) -> None:
         if outcome.probe not in journal.outcomes:
             journal.outcomes[outcome.probe] = outcome
             journal.findings += [finding_from(finding) for finding in event["findings"]]
+    elif kind == "section":
+        journal.sections[event["topic"]] = event["value"]
     elif kind == "unusable":
         journal.unusable = event["text"]
     elif kind == "fault":
@@ -166,6 +175,7 @@ def _report(order: Order, journal: _Journal, run: Run, seconds: float) -> Report
         environment=journal.environment or environment(seed=int(order.job.get("seed", 0)), command=order.command),
         outcomes=tuple(outcomes),
         findings=merge_by_root(journal.findings),
+        sections=journal.sections,
         seconds=round(seconds, 3),
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         id=run.id,

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 
 from olmodebug.cases import Sizes
 from olmodebug.diagnose import Diagnosis
 from olmodebug.invariance import Pair, Violation, base_part, drawn, findings_of, limit_of, settings_of, smallest, violation
+from olmodebug.leaks import leaks, section
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Rows
@@ -48,6 +50,7 @@ def no_future(subject: Subject) -> Iterator[Finding]:
             if broken is None:
                 continue
             broken.setting = setting
+            _measure(subject, twin, pair, limit, setting)
             small = smallest(small_pairs(twin), lambda p, t=twin, m=limit: violation(t, p, limit=m, place=False) is not None)  # type: ignore[misc]
             for finding in findings_of(broken, message=_text(broken), smallest=small.right if small else None):
                 key = (finding.where.file, finding.where.line)
@@ -57,6 +60,7 @@ def no_future(subject: Subject) -> Iterator[Finding]:
             break
     twin = subject.twin()
     if not seen and (broken := drawn(twin, lambda s: _pair(twin, s.batch, s.seq, s.cut, _ones(s, twin)), limit=limit_of(twin))) is not None:
+        _measure(subject, twin, broken.pair, limit_of(twin), "")
         yield from findings_of(broken, message=_text(broken))
 
 
@@ -93,6 +97,13 @@ def holds_for_large_scores(subject: Subject) -> Iterator[Finding]:
         broken.diagnoses = [told for _ in broken.culprits]
         yield from findings_of(broken, message=text, severity="warning", fallback=told)
         return
+
+
+def _measure(subject: Subject, twin: Subject, pair: Pair, limit: float, setting: str) -> None:
+    """The leak matrix of the first setting that breaks the rule, for the report."""
+    if "leaks" not in subject.measured:
+        with suppress(SubjectCodeError):  # a model that takes no single row has no matrix
+            subject.measured["leaks"] = section(leaks(twin, pair.left.input_ids[0], limit=limit, setting=setting))
 
 
 def _text(broken: Violation) -> str:

@@ -67,8 +67,8 @@ def check(arguments: argparse.Namespace) -> int:
     return deliver(arguments, run_check(order))
 
 
-def run_check(order: "Order") -> "Report":
-    """The report on an order, recorded in `.olmodebug/`, with progress on standard error."""
+def run_check(order: "Order", *, module: str = "olmodebug.child") -> "Report":
+    """The report on an order, recorded in `.olmodebug/`, with progress on standard error; `module` is the child that works."""
     from ..store import new_run
     from ..supervise import InternalFault, check, order_record
 
@@ -77,7 +77,7 @@ def run_check(order: "Order") -> "Report":
         say(f"olmodebug: {run.problem}")
     progress = Progress()
     try:
-        report = check(order, run, progress)
+        report = check(order, run, progress, module=module)
     except InternalFault as fault:
         progress.clear()
         raise RuntimeError(f"the checking process failed:\n{fault}") from None

@@ -1,6 +1,7 @@
 """The tree of named shapes as text: one line a module, identical layers folded, sizes beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Group
 
@@ -9,21 +10,22 @@ from ..units import bytes_text, count_text, dtype_text
 from .layout import Line, line
 
 NAME_COLUMN = 40  # columns for the indented module name; a longer one pushes the shapes to the right
+UNALLOCATED = {"meta": "meta device", "fake": "fake tensors"}
 
 
-def shapes_view(tree: ShapeTree) -> Group:
-    """The whole tree under a legend of its names."""
-    return Group(*_lines(tree))
+def shapes_view(section: Mapping[str, Any]) -> Group:
+    """The section `shapes` as text: the whole tree under a legend of its names."""
+    rows = tuple(ModuleShape(**{**row, "inputs": tuple(row["inputs"]), "outputs": tuple(row["outputs"])}) for row in section["rows"])
+    return Group(*_lines(ShapeTree(**{**section, "rows": rows})))
 
 
 def _lines(tree: ShapeTree) -> Iterator[Line]:
-    size = f"{count_text(tree.parameters)} parameters, {bytes_text(tree.parameter_bytes)}"
-    where = ", nothing was allocated (meta device)" if tree.device == "meta" else ""
-    yield line((tree.subject, "bold"), f"  {size}{where}")
     legend = "B batch, T sequence length" + "".join(
         f", {name} {number}" for name, number in sorted(tree.names.items(), key=lambda n: -n[1])
     )
     yield line((legend, "dim"))
+    if tree.device in UNALLOCATED:
+        yield line((f"nothing was allocated ({UNALLOCATED[tree.device]})", "dim"))
     yield line("")
     for row in tree.rows:
         yield _row(row)

@@ -9,6 +9,7 @@ from ..report import Environment, Finding, Outcome, Report, Scalar, Status, Subj
 from ..units import bytes_text, count_text, dtype_text, facts_text, plural, seconds_text
 from .finding import STYLES, finding_view
 from .layout import LABEL, Line, console, line, row
+from .sections import section_views
 
 __all__ = ["console", "environment_view", "finding_view", "outcomes_view", "probes_view", "report_view"]
 
@@ -33,8 +34,9 @@ def report_view(report: Report, *, verbose: bool = False) -> RenderableType:
     expected = {outcome.probe for outcome in report.outcomes if outcome.status == "expected-failure"}
     full = [item for item in report.of("error", "warning", "note") if verbose or _needs_reading(item, expected)]
     full.sort(key=lambda item: list(STYLES).index(item.severity))
-    blocks = [Group(*_subject(report.subject), *(_versions(report.environment) if verbose else ()))]
+    blocks: list[RenderableType] = [Group(*_subject(report.subject), *(_versions(report.environment) if verbose else ()))]
     blocks += [finding_view(item) for item in full]
+    blocks += section_views(report.sections)
     if verbose and report.outcomes:
         blocks.append(outcomes_view(report))
     return Group(*_spaced([*blocks, Group(*_closing(report, expected, verbose))]))
