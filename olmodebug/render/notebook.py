@@ -7,7 +7,7 @@ from ..report import Finding, Report
 from .concise import by_severity, verdict_line
 from .finding import details_view
 from .plain import plain_text
-from .shapes import shapes_view
+from .shapes import tree_view
 
 WIDTH = 110  # columns of the text inside: what a notebook's cell shows beside its margin
 
@@ -22,7 +22,7 @@ def report_fragment(report: Report) -> str:
 
 def shapes_fragment(tree: ShapeTree) -> str:
     """The tree of named shapes as text."""
-    return _text(plain_text(shapes_view(tree), width=WIDTH))
+    return _text(plain_text(tree_view(tree), width=WIDTH))
 
 
 def _finding(finding: Finding, *, opened: bool) -> Markup:

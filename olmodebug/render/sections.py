@@ -5,11 +5,12 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from .guard import guard_view
 from .leaks import leaks_view
 from .shapes import shapes_view
 
 # In the order of the report.
-VIEWS: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {"shapes": shapes_view, "leaks": leaks_view}
+VIEWS: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {"shapes": shapes_view, "leaks": leaks_view, "guard": guard_view}
 
 
 def section_views(sections: Mapping[str, Any]) -> Iterator[RenderableType]:

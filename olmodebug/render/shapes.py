@@ -14,9 +14,14 @@ UNALLOCATED = {"meta": "meta device", "fake": "fake tensors"}
 
 
 def shapes_view(section: Mapping[str, Any]) -> Group:
-    """The section `shapes` as text: the whole tree under a legend of its names."""
+    """The section `shapes` as text."""
     rows = tuple(ModuleShape(**{**row, "inputs": tuple(row["inputs"]), "outputs": tuple(row["outputs"])}) for row in section["rows"])
-    return Group(*_lines(ShapeTree(**{**section, "rows": rows})))
+    return tree_view(ShapeTree(**{**section, "rows": rows}))
+
+
+def tree_view(tree: ShapeTree) -> Group:
+    """The whole tree under a legend of its names."""
+    return Group(*_lines(tree))
 
 
 def _lines(tree: ShapeTree) -> Iterator[Line]:
