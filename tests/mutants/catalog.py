@@ -47,7 +47,7 @@ def materialize(mutant: Mutant, folder: Path) -> Path:
     return path
 
 
-_BASES = {"hf": "hf_style", "nanogpt": "nanogpt_style", "llama": "llama_style"}
+_BASES = {"hf": "hf_style", "nanogpt": "nanogpt_style", "llama": "llama_style", "lit": "litgpt_style"}
 
 
 def _mutant(
@@ -2243,7 +2243,343 @@ _LLAMA_MUTANTS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = _HF_MUTANTS + _NANOGPT_MUTANTS + _LLAMA_MUTANTS
+# --------------------------------------------------------------------------------------------------------------------------------
+# lit-gpt style: written after the probes and before any of them had run on it (see reports/scoreboard.md)
+
+_LIT_NORM = """        norm_x = torch.mean(x * x, dim=-1, keepdim=True)
+        x_normed = x * torch.rsqrt(norm_x + self.eps)
+"""
+_LIT_APPLY = """        super()._apply(fn, recurse)
+        self.reset_parameters()
+        return self
+"""
+_LIT_RESET = (
+    """    def reset_parameters(self):
+        self.freqs_cis = self.rope_cache(self.freqs_cis.device)
+
+    def _apply(self, fn, recurse=True):
+        # a cast must not touch the rotation, and to_empty() must not lose it
+"""
+    + _LIT_APPLY
+)
+_LIT_SEQUENTIAL = """        x = attention_output + x
+        x_normed = self.norm_2(x)
+        return self.resid_dropout(self.mlp(x_normed)) + x
+"""
+_LIT_LOSS = "F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)"
+
+_LIT_MUTANTS = (
+    _mutant(
+        "lit/not-causal-without-cache",
+        "M02",
+        "CausalSelfAttention.scaled_dot_product_attention",
+        "causality",
+        "causal|future|later",
+        ("scale=scale, is_causal=mask is None)", "scale=scale)"),
+    ),
+    _mutant(
+        "lit/softcap-mask-transposed",
+        "M01",
+        "CausalSelfAttention.scaled_dot_product_attention",
+        "causality",
+        "causal|future|later|triang|transposed",
+        ("dtype=torch.bool, device=q.device).tril()\n            scores", "dtype=torch.bool, device=q.device).triu()\n            scores"),
+        build="build_softcap",
+    ),
+    _mutant(
+        "lit/softcap-after-mask",
+        "M03",
+        "CausalSelfAttention.scaled_dot_product_attention",
+        "causality mask",
+        "finite|cap|future|later|mask",
+        (
+            "            scores = torch.tanh(scores / cap) * cap\n            if mask is None:\n",
+            "            if mask is None:\n",
+        ),
+        (
+            '            scores = scores.masked_fill(~mask, float("-inf"))\n',
+            '            scores = scores.masked_fill(~mask, float("-inf"))\n            scores = torch.tanh(scores / cap) * cap\n',
+        ),
+        build="build_softcap",
+    ),
+    _mutant(
+        "lit/softcap-in-softmax-bf16",
+        "A16",
+        "CausalSelfAttention.scaled_dot_product_attention",
+        "precision",
+        "bf16|bfloat16|softmax|precision",
+        ("F.softmax(scores, dim=-1, dtype=torch.float)", "F.softmax(scores.bfloat16(), dim=-1)"),
+        build="build_softcap",
+    ),
+    _mutant(
+        "lit/heads-merged-without-transpose",
+        "A06",
+        "CausalSelfAttention.scaled_dot_product_attention",
+        "causality shapes",
+        "transpose|head|reshape|future|later",
+        ("        return y.transpose(1, 2)\n", "        return y\n"),
+        also="CausalSelfAttention.forward",
+    ),
+    _mutant(
+        "lit/qkv-split-without-permute",
+        "A07",
+        "CausalSelfAttention.forward",
+        "causality shapes",
+        "transpose|permute|head|view|future|later",
+        (
+            "        qkv = qkv.permute(0, 2, 3, 1, 4)  #",
+            "        qkv = qkv.reshape(B, self.config.n_query_groups, total_qkv, T, self.config.head_size)  #",
+        ),
+    ),
+    _mutant(
+        "lit/scale-by-embedding",
+        "A01",
+        "CausalSelfAttention.scaled_dot_product_attention",
+        "attention kernels structure",
+        "scale|scaling|sqrt|head",
+        ("scale = 1.0 / math.sqrt(self.config.head_size)", "scale = 1.0 / math.sqrt(self.config.n_embd)"),
+        severity="warning",
+    ),
+    _mutant(
+        "lit/keys-turned-backwards",
+        "R04",
+        "CausalSelfAttention.forward",
+        "rope position",
+        "conj|direction|relative|distance|shift|angle|sign",
+        ("apply_rotary_emb(k[..., :n_elem], freqs_cis)", "apply_rotary_emb(k[..., :n_elem], freqs_cis.conj())"),
+        also="apply_rotary_emb",
+    ),
+    _mutant(
+        "lit/values-rotated-too",
+        "",
+        "CausalSelfAttention.forward",
+        "rope position",
+        "value|relative|distance|shift|rotat",
+        (
+            "        k = torch.cat((k_roped, k[..., n_elem:]), dim=-1)\n",
+            "        k = torch.cat((k_roped, k[..., n_elem:]), dim=-1)\n        v = apply_rotary_emb(v, freqs_cis)\n",
+        ),
+        also="apply_rotary_emb",
+        severity="warning",
+    ),
+    _mutant(
+        "lit/rope-base-ignored",
+        "R05",
+        "GPT.rope_cache",
+        "rope",
+        "theta|base|10000|500000",
+        ("    rope_base: int = 10000\n", "    rope_base: int = 500000\n"),
+        (
+            "self.config.rope_n_elem, self.config.rope_base, device)",
+            "self.config.rope_n_elem, 10000, device)",
+        ),
+        also="precompute_freqs_cis GPT.__init__",
+    ),
+    _mutant(
+        "lit/partial-rotary-exponent",
+        "R13",
+        "GPT.rope_cache",
+        "rope",
+        "rotary|head_size|head_dim|partial|inv_freq|exponent|frequenc",
+        (
+            "precompute_freqs_cis(self.config.block_size, self.config.rope_n_elem, self.config.rope_base, device)",
+            (
+                "precompute_freqs_cis(\n            self.config.block_size, self.config.head_size, self.config.rope_base, device\n"
+                "        )[:, : self.config.rope_n_elem // 2]"
+            ),
+        ),
+        build="build_partial",
+        also="precompute_freqs_cis GPT.__init__ apply_rotary_emb",
+    ),
+    _mutant(
+        "lit/angles-in-bfloat16",
+        "R01",
+        "precompute_freqs_cis",
+        "rope precision",
+        "bf16|bfloat16|precision|inv_freq|angle",
+        ("idx_theta = torch.outer(seq_idx, theta)", "idx_theta = torch.outer(seq_idx.bfloat16(), theta.bfloat16()).float()"),
+        also="GPT.rope_cache GPT.__init__",
+    ),
+    _mutant(
+        "lit/rotation-lost-by-to-empty",
+        "R15",
+        "GPT._apply",
+        "lifecycle",
+        "freqs_cis|to_empty|meta|buffer",
+        (_LIT_RESET, ""),
+        severity="warning",
+        also="GPT.__init__",
+    ),
+    _mutant(
+        "lit/norm-in-model-dtype",
+        "N02",
+        "RMSNorm.forward",
+        "precision norm",
+        "overflow|float16|fp16|upcast|float32",
+        ("        x = x.float()\n", ""),
+        severity="warning",
+    ),
+    _mutant(
+        "lit/norm-over-the-batch",
+        "N09",
+        "RMSNorm.forward",
+        "batch norm",
+        "batch|row|axis",
+        ("norm_x = torch.mean(x * x, dim=-1, keepdim=True)", "norm_x = torch.mean(x * x, dim=(0, -1), keepdim=True)"),
+    ),
+    _mutant(
+        "lit/eps-inside-config-ignored",
+        "N01",
+        "Block.__init__",
+        "norm",
+        "eps",
+        ("    norm_eps: float = 1e-5\n", "    norm_eps: float = 1e-3\n"),
+        ("self.norm_1 = RMSNorm(config.n_embd, eps=config.norm_eps)", "self.norm_1 = RMSNorm(config.n_embd)"),
+        ("self.norm_2 = RMSNorm(config.n_embd, eps=config.norm_eps)", "self.norm_2 = RMSNorm(config.n_embd)"),
+        also="RMSNorm.__init__ RMSNorm.forward",
+    ),
+    _mutant(
+        "lit/norm-1-in-both-branches",
+        "N04",
+        "Block.forward",
+        "gradients structure",
+        "norm_2|gradient|unused|never|twice",
+        ("        x_normed = self.norm_2(x)\n", "        x_normed = self.norm_1(x)\n"),
+        also="Block.__init__ RMSNorm.__init__",
+    ),
+    _mutant(
+        "lit/normed-residual",
+        "N05",
+        "Block.forward",
+        "structure norm",
+        "residual",
+        (_LIT_SEQUENTIAL, _LIT_SEQUENTIAL.replace("(self.mlp(x_normed)) + x\n", "(self.mlp(x_normed)) + x_normed\n")),
+        severity="warning",
+    ),
+    _mutant(
+        "lit/parallel-residual-forgotten",
+        "N05",
+        "Block.forward",
+        "structure norm",
+        "residual",
+        (
+            "return x + attention_output + self.resid_dropout(self.mlp(self.norm_2(x)))",
+            "return attention_output + self.resid_dropout(self.mlp(self.norm_2(x)))",
+        ),
+        build="build_parallel",
+        severity="warning",
+    ),
+    _mutant(
+        "lit/window-off-by-one",
+        "M06",
+        "CausalSelfAttention.sliding_window_mask",
+        "window",
+        "window|sliding",
+        ("(distance < self.config.sliding_window_size)", "(distance <= self.config.sliding_window_size)"),
+        build="build_window",
+        also="CausalSelfAttention.scaled_dot_product_attention",
+    ),
+    _mutant(
+        "lit/window-sees-both-sides",
+        "M02",
+        "CausalSelfAttention.sliding_window_mask",
+        "causality",
+        "future|later|causal",
+        ("return (distance >= 0) & (distance <", "return (distance.abs() >= 0) & (distance <"),
+        build="build_window",
+        also="CausalSelfAttention.scaled_dot_product_attention",
+    ),
+    _mutant(
+        "lit/dropout-by-a-positive-rate",
+        "A09",
+        "CausalSelfAttention.scaled_dot_product_attention",
+        "determinism",
+        "dropout",
+        ("dropout_p = self.config.dropout if self.training else 0.0", "dropout_p = self.config.dropout"),
+        build="build_dropout",
+    ),
+    _mutant(
+        "lit/cache-written-one-late",
+        "K03",
+        "KVCache.forward",
+        "cache",
+        "cache|input_pos|position|slot",
+        ("        self.k[:n, :, input_pos] = k\n", "        self.k[:n, :, (input_pos + 1) % self.k.size(2)] = k\n"),
+        also="CausalSelfAttention.forward CausalSelfAttention.scaled_dot_product_attention",
+    ),
+    _mutant(
+        "lit/cache-mask-from-zero",
+        "M09",
+        "GPT.forward",
+        "cache",
+        "top-left|align|mask|cache|input_pos",
+        ("mask = self.mask_cache[input_pos]", "mask = self.mask_cache[:T]"),
+        also="CausalSelfAttention.scaled_dot_product_attention",
+    ),
+    _mutant(
+        "lit/decode-rotation-from-zero",
+        "R16",
+        "GPT.forward",
+        "cache",
+        "position|offset|rotat|input_pos|restart|cache",
+        ("freqs_cis = self.freqs_cis[input_pos]", "freqs_cis = self.freqs_cis[:T]"),
+        also="apply_rotary_emb CausalSelfAttention.forward",
+    ),
+    _mutant(
+        "lit/targets-shifted-again",
+        "L01",
+        "GPT.forward",
+        "loss",
+        "shift|twice|aligned",
+        (
+            _LIT_LOSS,
+            (
+                "F.cross_entropy(\n"
+                "                logits[:, :-1].reshape(-1, logits.size(-1)), targets[:, 1:].reshape(-1), ignore_index=-1\n"
+                "            )"
+            ),
+        ),
+    ),
+    _mutant(
+        "lit/residual-init-on-the-wrong-name",
+        "I01",
+        "GPT.__init__",
+        "init",
+        "residual|std|proj|depth",
+        ('if pn.endswith("proj.weight"):', 'if pn.endswith("c_proj.weight"):'),
+        severity="warning",
+        also="GPT._init_weights CausalSelfAttention.__init__ LLaMAMLP.__init__",
+    ),
+    _mutant(
+        "lit/gate-without-gradient",
+        "",
+        "LLaMAMLP.forward",
+        "gradients",
+        "gradient|detach|no_grad",
+        ("        x_fc_1 = self.fc_1(x)\n", "        with torch.no_grad():\n            x_fc_1 = self.fc_1(x)\n"),
+        also="LLaMAMLP.__init__",
+    ),
+    _mutant(
+        "lit/second-matrix-unused",
+        "P01",
+        "LLaMAMLP.forward",
+        "gradients structure",
+        "fc_2|gradient|unused|never|twice",
+        ("        x_fc_2 = self.fc_2(x)\n", "        x_fc_2 = self.fc_1(x)\n"),
+        also="LLaMAMLP.__init__",
+    ),
+    _mutant(
+        "lit/layers-share-one-block",
+        "",
+        "GPT.__init__",
+        "structure",
+        "shared|same|layer|once",
+        ("nn.ModuleList(Block(config, block_idx) for block_idx in range(config.n_layer))", "nn.ModuleList([Block(config, 0)] * config.n_layer)"),
+        severity="warning",
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = _HF_MUTANTS + _NANOGPT_MUTANTS + _LLAMA_MUTANTS + _LIT_MUTANTS
 
 # --------------------------------------------------------------------------------------------------------------------------------
 # Legal variants: other designs and other ways to write the same thing
@@ -2699,4 +3035,30 @@ NEUTRAL: tuple[Mutant, ...] = (
         ),
         build="build_packed",
     ),
+    # --- lit-gpt style
+    *(
+        _neutral(f"lit/{build.replace('_', '-')}", ("# disabled by default", "# off by default"), build=build)
+        for build in ("build", "build_partial", "build_parallel", "build_window", "build_softcap", "build_dropout")
+    ),
+    _neutral(
+        "lit/qkv-in-three-blocks",  # another layout of the fused matrix: a relabelling of its rows
+        (
+            "        q, k, v = qkv.split((q_per_kv, 1, 1), dim=2)\n",
+            "        k, v, q = qkv.split((1, 1, q_per_kv), dim=2)\n",
+        ),
+    ),
+    _neutral(
+        "lit/half-split-rotation",
+        (
+            "    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))\n"
+            "    turned = torch.view_as_real(pairs * freqs_cis).flatten(-2)\n",
+            "    half = x.size(-1) // 2\n"
+            "    pairs = torch.complex(x[..., :half].float(), x[..., half:].float()) * freqs_cis\n"
+            "    turned = torch.cat((pairs.real, pairs.imag), dim=-1)\n",
+        ),
+    ),
+    _neutral("lit/both-turned-backwards", ("return torch.polar(torch.ones_like(idx_theta), idx_theta)", "return torch.polar(torch.ones_like(idx_theta), -idx_theta)")),
+    _neutral("lit/window-as-a-mask-argument", ("            mask = self.sliding_window_mask(", "            mask = (mask if mask is not None else True) & self.sliding_window_mask("), build="build_window"),
+    _neutral("lit/tied", ("        self.mask_cache: Optional[torch.Tensor] = None\n", "        self.transformer.wte.weight = self.lm_head.weight\n        self.mask_cache: Optional[torch.Tensor] = None\n")),
+    _neutral("lit/loss-in-float32", ("F.cross_entropy(logits.view(-1, logits.size(-1)),", "F.cross_entropy(logits.float().view(-1, logits.size(-1)),")),
 )
