@@ -2574,7 +2574,10 @@ _LIT_MUTANTS = (
         "GPT.__init__",
         "structure",
         "shared|same|layer|once",
-        ("nn.ModuleList(Block(config, block_idx) for block_idx in range(config.n_layer))", "nn.ModuleList([Block(config, 0)] * config.n_layer)"),
+        (
+            "nn.ModuleList(Block(config, block_idx) for block_idx in range(config.n_layer))",
+            "nn.ModuleList([Block(config, 0)] * config.n_layer)",
+        ),
         severity="warning",
     ),
 )
@@ -3057,8 +3060,27 @@ NEUTRAL: tuple[Mutant, ...] = (
             "    turned = torch.cat((pairs.real, pairs.imag), dim=-1)\n",
         ),
     ),
-    _neutral("lit/both-turned-backwards", ("return torch.polar(torch.ones_like(idx_theta), idx_theta)", "return torch.polar(torch.ones_like(idx_theta), -idx_theta)")),
-    _neutral("lit/window-as-a-mask-argument", ("            mask = self.sliding_window_mask(", "            mask = (mask if mask is not None else True) & self.sliding_window_mask("), build="build_window"),
-    _neutral("lit/tied", ("        self.mask_cache: Optional[torch.Tensor] = None\n", "        self.transformer.wte.weight = self.lm_head.weight\n        self.mask_cache: Optional[torch.Tensor] = None\n")),
-    _neutral("lit/loss-in-float32", ("F.cross_entropy(logits.view(-1, logits.size(-1)),", "F.cross_entropy(logits.float().view(-1, logits.size(-1)),")),
+    _neutral(
+        "lit/both-turned-backwards",
+        ("return torch.polar(torch.ones_like(idx_theta), idx_theta)", "return torch.polar(torch.ones_like(idx_theta), -idx_theta)"),
+    ),
+    _neutral(
+        "lit/window-as-a-mask-argument",
+        (
+            "            mask = self.sliding_window_mask(",
+            "            mask = (mask if mask is not None else True) & self.sliding_window_mask(",
+        ),
+        build="build_window",
+    ),
+    _neutral(
+        "lit/tied",
+        (
+            "        self.mask_cache: Optional[torch.Tensor] = None\n",
+            "        self.transformer.wte.weight = self.lm_head.weight\n        self.mask_cache: Optional[torch.Tensor] = None\n",
+        ),
+    ),
+    _neutral(
+        "lit/loss-in-float32",
+        ("F.cross_entropy(logits.view(-1, logits.size(-1)),", "F.cross_entropy(logits.float().view(-1, logits.size(-1)),"),
+    ),
 )
