@@ -85,16 +85,19 @@ def pieces(sizes: tuple[int, ...]) -> list[Chunk]:
     return [Chunk(start=a, stop=b, seq=ends[-1]) for a, b in itertools.pairwise(ends)]
 
 
-def run_chunks(twin: Subject, case: Case, chunks: list[Chunk]) -> tuple[list[Tensor], Any]:
+def run_chunks(twin: Subject, case: Case, chunks: list[Chunk], *, room: int | None = None) -> tuple[list[Tensor], Any]:
     """Logits `[batch, queries, vocab]` of each chunk, and the cache after the last; NoCache when the model gives none.
 
-    Each chunk gets the mask up to its end and its own positions, as generation passes them.
+    Each chunk gets the mask up to its end and its own positions, as generation passes them. A model that keeps its cache
+    itself makes one with `room` for as many tokens, those of the case when it is not given.
     """
     cache: Any = None
     found: list[Tensor] = []
+    if twin.keeps_its_cache:
+        twin.new_cache(case.batch_size, room or case.seq_len)
     for chunk in chunks:
         output = call_chunk(twin, case, chunk, cache)
-        if output.cache is None:
+        if output.cache is None and not twin.keeps_its_cache:
             raise NoCache
         cache = output.cache
         found.append(output.logits)
@@ -115,7 +118,7 @@ def call_chunk(twin: Subject, case: Case, chunk: Chunk, cache: Any) -> Any:
     )
     with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(twin.seed)
-        return twin.call(piece, cache=cache, use_cache=True)
+        return twin.call(piece, cache=cache, use_cache=True, start=chunk.start)
 
 
 def aligned(full: Tensor, part: Tensor, chunk: Chunk) -> list[Tensor]:
@@ -140,7 +143,7 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, firs
     for place, chunk in enumerate(chunks):
 
         def go(replace: Any = None, keep: bool = False, place: int = place, chunk: Chunk = chunk) -> Recording:
-            cache = run_chunks(twin, case, chunks[:place])[1] if place else None
+            cache = run_chunks(twin, case, chunks[:place], room=chunk.stop)[1]
             return record(twin.model, lambda: call_chunk(twin, case, chunk, cache), keep=keep, sources=sources, replace=replace, catch=True)
 
         def wrong(recording: Recording, chunk: Chunk = chunk) -> bool:

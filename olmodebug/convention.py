@@ -14,6 +14,11 @@ IDS_NAMES = ("input_ids", "idx", "tokens", "token_ids", "ids", "x", "input", "in
 MASK_NAMES = ("attention_mask", "padding_mask", "pad_mask", "attn_mask", "mask")
 POSITION_NAMES = ("position_ids", "positions", "pos_ids", "position")
 CACHE_NAMES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache_params")
+# Where the model keeps the cache itself, the caller says where the new tokens stand: their positions as a tensor
+# (lit-gpt, gpt-fast), or the first of them as a number (Meta's llama).
+PLACES_NAMES, START_NAMES = ("input_pos",), ("start_pos",)
+SETUP_NAMES = ("set_kv_cache", "setup_caches", "setup_cache", "setup_kv_cache")
+LOSS_ATTRIBUTES = ("last_loss",)  # llama2.c gives bare logits and leaves the loss here
 SHIFTED_LABELS = ("labels",)
 ALIGNED_LABELS = ("targets", "target", "y")
 
@@ -23,7 +28,8 @@ class Convention:
     """The argument names of a model's forward; None where it has no such argument.
 
     `labels_aligned` says that label t belongs to logit t (nanoGPT's `targets`); otherwise the model shifts inside
-    (`labels`). `logits_need_labels`: without labels the model returns only the last position.
+    (`labels`). `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take
+    the positions of the new tokens, or the first of them, where the model keeps its cache itself.
     """
 
     ids: str
@@ -31,12 +37,14 @@ class Convention:
     position_ids: str | None = None
     cache: str | None = None
     use_cache: str | None = None
+    places: str | None = None
+    start: str | None = None
     labels: str | None = None
     labels_aligned: bool = False
     logits_need_labels: bool = False
 
     def __str__(self) -> str:
-        names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.labels]
+        names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.places, self.start, self.labels]
         text = f"forward({', '.join(name for name in names if name)})"
         if self.labels:
             text += f"; {self.labels} " + ("already aligned with the logits" if self.labels_aligned else "shifted inside")
@@ -80,10 +88,12 @@ def read_signature(forward: Callable[..., object]) -> Convention:
         position_ids=first(POSITION_NAMES),
         cache=first(CACHE_NAMES) if "use_cache" in names else None,
         use_cache="use_cache" if "use_cache" in names else None,
+        places=first(PLACES_NAMES),
+        start=first(START_NAMES),
         labels=labels,
         labels_aligned=labels in ALIGNED_LABELS,
     )
-    known = {ids, convention.attention_mask, convention.position_ids, convention.labels}
+    known = {ids, convention.attention_mask, convention.position_ids, convention.labels, convention.start}
     unknown = [p.name for p in parameters if p.default is p.empty and p.name not in known]
     if unknown:
         raise SubjectError(

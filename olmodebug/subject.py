@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # no public name; without it no ids under a fake mode
 
-from .convention import Convention, Output, find_logits, first_embedding, ids_tensor, read_signature
+from .convention import (
+    LOSS_ATTRIBUTES,
+    SETUP_NAMES,
+    Convention,
+    Output,
+    find_logits,
+    first_embedding,
+    ids_tensor,
+    is_scalar_loss,
+    read_signature,
+)
 from .errors import SubjectError
 from .load import SubjectCodeError
 from .records import Case, Rows
@@ -168,8 +178,12 @@ class Subject:
         use_cache: bool = False,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        start: int | None = None,
     ) -> Output:
-        """Run the model once on a case; NoLogits when it returns none, and whatever the model raises."""
+        """Run the model once on a case; NoLogits when it returns none, and whatever the model raises.
+
+        `start` is the place of the first token in a cache that the model keeps itself.
+        """
         form, device = self.convention, self.device
         ids = ids_tensor(case.input_ids, device)
         assert ids is not None
@@ -184,6 +198,10 @@ class Subject:
             arguments[form.cache] = cache
         if form.use_cache:
             arguments[form.use_cache] = use_cache
+        if form.start:
+            arguments[form.start] = start or 0
+        elif form.places and start is not None:
+            arguments[form.places] = torch.arange(start, start + case.seq_len, device=device)
         if form.labels and case.labels is not None:
             arguments[form.labels] = ids_tensor(case.labels, device)
         elif form.labels and form.logits_need_labels:
@@ -193,7 +211,26 @@ class Subject:
         else:
             first = arguments.pop(form.ids)
             result = self.model(first, **arguments)
-        return find_logits(result, batch_size=case.batch_size, seq_len=case.seq_len)
+        output = find_logits(result, batch_size=case.batch_size, seq_len=case.seq_len)
+        if output.loss is None and case.labels is not None:
+            output.loss = next((value for name in LOSS_ATTRIBUTES if is_scalar_loss(value := getattr(self.model, name, None))), None)
+        return output
+
+    @property
+    def keeps_its_cache(self) -> bool:
+        """Whether the model keeps keys and values itself, and is told where new tokens stand."""
+        form = self.convention
+        return form.start is not None or (form.places is not None and self._setup() is not None)
+
+    def new_cache(self, batch_size: int, length: int) -> None:
+        """Have a model that keeps its cache itself make a fresh one, where it has a method for that."""
+        setup = self._setup()
+        if setup is not None:
+            with torch.device(self.device):
+                setup(batch_size, length)
+
+    def _setup(self) -> Callable[..., Any] | None:
+        return next((method for name in SETUP_NAMES if callable(method := getattr(self.model, name, None))), None)
 
     def logits(self, case: Case) -> Tensor:
         """Logits `[batch, seq_len, vocab]` of one run without gradients."""

@@ -1,6 +1,9 @@
 """Twins with a switch of the model thrown: its attention implementation, its gradient checkpointing, the size of its scores."""
 
+from collections.abc import Iterator
+
 import torch
+from torch import nn
 
 from .attends import QUERY_KEY
 from .records import Case
@@ -31,6 +34,30 @@ def attention_twins(subject: Subject) -> list[tuple[str, Subject]]:
         if switched and twin.runs():
             twins.append(("fused attention" if flash else "attention written out", twin))
     return twins
+
+
+def dropout_rates(model: nn.Module) -> Iterator[tuple[str, object, str, float]]:
+    """(name, holder, attribute, rate) of each dropout rate that forward may read: of modules, of plain attributes, of the
+    config objects that modules hold."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for holder in (module, config_of(module)):
+            if holder is None or id(holder) in seen or not hasattr(holder, "__dict__"):
+                continue
+            seen.add(id(holder))
+            for key, value in list(vars(holder).items()):
+                dropout = isinstance(holder, nn.modules.dropout._DropoutNd) and key == "p"
+                if isinstance(value, float) and 0.0 <= value < 1.0 and (dropout or "drop" in key.lower()):
+                    yield (f"{name}.{key}" if name else key), holder, key, value
+
+
+def set_dropout(model: nn.Module, rate: float) -> list[str]:
+    """Set every dropout rate; the names of what was set."""
+    names = []
+    for name, holder, key, _ in dropout_rates(model):
+        object.__setattr__(holder, key, rate)  # a config may be frozen
+        names.append(name)
+    return names
 
 
 def checkpointing_twin(subject: Subject, on: bool) -> Subject | None:

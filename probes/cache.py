@@ -62,7 +62,8 @@ def matches_full_forward(subject: Subject) -> Iterator[Finding]:
     rotated, not kept or in the wrong order; an ALiBi bias as long as the queries.
     """
     _needs_cache(subject)
-    yield from _broken(subject, lambda twin: _ways(twin, _length(twin), brief=twin is not subject.twin()))
+    brief = not subject.keeps_its_cache
+    yield from _broken(subject, lambda twin: _ways(twin, _length(twin), brief=brief and twin is not subject.twin()))
 
 
 @probe(after=("cache.matches-full-forward",))
@@ -134,9 +135,9 @@ def table_end(subject: Subject) -> Iterator[Finding]:
 def _needs_cache(subject: Subject) -> None:
     if subject.setting("model_type") in OWN_CACHES:
         not_applicable("its cache wants more than the new tokens: the whole input, or positions counted its own way")
-    if subject.convention.cache is None:
+    if subject.convention.cache is None and not subject.keeps_its_cache:
         not_applicable("forward takes no cache")
-    twin = subject.twin()
+    twin = subject.fresh_twin() if subject.keeps_its_cache else subject.twin()
     if _chunked(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), (2,)) is None:
         not_applicable("use_cache=True gives no cache back")
 
@@ -227,6 +228,9 @@ def _broken(subject: Subject, ways: Any, *, shrink: bool = True) -> Iterator[Fin
 
 
 def _settings(subject: Subject) -> Iterator[tuple[str, Subject]]:
+    if subject.keeps_its_cache:
+        yield "", subject.fresh_twin()  # a cache made in it is nobody else's business
+        return
     yield "", subject.twin()
     used = getattr(subject.config, "_attn_implementation", None) or getattr(subject.config, "attn_implementation", None)
     for name in attention_choices(subject):
@@ -400,6 +404,8 @@ def _shifted(runs: Runs, parting: Parting) -> Diagnosis | None:
     if not parting.good or parting.kept is None or parting.event is None or not parting.kept.outputs:
         return None
     good, bad = parting.good[0], parting.kept.outputs[0]
+    if bad.is_complex():
+        return _table_shifted(runs, good, bad)
     if bad.is_floating_point() and not bool((bad == bad.round()).all()) or good.shape != bad.shape or good.dtype == torch.bool:
         return None
     gaps = (good - bad).unique()
@@ -424,6 +430,22 @@ def _shifted(runs: Runs, parting: Parting) -> Diagnosis | None:
     else:
         return None
     return Diagnosis(cause=cause, fix=fix, evidence={"in the chunk": values[0], "in the full forward": values[1]})
+
+
+def _table_shifted(runs: Runs, good: Tensor, bad: Tensor) -> Diagnosis | None:
+    """Rotations cut out of a table: the chunk has the first of them, and the full forward those of its own positions."""
+    full = next(
+        (k.outputs[0] for k in runs.full.kept if k.outputs and k.outputs[0].is_complex() and k.outputs[0].shape[:1] == (runs.chunk.seq,)),
+        None,
+    )
+    if full is None or good.shape != bad.shape or not runs.chunk.start or full.shape[1:] != bad.shape[1:]:
+        return None
+    if not torch.equal(full[: runs.chunk.queries], bad) or not torch.equal(full[runs.chunk.start : runs.chunk.stop], good):
+        return None
+    return Diagnosis(
+        cause=f"positions restart at 0 in each chunk: the chunk at {runs.chunk} gets the rotations of positions 0..{runs.chunk.queries - 1}",
+        fix="cut the table at the positions of the new tokens: freqs_cis[input_pos], or [start : start + seq_len]",
+    )
 
 
 def _short_bias(runs: Runs, parting: Parting) -> Diagnosis | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
@@ -13,9 +13,9 @@ from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, attention_choices, own_code, quiet
+from olmodebug.switches import set_dropout
 from olmodebug.tracer import record
 
-DROPOUT_WORDS = ("dropout", "drop", "pdrop")
 RANDOM_OPS = ("bernoulli", "bernoulli_", "native_dropout", "rand_like", "randn_like", "rand", "randn", "uniform_", "normal_", "multinomial")
 
 
@@ -28,7 +28,7 @@ def eval_repeats(subject: Subject) -> Iterator[Finding]:
     """
     for name in [None, *attention_choices(subject)]:
         twin = subject.fresh_twin(attention=name)
-        forced = force_dropout(twin.model)
+        forced = set_dropout(twin.model, 0.3)
         batch, seq = twin.sizes()
         case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=16))
         first, second = _seeded(twin, case, 1), _seeded(twin, case, 2)
@@ -51,21 +51,6 @@ def eval_repeats(subject: Subject) -> Iterator[Finding]:
             case=case,
         )
         return
-
-
-def force_dropout(model: nn.Module) -> list[str]:
-    """Set every dropout rate of the model to 0.3, in modules and in plain attributes; the names of what was set."""
-    forced = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.AlphaDropout):
-            module.p = 0.3
-            forced.append(name)
-            continue
-        for key, value in list(vars(module).items()):
-            if isinstance(value, float) and 0.0 <= value < 1.0 and any(word in key.lower() for word in DROPOUT_WORDS):
-                setattr(module, key, 0.3)
-                forced.append(f"{name}.{key}" if name else key)
-    return forced
 
 
 def _seeded(twin: Subject, case: Case, seed: int) -> Tensor:

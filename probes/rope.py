@@ -31,6 +31,12 @@ COARSE = 2.0**-14
 FELT = 0.02
 FELT_SHIFT = 1e-2
 KNOWN_TYPES = (None, "default", "linear")
+# Names under which configurations keep the rotary base itself, the size of a head, and the divisor of positions.
+THETA_NAMES = ("rope_theta", "rope_base", "rotary_emb_base", "rope_freq_base", "rotary_base")
+HEAD_DIM_NAMES = ("head_dim", "head_size", "d_head", "kv_channels")
+DIVISOR_NAMES = ("rope_condense_ratio",)
+# lit-gpt's own dictionary for scalings of other kinds, and Meta's switch for theirs.
+OTHER_SCALINGS = ("rope_adjustments", "use_scaled_rope")
 # Parts of the names under which configurations keep a rotary base.
 BASE_WORDS = ("theta", "rope_base", "base_freq", "rotary_base", "rotary_emb_base")
 
@@ -437,8 +443,13 @@ def _declared(subject: Subject) -> list[tuple[float, float]]:
     """Every (theta, linear factor) that the config declares; empty when any part of it is not understood."""
     found: list[tuple[float, float]] = []
     parameters = subject.setting("rope_parameters")
-    theta = subject.setting("rope_theta")
+    theta = subject.setting(*THETA_NAMES)
     scaling = subject.setting("rope_scaling")
+    if any(subject.setting(name) for name in OTHER_SCALINGS):
+        return []
+    divisor = subject.setting(*DIVISOR_NAMES)
+    if scaling is None and isinstance(divisor, int | float) and divisor != 1:
+        scaling = {"rope_type": "linear", "factor": divisor}
     holders: list[Any] = [{"rope_theta": theta, **scaling} if isinstance(scaling, dict) else {"rope_theta": theta}]
     if scaling is not None and not isinstance(scaling, dict):
         return []
@@ -493,7 +504,8 @@ def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tup
     message = f"rotary frequencies are not those of the config: pair 1 turns by {float(frequencies[1]):.5g} rad a position, theta {theta:g}"
     message += f" and factor {factor:g} give {float(_ideal(pairs, theta, factor)[1]):.5g}"
     evidence: dict[str, Any] = {"theta in use": base if regular else None, "theta declared": theta, "rotary dimensions": 2 * pairs}
-    head_dim = subject.setting("head_dim")
+    head_dim = subject.setting(*HEAD_DIM_NAMES)
+    named = next((name for name in THETA_NAMES if subject.setting(name) is not None), "rope_theta")
     if _fits(frequencies, theta, 1.0) and factor != 1:
         cause, fix = f"rope_scaling declares the linear factor {factor:g} and has no effect on inv_freq", "divide inv_freq by the factor"
     elif isinstance(head_dim, int) and head_dim > 2 * pairs and _fits(frequencies, theta ** (2 * pairs / head_dim), factor):
@@ -501,8 +513,8 @@ def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tup
         fix = "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"
     elif regular and abs(base - theta) > 0.01 * theta and abs(float(frequencies[0]) * factor - 1) < 1e-3 and _is_round(base):
         cause, fix = (
-            f"the base in use is {base:.6g}; the config's rope_theta {theta:g} does not reach inv_freq",
-            "use config.rope_theta as the base",
+            f"the base in use is {base:.6g}; the config's {named} {theta:g} does not reach inv_freq",
+            f"use config.{named} as the base",
         )
     else:
         return message, Diagnosis(evidence=evidence)

@@ -21,6 +21,7 @@ from olmodebug.tracer import Recording
 LONGEST = 256
 # A score this far below the best of its row is masked, whatever constant the mask uses.
 MASKED = 5e3
+WINDOW_NAMES = ("sliding_window", "sliding_window_size")
 WINDOWED, FULL = "sliding_attention", "full_attention"
 
 
@@ -59,7 +60,7 @@ def receptive_field(subject: Subject) -> Iterator[Finding]:
 
 def _declared(subject: Subject) -> tuple[int, list[str] | None]:
     """The window and the kind of each layer; None where the config does not name the kinds."""
-    window = subject.setting("sliding_window")
+    window = subject.setting(*WINDOW_NAMES)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         not_applicable("its config declares no sliding_window")
     if subject.setting("use_sliding_window") is False:

@@ -3075,8 +3075,8 @@ NEUTRAL: tuple[Mutant, ...] = (
     _neutral(
         "lit/tied",
         (
-            "        self.mask_cache: Optional[torch.Tensor] = None\n",
-            "        self.transformer.wte.weight = self.lm_head.weight\n        self.mask_cache: Optional[torch.Tensor] = None\n",
+            "        self.mask_cache: torch.Tensor | None = None\n",
+            "        self.transformer.wte.weight = self.lm_head.weight\n        self.mask_cache: torch.Tensor | None = None\n",
         ),
     ),
     _neutral(

@@ -5,7 +5,6 @@ Clean: every test of the corpus must pass on each `build*` function here. The mu
 
 import math
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -26,8 +25,8 @@ class Config:
     rope_base: int = 10000
     norm_eps: float = 1e-5
     parallel_residual: bool = False
-    sliding_window_size: Optional[int] = None
-    attention_logit_softcapping: Optional[float] = None
+    sliding_window_size: int | None = None
+    attention_logit_softcapping: float | None = None
     dropout: float = 0.0
 
     @property
@@ -91,10 +90,10 @@ class CausalSelfAttention(nn.Module):
         # output projection
         self.proj = nn.Linear(config.head_size * config.n_head, config.n_embd, bias=False)
         # disabled by default
-        self.kv_cache: Optional[KVCache] = None
+        self.kv_cache: KVCache | None = None
         self.apply_sliding_window_attention = config.sliding_window_size is not None and block_idx % 2 == 0
 
-    def forward(self, x, freqs_cis, mask: Optional[torch.Tensor] = None, input_pos: Optional[torch.Tensor] = None):
+    def forward(self, x, freqs_cis, mask: torch.Tensor | None = None, input_pos: torch.Tensor | None = None):
         B, T, _ = x.size()
 
         # assemble into a number of query groups to support MHA, MQA and GQA together
@@ -130,7 +129,7 @@ class CausalSelfAttention(nn.Module):
         distance = query_pos[:, None] - torch.arange(kv_len, device=device)[None, :]
         return (distance >= 0) & (distance < self.config.sliding_window_size)
 
-    def scaled_dot_product_attention(self, q, k, v, mask: Optional[torch.Tensor] = None):
+    def scaled_dot_product_attention(self, q, k, v, mask: torch.Tensor | None = None):
         scale = 1.0 / math.sqrt(self.config.head_size)
         dropout_p = self.config.dropout if self.training else 0.0
         if self.config.attention_logit_softcapping is not None:
@@ -182,20 +181,20 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    last_loss: Optional[torch.Tensor]
+    last_loss: torch.Tensor | None
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                h=nn.ModuleList(Block(config, block_idx) for block_idx in range(config.n_layer)),
-                ln_f=RMSNorm(config.n_embd, eps=config.norm_eps),
-            )
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, block_idx) for block_idx in range(config.n_layer)),
+                "ln_f": RMSNorm(config.n_embd, eps=config.norm_eps),
+            }
         )
-        self.mask_cache: Optional[torch.Tensor] = None
+        self.mask_cache: torch.Tensor | None = None
         self.register_buffer("freqs_cis", self.rope_cache(), persistent=False)
         # the loss of the last forward call; set if it is called with targets
         self.last_loss = None
@@ -222,7 +221,7 @@ class GPT(nn.Module):
         self.reset_parameters()
         return self
 
-    def set_kv_cache(self, batch_size: int, max_seq_length: Optional[int] = None, device=None, dtype=None):
+    def set_kv_cache(self, batch_size: int, max_seq_length: int | None = None, device=None, dtype=None):
         length = max_seq_length or self.config.block_size
         shape = (batch_size, self.config.n_query_groups, length, self.config.head_size)
         for block in self.transformer.h:
@@ -234,9 +233,9 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.attn.kv_cache = None
 
-    def forward(self, idx: torch.Tensor, targets: Optional[torch.Tensor] = None, input_pos: Optional[torch.Tensor] = None):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, input_pos: torch.Tensor | None = None):
         T = idx.size(1)
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"Cannot forward sequence of length {T}, block size is only {self.config.block_size}.")
 
         if input_pos is not None:  # use the kv cache
