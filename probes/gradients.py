@@ -3,13 +3,16 @@
 import inspect
 import linecache
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmodebug.double import KeepDouble
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import limit_of
+from olmodebug.invariance import run
+from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found
@@ -21,6 +24,9 @@ from olmodebug.subject import Subject, own_code, quiet
 from olmodebug.tracer import Recording, record
 
 FD_TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path that is cut changes the slope by its whole share
+# A gradient times its weight in float64: below this there is nothing but rounding of sums of order one.
+ROUNDING = 1e-16
+RELATIVELY_NOTHING = 1e-6  # under which a closer look in full float64 is worth its time
 CUTS = ("detach", ".data", "no_grad", "stop_gradient")
 
 
@@ -42,11 +48,12 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
             with own_code(twin, case):
                 recording = record(twin.model, lambda: twin.call(case).logits)  # noqa: B023 - called at once
             logits = recording.result
-            called = {call.module for call in recording.calls}
+            read = {name for event in recording.events for name in event.parameters}
             if not logits.requires_grad:
+                decorated = hasattr(type(twin.model).forward, "__wrapped__")  # @torch.inference_mode(): openly for inference
                 yield Found(
                     probe="",
-                    severity="error",
+                    severity="warning" if decorated else "error",
                     message="the logits carry no gradient in train mode, so nothing can be trained",
                     cause="forward runs under no_grad, or detaches its result",
                     fix="remove torch.no_grad(), .detach() or .data from the forward pass",
@@ -65,11 +72,11 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
         yield _finding(recording, twin, bad, "error", "a gradient that is not finite", None, None)
     missing = [name for name, p in trainable.items() if p.grad is None]
     zero = [name for name, p in trainable.items() if p.grad is not None and not bool(p.grad.any())]
-    cut = [name for name in missing if name.rpartition(".")[0] in called]
+    cut = [name for name in missing if name in read]
     unused = [name for name in missing if name not in cut]
     if cut:
         share = sum(trainable[name].numel() for name in cut) / sum(p.numel() for p in trainable.values())
-        cause = "forward calls its module, and the path from there to the logits carries no gradient (detach, .data, no_grad, or a choice by index)"
+        cause = "forward reads it, and the path from there to the logits carries no gradient (detach, .data, no_grad, or a choice by index)"
         yield _finding(
             recording,
             twin,
@@ -80,10 +87,11 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
             "let the gradient through, or freeze it openly",
         )
     if unused:
-        cause = "forward never calls its module"
+        cause = "no op of forward reads it"
         yield _finding(recording, twin, unused, "warning", "no gradient", cause, "use it in forward, or remove it")
     if zero and not any("expert" in name for name in zero):
         yield _finding(recording, twin, zero, "warning", "a gradient of exactly zero", None, None)
+    yield from _cancelled(twin, case, {name: p for name, p in trainable.items() if name not in missing + zero})
 
 
 @probe(after=("gradients.reach-every-parameter",), cost="quick")
@@ -99,14 +107,18 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
         not_applicable("no parameter requires a gradient")
     if len({p.data_ptr() for p in trainable}) < len(trainable):
         not_applicable("two parameters share their memory, so that they cannot be moved one by one")
-    if twin.dtype != torch.float64 or limit_of(twin) > 1e-9:
-        not_applicable("its forward computes in float32 inside, where finite differences say little")
+    if twin.dtype != torch.float64:
+        not_applicable("it does not run in float64, and finite differences say little in float32")
     batch, seq = twin.sizes()
     case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=31))
-    analytic, numeric, trusted = _directional(twin, case, trainable, seed=1)
-    if not trusted or abs(analytic - numeric) <= FD_TOLERANCE * max(abs(numeric), 1e-6):
-        return
-    again, measured, sure = _directional(twin, case, trainable, seed=2)
+    run(twin, case)  # an exception of the model is a finding of its own
+    try:
+        analytic, numeric, trusted = _directional(twin, case, trainable, seed=1)
+        if not trusted or abs(analytic - numeric) <= FD_TOLERANCE * max(abs(numeric), 1e-6):
+            return
+        again, measured, sure = _directional(twin, case, trainable, seed=2)
+    except SubjectCodeError as error:
+        not_applicable(f"it does not run with every cast to float32 kept in float64: {error.__cause__}")
     if not sure or abs(again - measured) <= FD_TOLERANCE * max(abs(measured), 1e-6):
         return
     with torch.enable_grad(), quiet():
@@ -125,6 +137,44 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
         evidence={"a second direction": f"{again:.4g} where the loss has {measured:.4g}"},
         case=case,
     )
+
+
+def _cancelled(twin: Subject, case: Case, parameters: dict[str, nn.Parameter]) -> Iterator[Finding]:
+    """Matrices whose gradient is nothing but rounding: what they contribute cancels out. (A key's bias does so by design.)"""
+    effect = {
+        name: float(p.grad.abs().max() * p.detach().abs().max()) for name, p in parameters.items() if p.grad is not None and p.ndim > 1
+    }
+    usual = sorted(effect.values())[len(effect) // 2] if effect else 0.0
+    doubtful = [name for name, size in effect.items() if size <= RELATIVELY_NOTHING * usual and "expert" not in name]
+    if not doubtful:
+        return
+    twin.model.zero_grad(set_to_none=True)
+    target = torch.tensor(case.input_ids, device=twin.device)[:, 1:]
+    try:
+        with settled(seed=twin.seed), quiet(), torch.enable_grad(), KeepDouble(), own_code(twin, case):
+            recording = record(twin.model, lambda: twin.call(case).logits, keep=True)
+            logits = recording.result
+            F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), target.reshape(-1)).backward()
+    except SubjectCodeError:
+        return  # it does not run with every cast kept in float64, and in float32 rounding is not told from a small gradient
+    nothing = [n for n in doubtful if (g := parameters[n].grad) is not None and float((g * parameters[n].detach()).abs().max()) <= ROUNDING]
+    if not nothing:
+        return
+    holder = nothing[0].rpartition(".")[0].rpartition(".")[0]
+    size = max(float(p.grad.abs().max()) for n in nothing if (p := parameters[n]).grad is not None)
+    cause, where = None, None
+    for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
+        if (
+            event.op in ("div", "div_")
+            and event.where.module == holder
+            and kept.outputs
+            and bool((kept.outputs[0] - 1).abs().max() < 1e-12)
+        ):
+            cause = "weights divided by their own sum are 1 for every token, whatever the router says: one expert a token, renormalised"
+            where = place_of(spot, module=holder, op=event.op)
+    fix = "do not renormalise where one expert is chosen; multiply its output by the router's probability" if cause else None
+    found = _finding(recording, twin, nothing, "warning", f"a gradient of {size:.1g}, which is rounding", cause, fix)
+    yield replace(found, where=where, source=source_lines(where)) if where else found
 
 
 def _backward_fails(twin: Subject, error: RuntimeError, case: Case) -> Found:
@@ -157,7 +207,7 @@ def _directional(twin: Subject, case: Case, parameters: list[nn.Parameter], *, s
     target = torch.tensor(case.input_ids, device=twin.device)[:, 1:]
 
     def loss() -> Tensor:
-        with quiet(), own_code(twin, case):
+        with quiet(), KeepDouble(), own_code(twin, case):
             logits = twin.call(case).logits
         return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).double(), target.reshape(-1))
 
@@ -211,8 +261,16 @@ def _cut(recording: Recording, twin: Subject, module: str | None) -> Where:
         path = path.rpartition(".")[0]
 
 
+def _forward_of(twin: Subject, module: str) -> Where:
+    code = getattr(type(twin.model.get_submodule(module)).forward, "__code__", None)
+    return place_of(Spot(code, 0, code.co_firstlineno) if code is not None else None, module=module)
+
+
 def _finding(recording: Recording, twin: Subject, names: list[str], severity: str, what: str, cause: str | None, fix: str | None) -> Found:
-    where = _cut(recording, twin, names[0].rpartition(".")[0])
+    owner = names[0].rpartition(".")[0]
+    read = any(names[0] in event.parameters for event in recording.events)
+    left_out = not read and any(call.module == owner for call in recording.calls)  # its own forward runs and does without it
+    where = _forward_of(twin, owner) if left_out else _cut(recording, twin, owner)
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return Found(
         probe="",

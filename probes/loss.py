@@ -82,6 +82,53 @@ def ignores_minus_100(subject: Subject) -> Iterator[Finding]:
     yield _wrong(twin, case, loss, expected, _cause(logits, target, loss, shift, limit), severity_word="labels of -100 change the loss")
 
 
+@probe(after=("loss.next-token-cross-entropy", "loss.ignores-minus-100"))
+def all_ignored_is_finite(subject: Subject) -> Iterator[Finding]:
+    """A batch in which no label counts gives a loss that is finite, where the model divides by the count itself.
+
+    Why: one such micro-batch makes every weight NaN; it comes with long prompts that are masked. (The mean of
+    torch's own cross_entropy is NaN there by its documentation, and is not reported.)
+    Catches: total / count without a clamp.
+    """
+    _needs_labels(subject)
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    ids = twin.token_ids(batch, seq, seed=14)
+    case, loss = None, None
+    for value in (IGNORED, -1):
+        try:
+            case = Case(name=f"all labels {value}", input_ids=ids, labels=((value,) * seq,) * batch)
+            loss = _loss(twin, case)[1]
+            break
+        except SubjectCodeError:
+            continue
+    if case is None or loss is None:
+        not_applicable("a batch in which no label counts is refused")
+    if bool(torch.isfinite(loss)):
+        return
+    with torch.no_grad(), quiet(), settled(seed=twin.seed):
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
+        born = any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in kept.outputs)
+        if born and not any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in kept.inputs):
+            if event.op not in ("div", "div_", "true_divide"):
+                return  # torch's own mean
+            where = place_of(spot, module=event.where.module, op=event.op)
+            yield Found(
+                probe="",
+                severity="warning",
+                message=f"the loss is {float(loss)} when all labels are {case.labels[0][0] if case.labels else IGNORED}",
+                where=where,
+                source=source_lines(where),
+                cause="the sum over no label, 0, is divided by their number, 0: 0/0 is NaN",
+                fix="divide by count.clamp(min=1), or skip such a batch",
+                expected="a finite loss",
+                observed=str(float(loss)),
+                case=case,
+            )
+            return
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, *, shift: int = 1) -> Tensor:
     """Mean cross-entropy in float64 of label t + shift from logits t, over the labels that are not -100."""
     scores, target = logits.detach().double(), labels

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import not_applicable, probe
@@ -13,6 +14,7 @@ from olmodebug.subject import Subject, quiet
 from olmodebug.tracer import Recording, record
 
 SETTINGS = ("hidden_act", "activation_function", "hidden_activation", "activation", "act_fn", "mlp_hidden_act")
+TOP_NAMES = ("num_experts_per_tok", "n_experts_per_token", "num_experts_per_token", "n_expert_per_token", "moe_top_k", "top_k")
 # What each name in a configuration means as an op: (aten op, its `approximate` argument).
 MEANING: dict[str, tuple[str, str | None]] = {
     "silu": ("silu", None),
@@ -59,6 +61,68 @@ def activation_as_configured(subject: Subject) -> Iterator[Finding]:
         observed=observed,
         case=case,
     )
+
+
+@probe()
+def expert_weights_as_configured(subject: Subject) -> Iterator[Finding]:
+    """The weights of the chosen experts sum to one exactly where the configuration sets norm_topk_prob.
+
+    Why: a checkpoint trained one way drifts when it is run the other way, and nothing fails.
+    Catches: a softmax over the top k where norm_topk_prob is False; a division that is left out where it is True.
+    """
+    wanted, top = subject.setting("norm_topk_prob"), subject.setting(*TOP_NAMES)
+    if not isinstance(wanted, bool) or not isinstance(top, int) or top < 2:
+        not_applicable("its config sets no norm_topk_prob with two experts a token or more")
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=34))
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    chosen = [i for i, e in enumerate(recording.events) if e.op == "topk" and recording.kept[i].outputs[0].shape[-1] == top]
+    if not chosen:
+        not_applicable("no choice of the top experts was seen")
+    start = chosen[0]
+    module = recording.events[start].where.module
+    scores = recording.kept[start].inputs[0]
+    later = range(start + 1, min(start + 30, len(recording)))
+    renormalised = next((i for i in later if recording.events[i].where.module == module and _sums_to_one(recording, i, top)), None)
+    if wanted and renormalised is None and scores.shape[-1] > top and _ones(scores.sum(-1)):
+        index, observed = start, f"sum to {float(recording.kept[start].outputs[0].sum(-1).mean()):.3g} on average"
+        cause = "the probabilities of the chosen experts are used as they are, out of a softmax over all experts"
+        fix = "divide them by their sum"
+    elif not wanted and renormalised is not None:
+        index, observed = renormalised, "sum to 1 for every token"
+        op = recording.events[renormalised].op
+        cause = f"the weights are renormalised over the {top} chosen experts here ({op}), whatever norm_topk_prob says"
+        fix = "renormalise only where norm_topk_prob is set"
+    else:
+        return
+    where = place_of(recording.spots[index], module=module, op=recording.events[index].op)
+    yield Found(
+        probe="",
+        severity="warning",
+        message=f"norm_topk_prob is {wanted}, and the weights of the {top} chosen experts {observed}",
+        where=where,
+        source=source_lines(where),
+        cause=cause,
+        fix=fix,
+        expected="weights that sum to 1" if wanted else "the router's probabilities, whose sum is below 1",
+        observed=observed,
+        case=case,
+    )
+
+
+def _sums_to_one(recording: Recording, index: int, top: int) -> bool:
+    """Whether an op turns the weights of the chosen experts into ones that sum to 1."""
+    event, kept = recording.events[index], recording.kept[index]
+    if event.op not in ("div", "div_", "_softmax") or not kept.outputs or not kept.inputs:
+        return False
+    out, given = kept.outputs[0], kept.inputs[0]
+    return out.shape[-1:] == (top,) and given.shape == out.shape and _ones(out.sum(-1))
+
+
+def _ones(sums: Tensor) -> bool:
+    return bool((sums - 1).abs().max() < 1e-5)
 
 
 def _is(recording: Recording, event: Event, index: int, op: str, approximate: str | None) -> bool:

@@ -11,7 +11,7 @@ from olmodebug.explain import place_of, source_lines
 from olmodebug.invariance import Pair, Violation, base_part, crash, findings_of, limit_of, run, settings_of, smallest, violation
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
-from olmodebug.records import Case, Rows
+from olmodebug.records import Case, Rows, Where
 from olmodebug.relation import Culprit
 from olmodebug.repair import Found
 from olmodebug.report import Finding
@@ -98,6 +98,113 @@ def finite(subject: Subject) -> Iterator[Finding]:
             message = f"the gradient of {bad[0]} and {len(bad) - 1} more is not finite in a left-padded batch, though the logits are"
             yield _non_finite(twin, case, setting, message)
             return
+
+
+@probe(after=("padding.mask-is-accepted", "padding.finite"))
+def summed_masks_stay_finite(subject: Subject) -> Iterator[Finding]:
+    """Where two masks are added up, no place becomes -inf that was finite in both.
+
+    Why: finfo.min + finfo.min is -inf; a query all of whose keys become so has NaN weights in the next kernel or dtype,
+    though this one may stay finite.
+    Catches: a causal and a padding plane of finfo.min each, added instead of combined as booleans.
+    """
+    _needs_mask(subject)
+    twin = subject.twin(dtype=subject.dtype)
+    batch, seq = twin.sizes()
+    case = _padded(twin, batch, seq, left=True)
+    run(twin, case)
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
+        if event.op not in ("add", "add_") or len(kept.inputs) < 2 or not kept.outputs or kept.outputs[0].shape[-1:] != (seq,):
+            continue
+        first, second = kept.inputs[:2]
+        if not all(t.is_floating_point() and bool(torch.isfinite(t).all()) and float(t.max()) <= 0 for t in (first, second)):
+            continue
+        lost = kept.outputs[0] == float("-inf")
+        if not bool(lost.any()):
+            continue
+        whole = bool(lost.all(-1).any())
+        where = place_of(spot, module=event.where.module, op=event.op)
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"two masks of {float(first.min()):.3g} and {float(second.min()):.3g} are added up: {int(lost.sum())} places of the sum are -inf",
+            where=where,
+            source=source_lines(where),
+            cause="finfo.min + finfo.min overflows to -inf; "
+            + (
+                "a query has no finite score left, so its softmax is NaN"
+                if whole
+                else "a query whose keys all become -inf has a NaN softmax"
+            ),
+            fix="combine the masks as booleans, and fill once: torch.where(causal & padding, 0, finfo.min)",
+            evidence={"condition": "a padded batch", "mask": str(tuple(kept.outputs[0].shape))},
+            case=case,
+        )
+        return
+
+
+@probe(after=("padding.left-content-ignored",))
+def left_padding_moves_no_position(subject: Subject) -> Iterator[Finding]:
+    """A row padded on the left, masked, gives at its real tokens what it gives alone: positions do not count the padding.
+
+    Why: with a table of positions every prompt but the longest of a batch is read at positions it never had.
+    Catches: learned positions from arange(seq_len) where they should come from the mask. (Rotary positions may all shift.)
+    """
+    _needs_mask(subject)
+    twin = subject.twin()
+    seq = twin.sizes()[1]
+    width = seq // 2
+    if width < 1 or seq - width < 2:
+        not_applicable("its context is too short to pad")
+    ids = twin.token_ids(1, seq, seed=15)
+    alone = Case(name="a row alone", input_ids=(ids[0][width:],))
+    padded = Case(name="padded on the left", input_ids=ids, attention_mask=((0,) * width + (1,) * (seq - width),))
+    expected, limit = run(twin, alone), limit_of(twin)
+    apart = difference(expected, run(twin, padded)[:, width:], relative_limit=limit)
+    if apart is None:
+        return
+    lookup = _position_lookup(twin, padded, width)
+    if lookup is None:
+        not_applicable("positions are not looked up in a table")
+    counted = replace(padded, position_ids=((0,) * width + tuple(range(seq - width)),))
+    name = twin.convention.position_ids
+    told = name is not None and difference(expected, run(twin, counted)[:, width:], relative_limit=limit) is None
+    yield Found(
+        probe="",
+        severity="warning",
+        message=f"a row padded on the left by {width} gives logits {apart.max_abs:.3g} away from the row alone"
+        + (f", unless {name} are passed" if told else ""),
+        where=lookup,
+        source=source_lines(lookup),
+        cause=f"positions are counted from the padding: the first real token is looked up at position {width}, not 0",
+        fix="where no positions are passed, count them from the mask: (attention_mask.cumsum(-1) - 1).clamp(min=0)",
+        expected="the logits of the row alone",
+        observed=f"a difference of {apart.max_abs:.3g} on logits of magnitude {apart.scale:.3g}",
+        evidence={"condition": "a left-padded batch" + (f" without {name}" if told else "")},
+        case=padded,
+    )
+
+
+def _position_lookup(twin: Subject, case: Case, width: int) -> Where | None:
+    """Where a table is read at the counted positions, the padding included; None where no table is."""
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
+        if event.op not in ("embedding", "index", "index_select", "gather"):
+            continue
+        for tensor in kept.inputs[1:]:
+            flat = tensor.reshape(-1)
+            if tensor.dtype.is_floating_point or flat.numel() != case.seq_len or tensor.dtype == torch.bool:
+                continue
+            if (
+                bool((flat.diff() == 1).all())
+                and event.parameters
+                and not any("cos" in n or "sin" in n or "freq" in n for n in event.parameters)
+            ):
+                return place_of(spot, module=event.where.module, op=event.op)
+    return None
 
 
 @probe(after=("padding.mask-is-accepted", "padding.right-content-ignored"))

@@ -1,7 +1,10 @@
 """Positions: honoured, and valid over the whole context that the configuration declares."""
 
+import ast
+import inspect
 import linecache
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +18,7 @@ from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found
 from olmodebug.report import Finding
+from olmodebug.sources import Spot
 from olmodebug.subject import Subject, quiet, rows_before_the_first_position
 from olmodebug.tracer import record
 
@@ -78,7 +82,7 @@ def honoured(subject: Subject) -> Iterator[Finding]:
         where=where,
         source=source_lines(where),
         message=f"logits do not change when {twin.convention.position_ids} are stretched by {stretch}",
-        cause=f"the positions reach {where.op} on this line, and nothing after it depends on them: the rotation is not applied"
+        cause=f"the positions reach {where.op} at this line, and nothing after it depends on them: the rotation is not applied"
         if reached
         else f"{twin.convention.position_ids} is accepted and not used: no op depends on it",
         fix="use the result of the rotation" if reached else f"use {twin.convention.position_ids} where positions are made",
@@ -109,6 +113,9 @@ def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple
             last = index
     if last is not None:
         event = first.events[last]
+        dropped = _dropped_call(twin, event.where.module, event.where.function)
+        if dropped is not None:
+            return replace(dropped, op=event.op), True
         return place_of(first.spots[last], module=event.where.module, op=event.op), True
     for event, spot in zip(first.events, first.spots, strict=True):
         counts = event.op == "arange" and "pos" in linecache.getline(event.where.file or "", event.where.line or 0)
@@ -116,6 +123,23 @@ def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple
         if counts or cuts:
             return place_of(spot, module=event.where.module, op=event.op), False
     return Where(), False
+
+
+def _dropped_call(twin: Subject, module: str, function: str | None) -> Where | None:
+    """The line of the module's forward that calls this function and throws away what it returns."""
+    code = getattr(type(twin.model.get_submodule(module)).forward, "__code__", None)
+    if code is None or function is None:
+        return None
+    try:
+        lines, first = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError):
+        return None
+    name = function.rpartition(".")[2]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func).rpartition(".")[2] == name:
+            return place_of(Spot(code, 0, first + node.lineno - 1), module=module)
+    return None
 
 
 def _cases(twin: Subject, longest: int) -> Iterator[Case]:

@@ -97,6 +97,47 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
         )
 
 
+@probe()
+def layers_are_distinct(subject: Subject) -> Iterator[Finding]:
+    """The entries of a list of layers are modules of their own, unless the configuration says that they are shared.
+
+    Why: a model with one layer's weights used n times trains, and is n times smaller than it says.
+    Catches: nn.ModuleList([Block(config)] * n).
+    """
+    lists = [(p, m) for p, m in subject.model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+    if not lists:
+        not_applicable("it has no list of layers")
+    words = ("share", "group", "recur", "loop", "universal")
+    if any(
+        word in str(name).lower() and subject.setting(name) for name in _setting_names(subject.config) for word in words[:1] + words[2:]
+    ):
+        not_applicable("its configuration speaks of shared layers")
+    for path, layers in lists:
+        entries = list(layers)
+        if len({id(m) for m in entries}) > 1 or not any(True for _ in entries[0].parameters()):
+            continue
+        owner = path.rpartition(".")[0]
+        while owner and type(subject.model.get_submodule(owner)).__module__.startswith("torch."):
+            owner = owner.rpartition(".")[0]  # a ModuleDict between the list and the class that made both
+        where = _class_place(subject.model.get_submodule(owner), owner)
+        count = sum(p.numel() for p in entries[0].parameters())
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"the {len(entries)} entries of {path} are one and the same module: {count:,} parameters used {len(entries)} times",
+            where=where,
+            source=source_lines(where),
+            cause=f"the list holds one object {len(entries)} times, as [layer] * {len(entries)} makes it",
+            fix="make one module an entry: nn.ModuleList(Block(config) for _ in range(n)); if the layers are meant to be shared, say so in the config",
+            expected=f"{len(entries)} modules",
+            observed="1",
+        )
+
+
+def _setting_names(config: object) -> list[str]:
+    return list(config) if isinstance(config, dict) else list(vars(config)) if hasattr(config, "__dict__") else []
+
+
 def _shared_memory(model: nn.Module) -> Iterator[Found]:
     """Two parameters on one piece of memory: tied for reading, and not for the optimizer."""
     seen: dict[int, str] = {}

@@ -2,14 +2,18 @@
 
 import ast
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
+
+from torch import nn
 
 from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
 from olmodebug.invariance import crash, run
 from olmodebug.load import SubjectCodeError
+from olmodebug.members import attribute_place
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.repair import Found, expressions
@@ -18,6 +22,14 @@ from olmodebug.sources import OWN, Spot
 from olmodebug.subject import VOCAB_NAMES, Subject
 
 SHOWN = 8
+# Settings by which a configuration says that it pads its vocabulary.
+PADDED_NAMES = (
+    "embedding_size",
+    "padded_vocab_size",
+    "pad_vocab_size_multiple",
+    "pad_vocab_to_multiple_of",
+    "make_vocab_size_divisible_by",
+)
 
 
 @probe()
@@ -46,6 +58,23 @@ def every_id_has_a_row(subject: Subject) -> Iterator[Finding]:
             observed=str(logits.shape[-1]),
             cause=f"ids {logits.shape[-1]}..{declared - 1} can be read and never predicted, and fail as labels",
             fix=f"make the head {declared} wide",
+            case=case,
+        )
+    wider = logits.shape[-1] - declared
+    if wider > 0 and subject.convention.labels is not None and not any(subject.setting(name) for name in PADDED_NAMES):
+        head = last_linear(subject.model, logits.shape[-1])
+        where = _class_line(subject, head)
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"the model has {logits.shape[-1]} logits and its config declares {declared} ids: its loss sums over {wider} ids that no label can be",
+            where=where,
+            source=source_lines(where),
+            expected=f"{declared} logits",
+            observed=str(logits.shape[-1]),
+            cause=f"the head has {logits.shape[-1]} rows, and ids {declared}..{logits.shape[-1] - 1} are in the softmax of the loss",
+            fix=f"cut the logits to [..., :{declared}] before the loss, or declare the padded size in the config",
+            evidence={"loss at initialisation is higher by": math.log(logits.shape[-1] / declared)},
             case=case,
         )
 
@@ -136,6 +165,16 @@ def rows_are_alive(subject: Subject) -> Iterator[Finding]:
         fix="initialise every row as the others",
         evidence={"rows": table.num_embeddings, "zero rows": len(dead)},
     )
+
+
+def last_linear(model: nn.Module, rows: int) -> str:
+    """The path of the last linear layer with this many outputs; empty without one."""
+    return next((name for name, m in reversed(list(model.named_modules())) if isinstance(m, nn.Linear) and m.out_features == rows), "")
+
+
+def _class_line(subject: Subject, path: str) -> Where:
+    """The line of its owner's class that sets a module, else that class's __init__."""
+    return attribute_place(subject.model, path) if path else place_of(None)
 
 
 def _initialiser(subject: Subject) -> Spot | None:

@@ -595,6 +595,7 @@ _HF_MUTANTS = (
         "precision rope position",
         "bf16|bfloat16|position|256",
         ("positions = position_ids.to(torch.float32)", "positions = position_ids.to(hidden_states.dtype)"),
+        ("    max_position_embeddings: int = 64\n", "    max_position_embeddings: int = 1024\n"),
         severity="warning",
     ),
     _mutant(
@@ -977,7 +978,7 @@ _HF_MUTANTS = (
         "hf/reentrant-checkpointing",
         "T09",
         "MyModel.forward",
-        "gradients",
+        "gradients kernels",
         "checkpoint|reentrant|gradient",
         ("use_reentrant=False", "use_reentrant=True"),
         severity="warning",
@@ -1241,7 +1242,7 @@ _NANOGPT_MUTANTS = (
         "M01",
         "CausalSelfAttention.forward",
         "causality mask logits",
-        "polarity|inverted|future|later|nan",
+        "polarity|inverted|future|later|hides what it should show",
         ("self.bias[:, :, :T, :T] == 0", "self.bias[:, :, :T, :T] == 1"),
     ),
     _mutant(
@@ -2175,7 +2176,7 @@ _LLAMA_MUTANTS = (
         "llama/router-weights-renormalised",
         "L15",
         "MoE.forward",
-        "structure",
+        "structure mlp",
         "norm_topk_prob|renormal|sum to|router|gate",
         (
             "        if self.norm_topk_prob:\n            weights = weights / weights.sum(dim=-1, keepdim=True)\n",
@@ -2249,19 +2250,13 @@ _LLAMA_MUTANTS = (
 _LIT_NORM = """        norm_x = torch.mean(x * x, dim=-1, keepdim=True)
         x_normed = x * torch.rsqrt(norm_x + self.eps)
 """
-_LIT_APPLY = """        super()._apply(fn, recurse)
-        self.reset_parameters()
+_LIT_APPLY = """    def _apply(self, fn, recurse=True):
+        # a cast must not touch the rotation (torch drops the imaginary part), and to_empty() must not lose it
+        del self.freqs_cis
+        super()._apply(fn, recurse)
+        self.register_buffer("freqs_cis", self.rope_cache(self.lm_head.weight.device), persistent=False)
         return self
 """
-_LIT_RESET = (
-    """    def reset_parameters(self):
-        self.freqs_cis = self.rope_cache(self.freqs_cis.device)
-
-    def _apply(self, fn, recurse=True):
-        # a cast must not touch the rotation, and to_empty() must not lose it
-"""
-    + _LIT_APPLY
-)
 _LIT_SEQUENTIAL = """        x = attention_output + x
         x_normed = self.norm_2(x)
         return self.resid_dropout(self.mlp(x_normed)) + x
@@ -2403,12 +2398,12 @@ _LIT_MUTANTS = (
     _mutant(
         "lit/rotation-lost-by-to-empty",
         "R15",
-        "GPT._apply",
+        "GPT.__init__",
         "lifecycle",
         "freqs_cis|to_empty|meta|buffer",
-        (_LIT_RESET, ""),
+        (_LIT_APPLY, ""),
         severity="warning",
-        also="GPT.__init__",
+        also="GPT.rope_cache precompute_freqs_cis",
     ),
     _mutant(
         "lit/norm-in-model-dtype",

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import math
 import sys
 import warnings
@@ -37,7 +38,7 @@ def load(path: Path) -> ModuleType:
 
 
 catalog = load(HERE / "catalog.py")
-CLEAN = {style: load(HERE / "clean" / f"{style}.py") for style in ("hf_style", "nanogpt_style", "llama_style")}
+CLEAN = {style: load(HERE / "clean" / f"{style}.py") for style in ("hf_style", "nanogpt_style", "llama_style", "litgpt_style")}
 CLEAN_BUILDS = [(style, name) for style, module in CLEAN.items() for name in vars(module) if name.startswith("build")]
 
 
@@ -50,12 +51,20 @@ def one_thread() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------------------------------------
-# one way to call three styles
+# one way to call four styles
+
+
+def is_nanogpt(model: nn.Module) -> bool:
+    return hasattr(model, "transformer") and not hasattr(model, "last_loss")
+
+
+def vocab_of(model: nn.Module) -> int:
+    return getattr(model.config, "vocab_size", None) or model.config.padded_vocab_size
 
 
 def call(model: nn.Module, ids: Tensor, **arguments: Any) -> Any:
     """Logits `[batch, seq_len, vocab]` of all positions."""
-    if hasattr(model, "transformer"):
+    if is_nanogpt(model):
         return model(ids, targets=torch.zeros_like(ids))[0]
     out = model(ids, **arguments)
     if isinstance(out, dict):
@@ -77,12 +86,12 @@ def make(build: Callable[[], nn.Module], seed: int = 0, loud: bool = True) -> nn
 
 def ids_for(model: nn.Module, batch: int = BATCH, seq_len: int = SEQ_LEN, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, model.config.vocab_size, (batch, seq_len), generator=generator)
+    return torch.randint(1, vocab_of(model), (batch, seq_len), generator=generator)
 
 
 def changed(ids: Tensor, model: nn.Module) -> Tensor:
     """Other tokens everywhere."""
-    return (ids + 5) % model.config.vocab_size
+    return (ids + 5) % vocab_of(model)
 
 
 def differ(a: Tensor, b: Tensor) -> bool:
@@ -177,9 +186,18 @@ def breaks_padding(build: Callable[[], nn.Module]) -> bool:
 
 def breaks_cache(build: Callable[[], nn.Module]) -> bool:
     model = make(build)
+    ids = ids_for(model)
+    if hasattr(model, "set_kv_cache"):
+        expected = call(model, ids)
+        for chunks in ((3, 1, 4, 2), (7, 1, 1, 1)):
+            model.set_kv_cache(BATCH, SEQ_LEN)
+            ends = list(itertools.accumulate(chunks, initial=0))
+            places = [torch.arange(a, b) for a, b in itertools.pairwise(ends)]
+            if differ(torch.cat([model(ids[:, p], input_pos=p) for p in places], dim=1), expected):
+                return True
+        return False
     if "past_key_values" not in names(model):
         return False
-    ids = ids_for(model)
     for pads in ((0, 0, 0), (0, 2, 4)):
         alone = [call(model, ids[row : row + 1, pad:])[0] for row, pad in enumerate(pads)]
         mask = (torch.arange(SEQ_LEN) >= torch.tensor(pads)[:, None]).long()
@@ -210,7 +228,7 @@ def breaks_loss(build: Callable[[], nn.Module]) -> bool:
     labels[1, 1] = 0
     kept, given = labels.clone(), labels.clone()
     out = model(ids, labels=given) if shift else model(ids, given)
-    loss = out["loss"] if isinstance(out, dict) else out.loss if shift else out[1]
+    loss = model.last_loss if isinstance(out, Tensor) else out["loss"] if isinstance(out, dict) else out.loss if shift else out[1]
     logits = call(model, ids)
     total, count = 0.0, 0
     for row in range(BATCH):
@@ -290,7 +308,7 @@ def breaks_gradients(build: Callable[[], nn.Module]) -> bool:
         return True
 
     model = make(build)
-    weight = torch.randn(*ids.shape, model.config.vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    weight = torch.randn(*ids.shape, vocab_of(model), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     value = (call(model, ids) * weight).mean()
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(value, parameters)
@@ -339,7 +357,7 @@ def breaks_lifecycle(build: Callable[[], nn.Module]) -> bool:
 
 def is_tied(model: nn.Module) -> bool:
     """Whether a model whose config ties really is one parameter in embedding and head."""
-    wanted = getattr(model.config, "tie_word_embeddings", hasattr(model, "transformer"))
+    wanted = getattr(model.config, "tie_word_embeddings", is_nanogpt(model))
     embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
     return not wanted or model.lm_head.weight is embedding.weight
 
@@ -372,7 +390,7 @@ def breaks_precision(build: Callable[[], nn.Module]) -> bool:
     tables = {name: value.clone() for name, value in model.named_buffers() if name not in model.state_dict()}
     cast = copy.deepcopy(model).to(torch.bfloat16)
     for name, value in cast.named_buffers():
-        if name in tables and differ(value.float(), tables[name]):
+        if name in tables and differ(value if value.is_complex() else value.float(), tables[name]):
             return True
     with torch.no_grad():
         embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
@@ -388,10 +406,11 @@ def breaks_precision(build: Callable[[], nn.Module]) -> bool:
 def breaks_window(build: Callable[[], nn.Module]) -> bool:
     """One sliding layer alone sees exactly config.sliding_window tokens, itself counted."""
     model = make(build)
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(model.config, "sliding_window", getattr(model.config, "sliding_window_size", None))
     if window is None:
         return False
-    config = dataclasses.replace(model.config, num_hidden_layers=1, layer_types=("sliding_attention",))
+    one = {"n_layer": 1} if hasattr(model.config, "n_layer") else {"num_hidden_layers": 1, "layer_types": ("sliding_attention",)}
+    config = dataclasses.replace(model.config, **one)
     single = make(lambda: type(model)(config))
     ids = ids_for(single)
     other = ids.clone()
@@ -563,6 +582,17 @@ SHOWN_BY_CONFIG_OR_VALUES = frozenset(
         "llama/residual-init-on-w3",
         "llama/residual-init-twice",
         "llama/init-never-called",
+        "lit/softcap-in-softmax-bf16",
+        "lit/scale-by-embedding",
+        "lit/keys-turned-backwards",
+        "lit/values-rotated-too",
+        "lit/rope-base-ignored",
+        "lit/partial-rotary-exponent",
+        "lit/angles-in-bfloat16",
+        "lit/eps-inside-config-ignored",
+        "lit/normed-residual",
+        "lit/parallel-residual-forgotten",
+        "lit/residual-init-on-the-wrong-name",
     ]
 )
 

@@ -212,13 +212,11 @@ class GPT(nn.Module):
     def rope_cache(self, device=None):
         return precompute_freqs_cis(self.config.block_size, self.config.rope_n_elem, self.config.rope_base, device)
 
-    def reset_parameters(self):
-        self.freqs_cis = self.rope_cache(self.freqs_cis.device)
-
     def _apply(self, fn, recurse=True):
-        # a cast must not touch the rotation, and to_empty() must not lose it
+        # a cast must not touch the rotation (torch drops the imaginary part), and to_empty() must not lose it
+        del self.freqs_cis
         super()._apply(fn, recurse)
-        self.reset_parameters()
+        self.register_buffer("freqs_cis", self.rope_cache(self.lm_head.weight.device), persistent=False)
         return self
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int | None = None, device=None, dtype=None):
