@@ -283,6 +283,8 @@ class _Judge:
         kept = {name: state[f"{name}.momentum_buffer"] for name in gradients if f"{name}.momentum_buffer" in state}
         for what, found in (("change of the weight", moved), ("momentum of", kept)):
             factor = self._factor(found)
+            if what.startswith("change") and found and abs(factor) < self.limit:
+                return _finding("the step changed no weight, though every gradient agrees", evidence={"weights": len(found)})
             scale = abs(factor) * self._scale(gradients)
             for name, held in found.items():
                 expected = gradients[name].parts[0] * factor

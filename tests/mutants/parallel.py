@@ -464,7 +464,7 @@ MUTANTS = (
     Mutant(wrap="shards_swapped", row="D01", probe="ranks.same-start", place="mlp.c_proj", words=("shards",)),
     Mutant(wrap="input_gradient_not_reduced", row="D03", probe="ranks.gradients-agree", place="ln_2", words=("gradient",)),
     Mutant(wrap="learning_rate_by_rank", row="T06", probe="ranks.step-agrees", place="", words=("after the step",)),
-    Mutant(wrap="weights_copied_stale", row="T12", probe="ranks.step-agrees", place="", words=("after the step",)),
+    Mutant(wrap="weights_copied_stale", row="T12", probe="ranks.step-agrees", place="", words=("changed no weight",)),
     Mutant(
         wrap="collective_on_one_rank", row="-", probe="ranks.step-completes", place="collective_on_one_rank", words=("same collectives",)
     ),

@@ -1,0 +1,219 @@
+"""A training step on several processes against the same step in one: clean strategies stay clean, broken ones are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from olmodebug.compare import roundings_limit
+from olmodebug.errors import ReportError, UsageError
+from olmodebug.rank_compare import compare_ranks, first_unlike_collectives, gather, join, unlike_replicas
+from olmodebug.rank_record import Collective, RankWriter, digest, plain_name, read_records
+from olmodebug.ranks import RankOrder, compare_step
+from olmodebug.report import Report
+from olmodebug.store import Run
+from tests.mutants import parallel
+
+MODEL = "tests/mutants/clean/nanogpt_style.py:build"
+LIMIT = roundings_limit({"float64"})
+QUICK = ("per_rank_mean", "bias_on_each_rank")
+
+
+def step_on(spec: str, *, strategy: str = "ddp", wrap: str | None = None, ranks: int = 2, patience: float = 8.0) -> Report:
+    launch = f"{Path(parallel.__file__)}:{wrap}" if wrap else None
+    order = RankOrder(job={"spec": spec}, ranks=ranks, strategy=strategy, launch=launch, patience_seconds=patience, timeout_seconds=120)
+    return compare_step(order, Run(id="test", folder=None), lambda *_: None)
+
+
+def expect_found(mutant: parallel.Mutant) -> None:
+    report = step_on(MODEL, wrap=mutant.wrap)
+    (finding,) = report.of("error")
+    assert finding.probe == mutant.probe
+    assert mutant.place in f"{finding.where.module} {finding.where.function} {finding.where.op}"
+    assert any(word in f"{finding.message} {finding.cause}" for word in mutant.words), finding
+    assert report.exit_code == 1
+
+
+def expect_clean(report: Report) -> None:
+    assert report.findings == ()
+    assert report.verdict == "pass"
+    assert report.sections["ranks"]["compared"]["gradient"] > 10
+
+
+def test_fully_sharded_training_takes_the_step_of_one_process() -> None:
+    expect_clean(step_on("olmo1-tiny", strategy="fsdp"))
+
+
+@pytest.mark.parametrize("mutant", [m for m in parallel.MUTANTS if m.wrap in QUICK], ids=lambda m: m.wrap)
+def test_a_broken_parallel_step_is_found_with_its_cause(mutant: parallel.Mutant) -> None:
+    expect_found(mutant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", [m for m in parallel.MUTANTS if m.wrap not in QUICK], ids=lambda m: m.wrap)
+def test_every_broken_parallel_step_is_found(mutant: parallel.Mutant) -> None:
+    expect_found(mutant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", parallel.CLEAN)
+def test_hand_written_parallelism_that_is_right_stays_clean(wrap: str) -> None:
+    expect_clean(step_on(MODEL, wrap=wrap))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize(
+    "spec", ["olmo1-tiny", "olmo2-tiny", "datadecide-tiny", "transformers:Olmo2ForCausalLM", "transformers:LlamaForCausalLM"]
+)
+def test_every_strategy_takes_the_step_of_one_process(spec: str, strategy: str) -> None:
+    expect_clean(step_on(spec, strategy=strategy))
+
+
+def test_one_rank_is_no_comparison() -> None:
+    with pytest.raises(UsageError, match="at least 2"):
+        step_on("olmo1-tiny", ranks=1)
+
+
+# --- records and rules, without processes
+
+
+def write(folder: Path, rank: int, world: int, tensors: list[tuple[str, str, Tensor]], calls: list[Collective] | None = None) -> None:
+    writer = RankWriter(folder, rank=rank, world=world, coordinate=(rank,), mesh=(world,))
+    for call in calls or []:
+        writer.collective(call)
+    for stage, name, value in tensors:
+        writer.tensor(stage, name, value)
+    writer.close()
+
+
+def one_step(gradient: Tensor, ids: Tensor, *, loss: float = 2.0) -> list[tuple[str, str, Tensor]]:
+    weight = torch.ones(4, 3, dtype=torch.float64)
+    return [
+        ("start", "w", weight),
+        ("input", "", ids),
+        ("data", "input_ids", ids),
+        ("forward", "", ids.double() * 2),
+        ("gradient", "w", gradient),
+        ("loss", "loss", torch.tensor(loss, dtype=torch.float64)),
+        ("step", "w", weight - 0.1 * gradient),
+    ]
+
+
+def findings(folder: Path) -> list[Any]:
+    [single] = read_records(folder / "single")
+    return compare_ranks(single, read_records(folder / "ranks"), limit=LIMIT).findings
+
+
+@pytest.fixture
+def gradient() -> Tensor:
+    return torch.arange(12, dtype=torch.float64).view(4, 3) - 5.5
+
+
+IDS = torch.arange(12).view(4, 3)
+
+
+def test_equal_steps_have_no_finding(tmp_path: Path, gradient: Tensor) -> None:
+    write(tmp_path / "single", 0, 1, one_step(gradient, IDS))
+    for rank in range(2):
+        write(tmp_path / "ranks", rank, 2, one_step(gradient, IDS[rank::2]))
+    assert findings(tmp_path) == []
+
+
+def test_a_gradient_summed_over_ranks_is_told_from_one_divided_twice(tmp_path: Path, gradient: Tensor) -> None:
+    write(tmp_path / "single", 0, 1, one_step(gradient, IDS))
+    for factor, words in ((2.0, "summed over ranks"), (0.5, "once too often")):
+        for rank in range(2):
+            write(tmp_path / "ranks", rank, 2, one_step(gradient * factor, IDS[rank::2]))
+        [finding] = findings(tmp_path)
+        assert words in finding.cause
+
+
+def test_a_cause_is_left_out_where_no_hypothesis_gives_the_numbers(tmp_path: Path, gradient: Tensor) -> None:
+    write(tmp_path / "single", 0, 1, one_step(gradient, IDS))
+    for rank in range(2):
+        write(tmp_path / "ranks", rank, 2, one_step(gradient + torch.eye(4, 3, dtype=torch.float64), IDS[rank::2]))
+    [finding] = findings(tmp_path)
+    assert (finding.probe, finding.cause) == ("ranks.gradients-agree", None)
+
+
+def test_losses_that_each_rank_has_of_its_own_rows_are_no_finding(tmp_path: Path, gradient: Tensor) -> None:
+    write(tmp_path / "single", 0, 1, one_step(gradient, IDS))
+    for rank in range(2):
+        write(tmp_path / "ranks", rank, 2, one_step(gradient, IDS[rank::2], loss=1.5 + rank))
+    assert findings(tmp_path) == []
+
+
+def test_shards_are_put_together_by_their_placements(tmp_path: Path) -> None:
+    whole = torch.arange(10.0).view(5, 2)
+    for rank, part in enumerate(whole.chunk(2)):
+        write(tmp_path, rank, 2, [("gradient", "w", part)])
+    records = read_records(tmp_path)
+    held = gather(records).of("gradient")["w"]
+    assert join(held, records) is None, "a plain tensor does not say how it lies"
+    for placements, expected in (("shard:0", whole), ("replicate", held.parts[0])):
+        held.events = [type(e)(**{**{f: getattr(e, f) for f in e.__dataclass_fields__}, "placements": (placements,)}) for e in held.events]
+        joined = join(held, records)
+        assert joined is not None
+        assert torch.equal(joined, expected)
+
+
+def test_the_first_unlike_collective_is_found_and_uneven_shards_are_none(tmp_path: Path) -> None:
+    same = Collective(op="allgather_base", shape=(3,))
+    write(tmp_path, 0, 2, [], [same, Collective(op="allreduce", shape=(4,))])
+    write(tmp_path, 1, 2, [], [Collective(op="allgather_base", shape=(2,)), Collective(op="allreduce", shape=(5,))])
+    unlike = first_unlike_collectives(read_records(tmp_path))
+    assert unlike is not None
+    assert unlike[0] == 1
+
+
+def test_replicas_that_differ_are_named_by_digest_alone(tmp_path: Path) -> None:
+    for rank in range(8):
+        write(tmp_path, rank, 8, [("start", "a", torch.ones(3)), ("start", "b", torch.full((2,), float(rank == 5)))])
+    assert list(unlike_replicas(read_records(tmp_path))) == [("start", "b", [5])]
+
+
+def test_a_digest_sees_order_shape_and_dtype() -> None:
+    base = torch.arange(6, dtype=torch.float32).view(2, 3)
+    others = [base.t().contiguous(), base.flip(0).contiguous(), base.view(3, 2), base.double(), -base]
+    assert len({digest(tensor) for tensor in [base, *others]}) == 6
+    assert digest(base) == digest(base.clone())
+
+
+def test_half_a_line_at_the_end_is_what_a_killed_rank_leaves(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1, [("start", "a", torch.ones(3)), ("start", "b", torch.ones(3))])
+    file = tmp_path / "rank-00000.jsonl"
+    text = file.read_text()
+    file.write_text(text[:-20])
+    assert [event.name for event in read_records(tmp_path)[0].events()] == ["a"]
+    head, first, second = text.splitlines()
+    file.write_text("\n".join([head, first[:-20], second]) + "\n")
+    with pytest.raises(ReportError, match="damaged at line 2"):
+        list(read_records(tmp_path)[0].events())
+
+
+def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1, [])
+    file = tmp_path / "rank-00000.jsonl"
+    file.write_text(json.dumps({**json.loads(file.read_text().splitlines()[0]), "version": 99}) + "\n")
+    with pytest.raises(ReportError, match="expected version 1 of the record, observed 99"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "plain"),
+    [
+        ("module.model.norm", "model.norm"),
+        ("_orig_mod.h.0", "h.0"),
+        ("module", ""),
+        ("h.0._checkpoint_wrapped_module.mlp", "h.0.mlp"),
+        ("", ""),
+    ],
+)
+def test_a_path_is_the_same_under_every_wrapper(wrapped: str, plain: str) -> None:
+    assert plain_name(wrapped) == plain
