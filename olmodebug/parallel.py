@@ -134,6 +134,7 @@ def _tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if leaf == "self_attn" and hasattr(module, "q_proj"):
+            _must_divide(name, module, mesh.size())
             whole = isinstance(getattr(module, "q_norm", None), nn.Module) and not isinstance(module.q_norm, nn.Identity)
             heads = {"output_layouts": Replicate()} if whole else {}
             merged = {"input_layouts": Replicate()} if whole else {}
@@ -144,3 +145,12 @@ def _tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
     if not plan:
         raise UsageError("--strategy tp knows models with q_proj, k_proj, v_proj, o_proj and gate_proj, up_proj, down_proj; use --launch")
     return parallelize_module(model, mesh, plan)
+
+
+def _must_divide(name: str, attention: Any, ranks: int) -> None:
+    """UsageError where the heads of an attention cannot be dealt out to the ranks."""
+    size = getattr(attention, "head_dim", None)
+    for projection in ("q_proj", "k_proj"):
+        heads = getattr(attention, projection).out_features // size if isinstance(size, int) and size else ranks
+        if heads % ranks:
+            raise UsageError(f"--strategy tp: {heads} heads of {name}.{projection} cannot be split over {ranks} ranks")

@@ -158,7 +158,7 @@ def _judged(
     from .rank_compare import compare_ranks, first_unlike_collectives
     from .rank_record import read_records
 
-    section: dict[str, Any] = {"world": order.ranks, "strategy": order.launch or order.strategy, "compared": {}, "collectives": []}
+    section: dict[str, Any] = {"world": order.ranks, "strategy": order.launch or order.strategy, "compared": None, "collectives": []}
     bad = [rank for rank in ranks if not rank.ended_well]
     try:
         records = read_records(folder / "ranks")

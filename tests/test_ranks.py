@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+import olmodebug
+from olmodebug.commands.ranks import STRATEGIES
 from olmodebug.compare import roundings_limit
 from olmodebug.errors import ReportError, UsageError
 from olmodebug.rank_compare import compare_ranks, first_unlike_collectives, gather, join, unlike_replicas
+from olmodebug.parallel import STRATEGIES as parallel_strategies
 from olmodebug.rank_record import Collective, RankWriter, digest, plain_name, read_records
 from olmodebug.ranks import RankOrder, compare_step
+from olmodebug.render.ranks import ranks_view
 from olmodebug.report import Report
 from olmodebug.store import Run
 from tests.mutants import parallel
@@ -78,6 +85,34 @@ def test_every_strategy_takes_the_step_of_one_process(spec: str, strategy: str) 
 def test_one_rank_is_no_comparison() -> None:
     with pytest.raises(UsageError, match="at least 2"):
         step_on("olmo1-tiny", ranks=1)
+
+
+@pytest.mark.slow
+def test_heads_that_cannot_be_split_are_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="5 heads of model.layers.0.self_attn.q_proj cannot be split over 2 ranks"):
+        step_on("datadecide-tiny", strategy="tp")
+
+
+def test_the_command_line_names_the_strategies_that_there_are() -> None:
+    assert STRATEGIES == parallel_strategies
+
+
+def test_the_section_keeps_to_the_schema_and_is_drawn() -> None:
+    schema = json.loads((Path(olmodebug.__file__).parent / "report.schema.json").read_text())["properties"]["sections"]["properties"][
+        "ranks"
+    ]
+    full = {"world": 2, "strategy": "ddp", "compared": {"forward": 34, "gradient": 15, "step": 15, "state": 15}, "collectives": [3, 3]}
+    died = {"world": 2, "strategy": "my.py:wrap", "compared": None, "collectives": [1, 0]}
+    texts = []
+    for section in (full, died):
+        jsonschema.validate(section, schema)
+        out = io.StringIO()
+        Console(file=out, width=100, no_color=True).print(ranks_view(section))
+        texts.append(out.getvalue())
+    assert "34 module outputs, 15 gradients, 15 weights, 15 optimizer tensors" in texts[0]
+    assert "3 on every rank" in texts[0]
+    assert "did not come to its end" in texts[1]
+    assert "1, 0" in texts[1]
 
 
 # --- records and rules, without processes

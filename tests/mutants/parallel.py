@@ -470,5 +470,5 @@ MUTANTS = (
     ),
     Mutant(wrap="rank_dies", row="-", probe="ranks.step-completes", place="", words=("exit status 7",)),
     Mutant(wrap="rank_raises", row="-", probe="ranks.step-completes", place="rank_raises", words=("rank 1 raised",)),
-    Mutant(wrap="rank_sleeps", row="-", probe="ranks.step-completes", place="rank_sleeps", words=("rank 1",)),
+    Mutant(wrap="rank_sleeps", row="-", probe="ranks.step-completes", place="train_step", words=("rank 1",)),
 )

@@ -1,0 +1,26 @@
+"""What a step on several ranks showed beside its findings: how much was compared, and the collectives of each rank."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+
+from ..units import plural
+from .layout import row
+
+
+def ranks_view(section: Mapping[str, Any]) -> Group:
+    """The section `ranks` of a report."""
+    compared = section["compared"] or {}
+    counts = [
+        plural(compared[name], noun)
+        for name, noun in (("forward", "module output"), ("gradient", "gradient"), ("step", "weight"), ("state", "optimizer tensor"))
+        if compared.get(name)
+    ]
+    calls = section["collectives"]
+    alike = f"{calls[0]} on every rank" if calls and len(set(calls)) == 1 else ", ".join(map(str, calls)) or "none recorded"
+    return Group(
+        row("ranks", f"{section['world']} ({section['strategy']}), beside one process with the same weights and batch"),
+        row("compared", ", ".join(counts) or "nothing: the step did not come to its end"),
+        row("collectives", alike),
+    )
