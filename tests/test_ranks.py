@@ -17,8 +17,8 @@ import olmodebug
 from olmodebug.commands.ranks import STRATEGIES
 from olmodebug.compare import roundings_limit
 from olmodebug.errors import ReportError, UsageError
-from olmodebug.rank_compare import compare_ranks, first_unlike_collectives, gather, join, unlike_replicas
 from olmodebug.parallel import STRATEGIES as parallel_strategies
+from olmodebug.rank_compare import compare_ranks, first_unlike_collectives, gather, join, unlike_replicas
 from olmodebug.rank_record import Collective, RankWriter, digest, plain_name, read_records
 from olmodebug.ranks import RankOrder, compare_step
 from olmodebug.render.ranks import ranks_view
@@ -94,7 +94,7 @@ def test_heads_that_cannot_be_split_are_a_usage_error() -> None:
 
 
 def test_the_command_line_names_the_strategies_that_there_are() -> None:
-    assert STRATEGIES == parallel_strategies
+    assert parallel_strategies == STRATEGIES
 
 
 def test_the_section_keeps_to_the_schema_and_is_drawn() -> None:
