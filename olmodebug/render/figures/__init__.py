@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from . import guard, memory
+from . import guard, leaks, memory, shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,8 @@ class Figure:
 
 # In the order of the page.
 FIGURES: dict[str, Figure] = {
+    "leaks": Figure(title="Who sees the future", draw=leaks.draw),
     "memory": Figure(title="Memory", draw=memory.draw),
+    "shapes": Figure(title="Shapes", draw=shapes.draw),
     "guard": Figure(title="The guarded run", draw=guard.draw),
 }
