@@ -25,7 +25,10 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
 
 def chart(*children: object, width: float, height: float, title: str, class_: str = "chart") -> Markup:
     """An `svg` that scales with the page and says to a screen reader what it shows."""
-    return tag("svg", tag("title", title), *children, viewBox=f"0 0 {_number(width)} {_number(height)}", role="img", class_=class_)
+    picture = tag("svg", tag("title", title), *children, viewBox=f"0 0 {_number(width)} {_number(height)}", role="img", class_=class_)
+    return tag(
+        "div", picture, class_="scroll", tabindex="0", role="region", aria_label=title
+    )  # a phone scrolls it; its letters stay legible
 
 
 def linear(low: float, high: float, start: float, end: float) -> Scale:
