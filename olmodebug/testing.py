@@ -225,6 +225,7 @@ class Bench:
             "outcome": plain(result.outcome),
             "findings": [plain(finding) for finding in result.findings],
             "subject": plain(info),
+            "sections": plain(self._subject.measured) if self._subject is not None else {},
             "environment": plain(environment(seed=self.seed, command=self.command)),
             "order": order_record(self.order) if self.repeatable else None,
         }
@@ -328,6 +329,7 @@ def save_records(records: Sequence[Mapping[str, Any]], run_id: str, base: Path) 
             environment=Environment(**last["environment"]),
             outcomes=tuple(Outcome(**record["outcome"]) for record in own),
             findings=merge_by_root(finding_from(finding) for record in own for finding in record["findings"]),
+            sections=last["sections"],
             seconds=round(sum(record["outcome"]["seconds"] for record in own), 3),
             created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             id=name,
