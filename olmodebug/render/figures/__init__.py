@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from . import guard, leaks, memory, shapes
+from . import guard, leaks, memory, parity, shapes, training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +19,10 @@ class Figure:
 
 # In the order of the page.
 FIGURES: dict[str, Figure] = {
+    "parity": Figure(title="Parity", draw=parity.draw),
     "leaks": Figure(title="Who sees the future", draw=leaks.draw),
     "memory": Figure(title="Memory", draw=memory.draw),
+    "training": Figure(title="Training", draw=training.draw),
     "shapes": Figure(title="Shapes", draw=shapes.draw),
     "guard": Figure(title="The guarded run", draw=guard.draw),
 }

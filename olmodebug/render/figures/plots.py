@@ -11,6 +11,8 @@ from .parts import WIDTH
 
 LEFT, RIGHT, TOP, HEIGHT = 64.0, 708.0, 14.0, 190.0  # the plotting area; the labels stand left of it and under it
 
+COLUMNS = 300  # stretches of a long curve, each drawn by its lowest and highest value
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
@@ -102,7 +104,7 @@ def _curve(one: Series, frame: Frame, start: int) -> list[object]:
     stretch: list[tuple[int, float]] = []
 
     def close() -> None:
-        kept = thinned([value for _, value in stretch], int(RIGHT - LEFT))
+        kept = thinned([value for _, value in stretch], COLUMNS)
         pairs = [(frame.x(start + stretch[index][0]), frame.y(value)) for index, value in kept]
         if len(pairs) == 1:
             drawn.append(tag("circle", cx=pairs[0][0], cy=pairs[0][1], r=3, class_=one.colour))
