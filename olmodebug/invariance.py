@@ -45,6 +45,7 @@ class Violation:
     culprits: list[Culprit] = field(default_factory=list)
     diagnoses: list[Diagnosis] = field(default_factory=list)
     setting: str = ""
+    twin: Subject | None = None
 
     @property
     def position(self) -> int:
@@ -94,7 +95,7 @@ def violation(twin: Subject, pair: Pair, *, limit: float, place: bool = True) ->
     floor = _disagreement(left, again, pair.part, 0.0)
     if floor is not None and found.max_abs <= 32 * floor.max_abs:
         return None  # the model does not repeat itself this closely: the determinism probes say so
-    result = Violation(pair=pair, difference=found, limit=limit)
+    result = Violation(pair=pair, difference=found, limit=limit, twin=twin)
     if place:
         result.culprits = localise(
             twin.model,
@@ -133,10 +134,14 @@ def findings_of(
     *,
     message: str,
     severity: Severity = "error",
-    smallest: Case | None = None,
+    smallest: Pair | None = None,
     fallback: Diagnosis | None = None,
 ) -> list[Found]:
-    """One finding for each culprit, or one without a line where none could be placed."""
+    """One finding for each culprit, or one without a line where none could be placed; the smallest pair that shows it is
+    kept with the subject, so that the run can be replayed."""
+    shown = smallest or result.pair
+    if result.twin is not None:
+        result.twin.broken.append((result.twin, shown))
     evidence: dict[str, Any] = {
         "largest change": result.difference.max_abs,
         "logits of magnitude": result.difference.scale,
@@ -152,7 +157,7 @@ def findings_of(
         expected="no change beyond rounding",
         observed=f"a change of {result.difference.max_abs:.3g} at row {result.row}, position {result.position}",
         evidence=evidence,
-        case=smallest or result.pair.right,
+        case=shown.right,
     )
     if not result.culprits:
         nothing = fallback or Diagnosis()

@@ -59,7 +59,8 @@ class Subject:
     `rebuild` makes a fresh one from the same spec, with the same weights from the same seed, and `remake` the bare model
     from another seed or on another device, without a first run; both None for a model that was handed over alive.
     `assumptions` are what had to be guessed; the report prints them. `measured` is what probes measured beyond their
-    findings, by topic of `Report.sections`.
+    findings, by topic of `Report.sections`; `broken` are the pairs of runs that broke a rule, each with the twin that it
+    was run on; a subject and its twins share both. `attention` is the implementation that a twin was asked for.
     """
 
     spec: str
@@ -73,6 +74,8 @@ class Subject:
     declared_vocab: int | None = None
     assumptions: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
+    attention: str | None = None
+    broken: list[tuple["Subject", Any]] = field(default_factory=list)
     seed: int = 0
     limit: float | None = None
     _last: list[tuple[Case, Tensor]] = field(default_factory=list)
@@ -261,7 +264,7 @@ class Subject:
         return self._make_twin(dtype, training, attention)
 
     def _make_twin(self, dtype: torch.dtype, training: bool, attention: str | None) -> "Subject":
-        twin = replace(self, model=self._copy(), _twins={}, assumptions=[], limit=None, _last=[])
+        twin = replace(self, model=self._copy(), _twins={}, assumptions=[], limit=None, _last=[], attention=attention)
         if attention is not None:
             set_attention(twin.model, attention)
         if any(p.dtype.is_floating_point for p in twin.model.parameters()):

@@ -3,6 +3,7 @@
 It loads no torch. A child that dies in one probe is started again for the others, so that nothing already found is lost.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -19,12 +20,14 @@ from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_
 from .store import Run
 
 MOST_RESTARTS = 5
+CASES = "cases.json"  # in a run's folder: the smallest pairs of runs that broke a rule, by probe
 BUILD, FIRST_RUN = "build.constructs", "build.runs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a check was asked to do: the job that makes the subject, and which probes run on it."""
+    """What a check was asked to do: the job that makes the subject, and which probes run on it; `stored` are the cases of
+    an earlier run, by probe, that are tried again."""
 
     job: Mapping[str, Any]
     select: str | None = None
@@ -32,6 +35,7 @@ class Order:
     quick: bool = False
     expected: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float = 300.0
+    stored: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
 
 
@@ -47,6 +51,7 @@ class _Journal:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     sections: dict[str, Any] = field(default_factory=dict)
+    broken: dict[str, Any] = field(default_factory=dict)
     subject: SubjectInfo | None = None
     environment: Environment | None = None
     step: str = BUILD
@@ -75,6 +80,9 @@ def check(order: Order, run: Run, progress: Callable[[int, int, str, float], Non
             _record_death(journal, death, folder)
             if BUILD in journal.outcomes and journal.outcomes[BUILD].status == "failed":
                 break
+        if journal.broken and run.folder is not None:
+            with contextlib.suppress(OSError):  # the run is told, recorded or not
+                (run.folder / CASES).write_text(json.dumps(journal.broken), encoding="utf-8")
     return _report(order, journal, run, time.monotonic() - started)
 
 
@@ -103,6 +111,7 @@ def _one_child(
         "quick": order.quick,
         "expected": dict(order.expected),
         "command": order.command,
+        "stored": dict(order.stored),
         "done": [name for name in journal.outcomes if name not in (BUILD, FIRST_RUN)],
         "failed": [o.probe for o in journal.outcomes.values() if o.status in ("failed", "expected-failure")],
     }
@@ -131,6 +140,8 @@ def _note(journal: _Journal, event: dict[str, Any]) -> None:
         if outcome.probe not in journal.outcomes:
             journal.outcomes[outcome.probe] = outcome
             journal.findings += [finding_from(finding) for finding in event["findings"]]
+    elif kind == "broken":
+        journal.broken[event["probe"]] = event["value"]
     elif kind == "section":
         journal.sections[event["topic"]] = event["value"]
     elif kind == "unusable":

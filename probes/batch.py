@@ -34,7 +34,7 @@ def rows_independent(subject: Subject) -> Iterator[Finding]:
                 continue
             broken.setting = setting
             small = smallest(small_pairs(twin, pair), lambda p, t=twin, m=limit: violation(t, p, limit=m, place=False) is not None)  # type: ignore[misc]
-            for finding in findings_of(broken, message=_text(broken), smallest=small.right if small else None):
+            for finding in findings_of(broken, message=_text(broken), smallest=small):
                 key = (finding.where.file, finding.where.line)
                 if key not in seen:
                     seen.add(key)

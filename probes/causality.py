@@ -52,7 +52,7 @@ def no_future(subject: Subject) -> Iterator[Finding]:
             broken.setting = setting
             _measure(subject, twin, pair, limit, setting)
             small = smallest(small_pairs(twin), lambda p, t=twin, m=limit: violation(t, p, limit=m, place=False) is not None)  # type: ignore[misc]
-            for finding in findings_of(broken, message=_text(broken), smallest=small.right if small else None):
+            for finding in findings_of(broken, message=_text(broken), smallest=small):
                 key = (finding.where.file, finding.where.line)
                 if key not in seen:
                     seen.add(key)

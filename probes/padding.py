@@ -285,7 +285,7 @@ def _explained(twin: Subject, broken: Violation, limit: float, left: bool) -> It
             yield from _pairs(twin, 1 if pair.part.batch != pair.part.seq else seq, seq, left=left)
 
     small = smallest(candidates(), lambda p: violation(twin, p, limit=limit, place=False) is not None)
-    yield from findings_of(broken, message=text, smallest=small.right if small else None, fallback=fallback)
+    yield from findings_of(broken, message=text, smallest=small, fallback=fallback)
 
 
 def _mask_is_ignored(twin: Subject, case: Case) -> bool:

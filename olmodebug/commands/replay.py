@@ -1,4 +1,4 @@
-"""`olmodebug replay`: the failed probes of a recorded run, once more."""
+"""`olmodebug replay`: the failed probes of a recorded run once more, with the cases that it kept."""
 
 import argparse
 from pathlib import Path
@@ -15,13 +15,13 @@ def declare(commands: Commands) -> None:
 
 
 def replay(arguments: argparse.Namespace) -> int:
-    """Run the failed probes of a recorded run again: `fixed`, `still fails` or `error` for each."""
+    """Run the failed probes of a recorded run again, with its cases: `fixed`, `still fails` or `error` for each."""
     import json
     from dataclasses import replace
 
     from ..report import read
     from ..store import find_run
-    from ..supervise import order_from
+    from ..supervise import CASES, order_from
 
     folder = find_run(Path.cwd(), arguments.id)
     old = read(folder / "report.json")
@@ -31,7 +31,9 @@ def replay(arguments: argparse.Namespace) -> int:
         return EXIT_NOTHING_CHECKED
     order = order_from(json.loads((folder / "job.json").read_text(encoding="utf-8")))
     names = [name for name in failed if not name.startswith("build.")]
-    again = run_check(replace(order, select=" or ".join(names) or "build"))
+    kept = folder / CASES
+    stored = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    again = run_check(replace(order, select=" or ".join(names) or "build", stored=stored))
     status = {outcome.probe: outcome.status for outcome in again.outcomes}
     words = {"passed": "fixed", "failed": "still fails", "skipped": "not reached", "not-applicable": "does not apply any more"}
     for name in failed:
