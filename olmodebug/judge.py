@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from .bound import LAMBDA, ROUNDOFF, TF32, Exact, limit
+from .policies import BF16_POLICY, LOW_POLICY, REDUCED_POLICY, TF32_POLICY
 from .replay import Expected, expect
 
 Verdict = Literal["exact", "within", "explained", "diverged", "nondeterministic", "range", "unverified"]
 
-TF32_POLICY, BF16_POLICY = "TF32 products", "bfloat16 products"
-REDUCED_POLICY, LOW_POLICY = "reduced-precision reduction", "sums kept in the output's precision"
 SPLITS = 32  # partial sums that a split-K matmul writes in the output's precision
 # Between an IEEE float32 matmul (2^-21.9 measured at 1024 terms) and TF32 (2^-11.7), as roots of mean squares.
 TF32_LIKE = 2.0**-14

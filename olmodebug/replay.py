@@ -99,6 +99,13 @@ def op_name(func: Any) -> str:
     return name
 
 
+def is_arithmetic(func: Any) -> bool:
+    """Whether an op rounds its results and writes them into memory of its own."""
+    name = op_name(func)
+    known = name in MOVING or name in WRITING or name in UNWRITTEN or name in RANDOM
+    return not known and not func._schema.is_mutable and not _is_view(func)
+
+
 def upcast(value: Any, compute: torch.dtype = torch.float32) -> Any:
     """Tensors copied to the CPU in float64, dtypes replaced by float64, Python numbers rounded as the op rounds them."""
     if isinstance(value, Tensor):

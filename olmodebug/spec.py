@@ -40,6 +40,7 @@ class Job:
     dtype: str | None = None
     download: bool = False
     meta: bool = False  # build on the meta device, whole: nothing is allocated
+<<<<<<< HEAD
     whole: bool = False  # no small copy of a large preset
 
 
@@ -47,6 +48,9 @@ def bare_model(job: Job) -> tuple[nn.Module, object]:
     """(model, config) on the meta device where the subject's own code can be built there, without a first run."""
     built = _on_meta(dataclasses.replace(job, meta=True))
     return built.model, built.config
+=======
+    whole: bool = False  # a large preset at its own size, not as a small copy
+>>>>>>> 88b3536 (olmodebug parity: executions in children that write bundles, compared op by op; verdict, first place, drift, decisions)
 
 
 def resolve(job: Job) -> Subject:
@@ -59,7 +63,7 @@ def resolve(job: Job) -> Subject:
         raise SubjectError(f"no such tokenizer file: {job.tokenizer}")
     built = _on_meta(job) if job.meta else _build(job)
     if not job.meta:
-        built.model.to(device=_device(job.device), dtype=_dtype(job.dtype))
+        built.model.to(device=device_named(job.device), dtype=_dtype(job.dtype))
     subject = from_model(
         built.model,
         spec=job.spec,
@@ -106,7 +110,7 @@ def _on_meta(job: Job) -> _Built:
         return _build(job)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     """SubjectError when this machine has no such device: never a silent run on another one."""
     try:
         device = torch.device(name)

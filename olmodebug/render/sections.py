@@ -7,10 +7,16 @@ from rich.console import RenderableType
 
 from .guard import guard_view
 from .leaks import leaks_view
+from .parity import parity_view
 from .shapes import shapes_view
 
 # In the order of the report.
-VIEWS: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {"shapes": shapes_view, "leaks": leaks_view, "guard": guard_view}
+VIEWS: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
+    "shapes": shapes_view,
+    "leaks": leaks_view,
+    "parity": parity_view,
+    "guard": guard_view,
+}
 
 
 def section_views(sections: Mapping[str, Any]) -> Iterator[RenderableType]:

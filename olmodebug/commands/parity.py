@@ -1,0 +1,129 @@
+"""`olmodebug parity`: two executions of a model, or two bundles, and the first place where they part."""
+
+import argparse
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
+
+if TYPE_CHECKING:
+    from ..parity_check import Side
+    from ..report import Report
+
+FORMS = "device, dtype, attention, compile and flags with commas, as in cpu,bfloat16,sdpa or SUBJECT@cpu,float32,eager"
+
+
+def declare(commands: Commands) -> None:
+    """The arguments of `parity`."""
+    one = add_command(commands, parity)
+    one.add_argument("subject", nargs="*", default=[DEFAULT_SUBJECT], metavar="SUBJECT|BUNDLE", help=f"{SUBJECT_HELP}; or two bundles")
+    one.add_argument("--config", action="append", default=[], metavar="KEY=VALUE|FILE", help="what a class that needs a config gets")
+    one.add_argument("--device", default="cpu", help="the device that is compared with float64 on the CPU (default cpu)")
+    one.add_argument("--dtype", help="one dtype instead of float32, TF32 (CUDA), bfloat16 and float16 in turn")
+    one.add_argument("--left", metavar="EXECUTION", help=f"what the right side is held against (default cpu,float64): {FORMS}")
+    one.add_argument("--right", action="append", default=[], metavar="EXECUTION", help="the execution under test; may be given again")
+    one.add_argument("--reference", metavar="OTHER", help="another implementation of the same model, or git:REV:path.py:attribute")
+    one.add_argument("--case", action="append", default=[], metavar="NAME", help="only padded, long, decode or step (default all)")
+    one.add_argument("--seed", type=int, default=0, help="seed of the weights and of every case (default 0)")
+    one.add_argument("--adapter", metavar="FILE.py:NAME", help="a function (model, input_ids, ...) -> logits")
+    one.add_argument("--whole", action="store_true", help="a large preset at its own size, not a small copy of it")
+    one.add_argument("--once", action="store_true", help="do not run a second time to find ops that give other bits")
+    one.add_argument("--budget", type=float, default=256.0, metavar="MIB", help="tensors that one bundle may hold (default 256)")
+    one.add_argument("--keep", action="store_true", help="leave the bundles in the run's record, to compare them again")
+    one.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest silence of an execution (default 300)")
+    one.add_argument("--download", action="store_true", help="let hf:org/name use the network")
+    add_output(one)
+
+
+def parity(arguments: argparse.Namespace) -> int:
+    """Compare two executions op by op: does the GPU, bfloat16, another kernel or implementation compute what the other does?
+
+    Every op is replayed in float64 on its own inputs and accepted if arithmetic of its precision could have made the error.
+    """
+    import shlex
+
+    from ..store import new_run
+
+    check_output(arguments)
+    command = shlex.join(["olmodebug", *arguments.argv])
+    bundles = [name for name in arguments.subject if name.rstrip("/").endswith(".bundle")]
+    if len(arguments.subject) > 1 and len(bundles) != 2:
+        raise UsageError("expected one subject, or two bundles (folders that end in .bundle)")
+    run = new_run(Path.cwd())
+    if run.problem:
+        say(f"olmodebug: {run.problem}")
+    if bundles:
+        from ..parity_check import compare_bundles
+
+        if len(bundles) != 2:
+            raise UsageError("one bundle alone has nothing to be compared with; give two")
+        report = compare_bundles(Path(bundles[0]), Path(bundles[1]), run, command=command)
+        job: dict[str, Any] = {"bundles": bundles}
+    else:
+        report, job = _executed(arguments, run, command)
+    with contextlib.suppress(OSError):
+        run.save(report, job)
+    return deliver(arguments, report)
+
+
+def _executed(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[Report, dict[str, Any]]":
+    from ..execution import Execution, defaults, parse
+    from ..parity_check import ParityOrder, Side, check_parity
+    from ..spec_text import parse_config
+    from ..supervise import InternalFault
+
+    job = {
+        "spec": arguments.subject[0],
+        "config": parse_config(arguments.config),
+        "seed": arguments.seed,
+        "adapter": arguments.adapter,
+        "download": arguments.download,
+        "whole": arguments.whole,
+    }
+
+    def side(text: str, default: Execution) -> Side:
+        spec, at, execution = text.rpartition("@")
+        return _side({**job, "spec": spec} if at else job, parse(execution, default=default), run)
+
+    truth, rights = defaults(arguments.device, arguments.dtype)
+    if arguments.reference:
+        truth = Execution(dtype=arguments.dtype or "float32")
+        rights = [truth]
+    left = side(arguments.left, truth) if arguments.left else _side(job, truth, run)
+    if arguments.reference:
+        left = _side({**job, "spec": arguments.reference}, left.execution, run)
+    pairs = [(left, side(text, Execution(dtype=arguments.dtype or "float32"))) for text in arguments.right]
+    pairs = pairs or [(left, _side(job, execution, run)) for execution in rights]
+    order = ParityOrder(
+        pairs=pairs,
+        only=tuple(arguments.case),
+        budget_bytes=int(arguments.budget * (1 << 20)),
+        timeout_seconds=arguments.timeout,
+        repeat=not arguments.once,
+        judge_left=bool(arguments.left or arguments.reference) and left.execution.dtype != "float64",
+        keep=arguments.keep,
+        command=command,
+    )
+    progress = Progress()
+    try:
+        report = check_parity(order, run, progress)
+    except InternalFault as fault:
+        progress.clear()
+        raise RuntimeError(f"an execution failed in olmodebug's own code:\n{fault}") from None
+    finally:
+        progress.clear()
+    return report, {"pairs": [[str(one.execution) for one in pair] for pair in pairs], "spec": arguments.subject[0]}
+
+
+def _side(job: Mapping[str, Any], execution: Any, run: Any) -> "Side":
+    from ..parity_check import Side, git_source
+
+    spec = str(job["spec"])
+    if spec.startswith("git:"):
+        if run.folder is None:
+            raise UsageError(f"{spec}: the run's record cannot be written, so a revision has no place to go")
+        job = {**job, "spec": git_source(spec, run.folder)}
+    return Side(job=job, execution=execution)

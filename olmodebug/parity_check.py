@@ -1,0 +1,286 @@
+"""Two executions held against each other: each in a child process that writes a bundle, then compared, then told.
+
+A child that dies is a finding. The two sides never live at the same time, and each may have been run elsewhere.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .bundle import BUDGET_BYTES, Bundle, read_bundle
+from .environment import environment
+from .errors import OlmodebugError, UsageError
+from .execution import Execution
+from .parity_compare import Comparison, compare
+from .parity_death import KINDS, death_finding
+from .parity_findings import findings
+from .process import Child, Death, innermost, last_line, run_child
+from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, with_reproduction
+from .store import Run
+from .supervise import InternalFault
+
+Progress = Callable[[int, int, str, float], None]
+QUESTIONS = tuple(f"parity.{name}" for name in "runs arguments weights ops policy determinism range decisions".split())
+NARROW = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """A subject, as a job's values, and how it is run."""
+
+    job: Mapping[str, Any]
+    execution: Execution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityOrder:
+    """What to compare, and how much it may cost. `keep` leaves the bundles in the run's record."""
+
+    pairs: Sequence[tuple[Side, Side]]
+    only: tuple[str, ...] = ()
+    budget_bytes: int = BUDGET_BYTES // 4
+    timeout_seconds: float = 300.0
+    repeat: bool = True
+    judge_left: bool = False
+    keep: bool = False
+    command: str = ""
+
+
+@dataclass(slots=True)
+class _Told:
+    """What a child has said so far."""
+
+    head: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    step: str = "build"
+    steps: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    died: dict[str, Any] | None = None
+    unusable: str | None = None
+    fault: str | None = None
+    peak_bytes: int = 0
+
+    def note(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "op":
+            self.last = event
+        elif kind == "start":
+            self.step, self.last = event["step"], None
+            self.steps += 1
+        elif kind == "head":
+            self.head = event["value"]
+        elif kind == "finding":
+            found = finding_from(event["value"])
+            self.findings.append(replace(found, probe="parity.runs"))
+        elif kind in ("died", "done"):
+            self.died = event if kind == "died" else None
+            self.peak_bytes = event.get("peak_bytes", 0)
+        elif kind == "unusable":
+            self.unusable = event["text"]
+        elif kind == "fault":
+            self.fault = event["traceback"]
+
+
+def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
+    """The report on every pair of an order. UsageError when a side cannot be run, InternalFault when olmodebug broke."""
+    started = time.monotonic()
+    base = run.folder
+    with tempfile.TemporaryDirectory(prefix="olmodebug-parity-") as scratch:
+        home = base / "bundles" if base is not None else Path(scratch)
+        home.mkdir(parents=True, exist_ok=True)
+        scripts = base / "scripts" if base is not None else None
+        made: dict[str, Bundle | None] = {}
+        sections, found, heads = [], [], []
+        try:
+            for i, (left, right) in enumerate(order.pairs):
+                weights = min(left.execution.dtype, right.execution.dtype, key=NARROW.index)
+                ticks = _ticks(progress, i, len(order.pairs), started)
+                sides: list[Bundle | None] = []
+                for side, judged in ((left, order.judge_left), (right, True)):
+                    key = f"{side.job['spec']}|{side.execution}|{weights}|{judged}"
+                    if key not in made:
+                        folder = home / f"{len(made)}-{str(side.execution).replace(',', '-').replace(':', '')}.bundle"
+                        made[key], told = _one(order, side, weights, judged, folder, ticks)
+                        found += told.findings
+                        heads += [told.head] if told.head else []
+                        if made[key] is None:
+                            sections.append(_died(left, right, told))
+                    sides.append(made[key])
+                    if sides[-1] is None:
+                        break
+                if len(sides) == 2 and sides[0] is not None and sides[1] is not None:
+                    comparison = compare(sides[0], sides[1])
+                    sections.append(comparison.section)
+                    found += findings(comparison, sides[1], scripts=scripts)
+        finally:
+            if not order.keep:
+                shutil.rmtree(home, ignore_errors=True)
+    return report_of(order.command, run, sections, found, heads, time.monotonic() - started)
+
+
+def compare_bundles(left: Path, right: Path, run: Run, *, command: str) -> Report:
+    """The report on two bundles, which may come from other machines."""
+    started = time.monotonic()
+    a, b = read_bundle(left), read_bundle(right)
+    comparison: Comparison = compare(a, b)
+    scripts = run.folder / "scripts" if run.folder is not None else None
+    found = findings(comparison, b, scripts=scripts)
+    return report_of(command, run, [comparison.section], found, [b.head], time.monotonic() - started)
+
+
+def report_of(
+    command: str, run: Run, sections: list[dict[str, Any]], found: list[Finding], heads: list[dict[str, Any]], seconds: float
+) -> Report:
+    """Sections and findings as a report."""
+    head = heads[-1] if heads else None
+    subject = SubjectInfo(**{**head["subject"], "assumptions": tuple(head["subject"]["assumptions"])}) if head else SubjectInfo(spec="")
+    machine = Environment(**{**head["environment"], "command": command}) if head else environment(seed=0, command=command)
+    report = Report(
+        subject=subject,
+        environment=machine,
+        outcomes=_outcomes(sections, found),
+        findings=merge_by_root(found),
+        sections={"parity": {"runs": sections}},
+        seconds=round(seconds, 3),
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        id=run.id,
+    )
+    return with_reproduction(report, lambda _: command)
+
+
+def _one(
+    order: ParityOrder, side: Side, weights: str, judged: bool, folder: Path, tick: Callable[[str], None]
+) -> tuple[Bundle | None, _Told]:
+    """Run one side in a child; its bundle, or None with the finding that says why there is none."""
+    told = _Told()
+    folder.mkdir(parents=True, exist_ok=True)
+    child = Child(
+        module="olmodebug.parity_child",
+        folder=folder,
+        timeout_seconds=order.timeout_seconds,
+        environment=side.execution.environment,
+    )
+    message = {
+        "job": dict(side.job),
+        "execution": {**asdict(side.execution), "flags": list(side.execution.flags)},
+        "weights": weights,
+        "judged": judged,
+        "repeat": order.repeat and judged,
+        "only": list(order.only),
+        "bundle": str(folder),
+        "budget_bytes": order.budget_bytes,
+        "command": order.command,
+    }
+    death = run_child(child, message, told.note, lambda: tick(f"{side.execution.words}: {told.step}"))
+    if told.unusable is not None:
+        raise UsageError(told.unusable)
+    if told.fault is not None:
+        raise InternalFault(told.fault)
+    if told.findings:
+        return None, told
+    if death is not None or told.died is not None:
+        told.findings.append(_death(side, told, death, folder))
+        return None, told
+    return read_bundle(folder), told
+
+
+def _death(side: Side, told: _Told, death: Death | None, folder: Path) -> Finding:
+    kind = told.died["kind"] if told.died else "process"
+    how = f"{KINDS[kind]}: {told.died['text']}" if told.died else death.text if death else "ended"
+    # What the kernel kills without a word is, as a rule, the process that used the most memory.
+    where = innermost(folder / "stacks.txt")
+    return death_finding(
+        told.last,
+        how=f"{how} while {'it was built' if told.step == 'build' else f'it ran the case {told.step}'}",
+        kind=kind,
+        words=side.execution.words,
+        death=death,
+        printed=last_line(folder / "output.txt"),
+        where=where,
+    )
+
+
+def _died(left: Side, right: Side, told: _Told) -> dict[str, Any]:
+    """The section of a pair of which one side did not come to its end."""
+
+    def side(one: Side) -> dict[str, Any]:
+        environment_of = told.head["environment"] if told.head else {}
+        return {
+            "execution": one.execution.words,
+            "subject": str(one.job["spec"]),
+            "device": one.execution.device,
+            "dtype": one.execution.dtype,
+            "gpu": environment_of.get("gpu"),
+            "torch": environment_of.get("torch"),
+        }
+
+    finding = told.findings[-1]
+    names = ("module", "function", "file", "line", "op")
+    first = {name: getattr(finding.where, name) for name in names}
+    first |= {"phase": "forward", "case": told.step, "verdict": "died", "margin": 0.0, "policy": None, "reason": finding.message}
+    empty: dict[str, Any] = {
+        "ops": dict.fromkeys(("exact", "within", "explained", "diverged", "nondeterministic", "range", "unverified"), 0)
+    }
+    empty |= {"layers": [], "products": [], "policies": [], "unverified": [], "decisions": None, "results": [], "left_out": 0}
+    return {"left": side(left), "right": side(right), "verdict": "died", "coverage": 0.0, "first": first, "died": finding.message, **empty}
+
+
+def _outcomes(sections: list[dict[str, Any]], found: list[Finding]) -> tuple[Outcome, ...]:
+    failed = {finding.probe for finding in found if finding.severity == "error"}
+    died = any(section["verdict"] == "died" for section in sections)
+    decided = any(section["decisions"] for section in sections)
+    outcomes = []
+    for name in QUESTIONS:
+        if name in failed:
+            outcomes.append(Outcome(probe=name, status="failed"))
+        elif died and name != "parity.runs" and all(section["verdict"] == "died" for section in sections):
+            outcomes.append(Outcome(probe=name, status="skipped", reason="an execution did not come to its end"))
+        elif name == "parity.decisions" and not decided:
+            outcomes.append(Outcome(probe=name, status="skipped", reason="no case has logits of both sides and a measured noise"))
+        else:
+            outcomes.append(Outcome(probe=name, status="passed"))
+    return tuple(outcomes)
+
+
+def _ticks(progress: Progress, done: int, total: int, started: float) -> Callable[[str], None]:
+    return lambda step: progress(done, total, step, time.monotonic() - started)
+
+
+def git_source(spec: str, folder: Path) -> str:
+    """`git:REV:path.py:attr` as `FILE.py:attr`, with the folder of the file as it was at the revision below `folder`."""
+    import subprocess
+
+    _, _, rest = spec.partition(":")
+    revision, _, place = rest.partition(":")
+    path, _, attribute = place.rpartition(":")
+    if not (revision and path.endswith(".py") and attribute):
+        raise UsageError(f"{spec}: expected git:REVISION:path.py:attribute")
+    here = Path(path).parent
+    git = ["git", "-C", str(here if here.is_dir() else Path.cwd())]
+    try:
+        prefix = subprocess.run([*git, "rev-parse", "--show-prefix"], capture_output=True, text=True, check=True).stdout.strip()
+        name = f"{prefix}{Path(path).name}"
+        subprocess.run([*git, "cat-file", "-e", f"{revision}:{name}"], capture_output=True, text=True, check=True)
+        packed = subprocess.run([*git, "archive", revision, "."], capture_output=True, check=True).stdout
+    except FileNotFoundError:
+        raise UsageError(f"{spec}: git is not installed") from None
+    except subprocess.CalledProcessError as error:
+        text = error.stderr if isinstance(error.stderr, str) else error.stderr.decode(errors="replace")
+        raise UsageError(f"{spec}: {text.strip().partition(chr(10))[0] or 'git does not know it'}") from None
+    import io
+    import tarfile
+
+    target = folder / f"git-{revision.replace(os.sep, '-')}"
+    target.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        archive.extractall(target, filter="data")
+    found = target / Path(path).name
+    if not found.is_file():
+        raise OlmodebugError(f"{spec}: the revision has no {path}")
+    return f"{found}:{attribute}"

@@ -1,0 +1,99 @@
+"""`python -m olmodebug.parity_child`: one execution of a subject in a process that may die of it, written to a bundle."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from .serve import Tell, serve
+
+DEVICE_ERRORS = ("CUDA error", "HIP error", "device-side assert", "illegal memory access", "AcceleratorError")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to allocate")
+
+
+def run(message: dict[str, Any], tell: Tell) -> None:
+    """Build the subject, run it on the cases under judgement, and write its bundle."""
+    import torch
+
+    from .bundle import BundleError, Writer
+    from .environment import environment
+    from .errors import OlmodebugError
+    from .execution import Execution
+    from .explain import explain
+    from .load import SubjectCodeError
+    from .parity_cases import cases_of
+    from .parity_run import Options, run_parity
+    from .report import plain
+    from .spec import Job, resolve
+
+    execution = Execution(**{**message["execution"], "flags": tuple(message["execution"]["flags"])})
+    tell("start", step="build")
+    try:
+        _device(execution.device)
+        subject = resolve(Job(**message["job"]))
+        cases = cases_of(subject, tuple(message["only"]))
+        writer = Writer(folder=Path(message["bundle"]), budget_bytes=message["budget_bytes"])
+        head = {"execution": {**message["execution"]}, "words": execution.words, "weights": message["weights"]}
+        head |= {"job": message["job"], "subject": plain(subject.info())}
+        head |= {"environment": plain(environment(seed=subject.seed, command=message["command"], device=execution.device))}
+        head |= {"machine": {"platform": platform.platform(), "threads": torch.get_num_threads()}}
+        writer.open(head)
+    except OlmodebugError as error:
+        tell("unusable", text=str(error))
+        return
+    except SubjectCodeError as error:
+        tell("finding", value=plain(explain(error).finding()), step="build")
+        return
+    tell("head", value=head)
+    options = Options(judged=message["judged"], repeat=message["repeat"])
+    try:
+        run_parity(subject, execution, cases, writer, tell=tell, options=options, weights=message["weights"])
+        writer.close()
+    except BundleError as error:
+        tell("unusable", text=str(error))
+    except OlmodebugError as error:
+        tell("unusable", text=str(error))
+    except Exception as error:
+        text = str(error).strip()
+        if any(word in f"{type(error).__name__}: {text}" for word in DEVICE_ERRORS):
+            tell("died", kind="device", text=text.partition("\n")[0])
+        elif isinstance(error, MemoryError) or any(word in text for word in OUT_OF_MEMORY):
+            tell("died", kind="memory", text=text.partition("\n")[0])
+        elif (theirs := _finding(error, subject)) is not None:
+            tell("finding", value=plain(theirs), step="run")
+        else:
+            raise
+    else:
+        used = _peak_bytes()
+        tell("done", peak_bytes=used)
+
+
+def _finding(error: Exception, subject: Any) -> Any:
+    """What the subject's own code raised, as a finding; None when the last frame of the traceback is ours."""
+    from .explain import place_of, source_lines
+    from .report import Finding
+    from .sources import Sources
+
+    spot = Sources(subject.model).spot_of(error)
+    if spot is None:
+        return None
+    where = place_of(spot)
+    text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return Finding(
+        probe="parity.runs", severity="error", message=f"this execution raises {text}", where=where, source=source_lines(where), raised=text
+    )
+
+
+def _device(name: str) -> None:
+    from .spec import device_named
+
+    device_named(name)
+
+
+def _peak_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    serve(run)
