@@ -4,6 +4,7 @@ Events are JSON lines in the order in which they happened; the last line counts 
 by its missing end. Tensors lie in safetensors files and are bounded by a budget: what does not fit is counted, not kept.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -42,14 +43,14 @@ class Writer:
     _stream: Any = None
 
     def open(self, head: Mapping[str, Any]) -> None:
-        with _disk(self.folder):
+        with _disk(self):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / HEAD).write_text(json.dumps({"schema": SCHEMA, **head}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             self._stream = (self.folder / EVENTS).open("w", encoding="utf-8")
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """One line, on disk before anything else happens."""
-        with _disk(self.folder):
+        with _disk(self):
             self._stream.write(json.dumps({"event": kind, **fields}, allow_nan=False) + "\n")
             self._stream.flush()
         self.lines += 1
@@ -71,14 +72,14 @@ class Writer:
         """Write what is pending and the line that says that nothing is missing."""
         self._flush()
         self.event("end", lines=self.lines, left_out=self.left_out)
-        with _disk(self.folder):
+        with _disk(self):
             self._stream.close()
 
     def _flush(self) -> None:
         if not self._pending:
             return
         name = f"tensors-{len(self._shards):05d}.safetensors"
-        with _disk(self.folder):
+        with _disk(self):
             save_file(self._pending, self.folder / name)
         self._shards.append(name)
         self.event("shard", file=name, bytes=(self.folder / name).stat().st_size, keys=sorted(self._pending))
@@ -155,17 +156,20 @@ def _head(folder: Path) -> dict[str, Any]:
 
 
 class _disk:  # noqa: N801 - reads as a phrase
-    """Turns an error of the file system into one line that names the folder."""
+    """Turns an error of the file system into one line that names the folder, and closes what is open."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | SafetensorError):
+            if self.writer._stream is not None:
+                with contextlib.suppress(OSError):
+                    self.writer._stream.close()
             reason = getattr(error, "strerror", None) or str(error)
-            raise BundleError(f"{self.folder}: the bundle cannot be written ({reason}); free some space or lower --budget") from None
+            raise BundleError(f"{self.writer.folder}: the bundle cannot be written ({reason}); free some space or lower --budget") from None
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -43,6 +43,7 @@ class Options:
     judged: bool = True
     journal: bool = True
     repeat: bool = True
+    replace: Callable[[int, list[Tensor]], None] | None = None  # what a device with a fault would do to an op's outputs
 
 
 @dataclass(slots=True)
@@ -150,7 +151,8 @@ def _one(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch
     else:
         first = len(watch.digests)
         before = _digests(subject, once) if watch.options.repeat else []
-        result = record(model, run, before=watch.before, on_event=watch.after, on_call=watch.left, log=False).result
+        replace = watch.options.replace
+        result = record(model, run, before=watch.before, on_event=watch.after, on_call=watch.left, log=False, replace=replace).result
         unequal = next((i for i, (a, b) in enumerate(zip(before, watch.digests[first:], strict=False)) if a != b), None)
         if unequal is not None:
             writer.event("nondeterministic", case=case.name, i=first + unequal)

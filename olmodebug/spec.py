@@ -40,7 +40,6 @@ class Job:
     dtype: str | None = None
     download: bool = False
     meta: bool = False  # build on the meta device, whole: nothing is allocated
-<<<<<<< HEAD
     whole: bool = False  # no small copy of a large preset
 
 
@@ -48,9 +47,6 @@ def bare_model(job: Job) -> tuple[nn.Module, object]:
     """(model, config) on the meta device where the subject's own code can be built there, without a first run."""
     built = _on_meta(dataclasses.replace(job, meta=True))
     return built.model, built.config
-=======
-    whole: bool = False  # a large preset at its own size, not as a small copy
->>>>>>> 88b3536 (olmodebug parity: executions in children that write bundles, compared op by op; verdict, first place, drift, decisions)
 
 
 def resolve(job: Job) -> Subject:
