@@ -1,6 +1,7 @@
 """Training steps, or an inference, under the storage tracer: on fake tensors for a prediction, on real ones to compare."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -43,18 +44,33 @@ def trace_fake(prepared: Prepared, plan: StepPlan, gpu: Gpu | None, *, steps: in
         return trace_steps(subject, plan, steps=steps, scratch=gpu is not None, lines=lines)
 
 
-def trace_real(subject: Subject, plan: StepPlan, *, steps: int = STEPS, vary: bool = False) -> StorageTrace:
-    """The storages of a plan on the subject's real tensors, on the CPU, without emulation."""
+def trace_real(
+    subject: Subject, plan: StepPlan, *, steps: int = STEPS, started: Callable[[StorageTrace], object] | None = None
+) -> StorageTrace:
+    """The storages of a plan on the subject's real tensors, on the CPU, without emulation.
+
+    `started` gets the trace as it begins, so that what was alive is known when the run fails.
+    """
     _must_fit_positions(subject, plan)
     with no_packed_sequences(), quiet():
-        return trace_steps(subject, plan, steps=steps, scratch=False, lines=True)
+        return trace_steps(subject, plan, steps=steps, scratch=False, lines=True, started=started)
 
 
-def trace_steps(subject: Subject, plan: StepPlan, *, steps: int, scratch: bool, lines: bool) -> StorageTrace:
+def trace_steps(
+    subject: Subject,
+    plan: StepPlan,
+    *,
+    steps: int,
+    scratch: bool,
+    lines: bool,
+    started: Callable[[StorageTrace], object] | None = None,
+) -> StorageTrace:
     """The trace of a plan on a subject as it is; the model is left without gradients."""
     model = subject.model
     rows = {subject.vocab_size, subject.embedding_rows or subject.vocab_size}
     tracer = StorageTracer(model, vocab_rows=rows, scratch=scratch, lines=lines)
+    if started is not None:
+        started(tracer.trace)
     batches = [token_ids(subject, plan) for _ in range(plan.accumulation)]
     optimizer = None if plan.inference else make_optimizer(model, plan.optimizer)
     with ExitStack() as stack:

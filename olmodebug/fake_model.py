@@ -27,18 +27,18 @@ def fake_subject(job: Job, mode: FakeTensorMode, *, dtype: torch.dtype) -> Subje
     except SubjectCodeError:
         subject = resolve(replace(job, whole=True))
         subject.assumptions.append("built with its memory, because it does not run on the meta device")
-    return faked(subject, mode, dtype=dtype)
+    subject.model.to(dtype)  # as the model does it: some keep their tables in float32
+    return faked(subject, mode)
 
 
-def faked(subject: Subject, mode: FakeTensorMode, *, dtype: torch.dtype) -> Subject:
+def faked(subject: Subject, mode: FakeTensorMode) -> Subject:
     """The same subject with every tensor that its modules hold replaced by a fake one; tied weights stay tied."""
     known: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in known:
-            kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
             with mode:
-                empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="cpu")
+                empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
                 if isinstance(tensor, nn.Parameter):
                     empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             known[id(tensor)] = empty

@@ -25,7 +25,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
 
     job = Job(**order["job"])
     tell("environment", value=plain(environment(seed=job.seed, command=order["command"], device=order["device"])))
-    tell("start", step="predict")
+    tell("start", step="the prediction")
     try:
         _work(order, job, tell)
     except OlmodebugError as error:
@@ -56,7 +56,7 @@ def _work(order: dict[str, Any], job: Any, tell: Tell) -> None:
     subject = prepared.subject
     if not values["seq_len"]:
         plan = replace(plan, seq_len=default_length(subject, plan))
-    with step_of(subject, plan):
+    with step_of(job, subject, plan):
         trace = trace_fake(prepared, plan, gpu)
     found = estimate(trace, gpu, settings)
     seconds = time.perf_counter() - started
@@ -71,6 +71,12 @@ def _work(order: dict[str, Any], job: Any, tell: Tell) -> None:
     )
     tell("subject", value=plain(subject.info()))
     tell("section", value=body)
+    if order["confirm"] is not None:
+        tell("start", step="a run on real tensors")
+        for confirmation in confirmations(order, job, plan, subject, found):
+            body = {**body, "confirmation": confirmation}
+            tell("section", value=plain(body))
+            tell("start", step="a short training")
     if order["what_ifs"]:
         tell("start", step="what-ifs")
 
@@ -89,6 +95,26 @@ def _work(order: dict[str, Any], job: Any, tell: Tell) -> None:
             tell("section", value=body)
 
 
+def confirmations(order: dict[str, Any], job: Any, plan: Any, subject: Any, found: Any) -> Iterator[dict[str, Any]]:
+    """What a run on the card measures, or, where there is none, a run on the CPU."""
+    from .memory_confirm import confirm_on_cpu, is_cuda_here
+
+    options = order["confirm"]
+    if order["device"] == "cuda" and is_cuda_here():
+        from .memory_cuda import confirm_on_cuda
+
+        yield from confirm_on_cuda(job, plan, found, budget_bytes=order["budget_bytes"] if options["limited"] else None)
+        return
+    yield from confirm_on_cpu(
+        job,
+        plan,
+        batch_size=options["batch_size"],
+        seq_len=options["seq_len"],
+        parameters=sum(p.numel() for p in subject.model.parameters()),
+        limit_bytes=order["budget_bytes"] if order["device"] == "cpu" else None,
+    )
+
+
 def default_length(subject: Any, plan: Any) -> int:
     """2048 tokens, or as many as the model declares positions for."""
     longest = subject.max_positions or DEFAULT_SEQ_LEN
@@ -96,12 +122,15 @@ def default_length(subject: Any, plan: Any) -> int:
 
 
 @contextmanager
-def step_of(subject: Any, plan: Any) -> Iterator[None]:
-    """What the model raises inside is a finding about it, but for what fake tensors cannot do: that ends the prediction."""
+def step_of(job: Any, subject: Any, plan: Any) -> Iterator[None]:
+    """What the model raises inside is a finding about it, if it raises on real tensors too.
+
+    Fake tensors have no values, and a few operators have no fake form: that ends the prediction and is no fault of the
+    model.
+    """
     from torch._subclasses import fake_tensor as fake
 
     from .errors import OlmodebugError
-    from .load import SubjectCodeError
     from .sources import short_path
 
     needs_values = (fake.DataDependentOutputException, fake.DynamicOutputShapeException, fake.UnsupportedOperatorException)
@@ -109,13 +138,33 @@ def step_of(subject: Any, plan: Any) -> Iterator[None]:
         yield
     except OlmodebugError:
         raise
-    except needs_values as error:
+    except Exception as error:
         spot = subject.sources.spot_of(error)
         where = f" at {short_path(spot.file)}:{spot.line}" if spot else ""
-        operator = getattr(error, "func", "an operator")
-        raise OlmodebugError(f"{subject.spec} cannot be predicted: {operator}{where} depends on values, which a dry run has not") from None
+        if isinstance(error, needs_values):
+            operator = getattr(error, "func", "an operator")
+            text = f"{operator}{where} depends on values, which a dry run has not"
+        else:
+            must_run_for_real(job, plan, subject)
+            text = f"on fake tensors{where}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise OlmodebugError(f"{subject.spec} cannot be predicted: {text}") from None
+
+
+def must_run_for_real(job: Any, plan: Any, subject: Any) -> None:
+    """SubjectCodeError when one step of the plan, a single sequence, raises on real tensors too; nothing for a model that is
+    too large to try."""
+    from .dry_run import trace_real
+    from .load import SubjectCodeError
+    from .memory_confirm import real_subject
+    from .spec import SHRINK_ABOVE
+
+    if sum(p.numel() for p in subject.model.parameters()) > SHRINK_ABOVE:
+        return
+    single = replace(plan, batch_size=1, accumulation=1)
+    try:
+        trace_real(real_subject(job, single), single, steps=1)
     except Exception as error:
-        raise SubjectCodeError(f"a training step ({plan})") from error
+        raise SubjectCodeError(f"a training step ({single})") from error
 
 
 def notes(subject: Any, plan: Any, job: Any) -> list[str]:

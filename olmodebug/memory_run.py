@@ -45,7 +45,7 @@ class _Told:
     subject: SubjectInfo | None = None
     environment: Environment | None = None
     findings: list[Finding] = field(default_factory=list)
-    step: str = "predict"
+    step: str = "the prediction"
     unusable: str | None = None
     fault: str | None = None
 

@@ -74,12 +74,23 @@ class StorageTrace:
     ops: int = 0
 
     def sequence(self) -> list[tuple[str, int, str, str, str]]:
-        """The events as comparable values: begin or end, bytes, operator, module, phase."""
-        return [
-            ("begin" if e >= 0 else "end", a.bytes, a.op, a.module, a.phase)
-            for e in self.events
-            for a in (self.allocations[e if e >= 0 else ~e],)
-        ]
+        """The events as comparable values: begin or end, bytes, operator, module, phase.
+
+        Ends with no beginning between them are sorted: autocast drops its copies in the order of their addresses, and the
+        allocator is in the same state after them in any order.
+        """
+        rows: list[tuple[str, int, str, str, str]] = []
+        ended: list[tuple[str, int, str, str, str]] = []
+        for event in self.events:
+            a = self.allocations[event if event >= 0 else ~event]
+            row = ("begin" if event >= 0 else "end", a.bytes, a.op, a.module, a.phase)
+            if event < 0:
+                ended.append(row)
+                continue
+            rows += sorted(ended)
+            ended.clear()
+            rows.append(row)
+        return rows + sorted(ended)
 
 
 class StorageTracer(TorchDispatchMode):

@@ -52,6 +52,8 @@ def declare(commands: Commands) -> None:
     )
     work = one.add_argument_group("the work")
     work.add_argument("--predict-only", action="store_true", help="no run on real tensors after the prediction")
+    work.add_argument("--confirm-batch-size", type=int, metavar="N", help="sequences of the run on the CPU (default 2)")
+    work.add_argument("--confirm-seq-len", type=int, metavar="N", help="tokens of a sequence of the run on the CPU (default 64)")
     work.add_argument("--no-what-ifs", action="store_true", help="the prediction alone, without changes and largest sizes")
     work.add_argument("--chrome-trace", metavar="FILE", help="also write the timeline for chrome://tracing and Perfetto")
     work.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
@@ -143,6 +145,9 @@ def _order(arguments: argparse.Namespace) -> "MemoryOrder":
         budget_bytes=budget,
         allocator=allocator,
         device=arguments.device,
+        confirm=None
+        if arguments.predict_only
+        else {"batch_size": arguments.confirm_batch_size, "seq_len": arguments.confirm_seq_len, "limited": bool(arguments.budget)},
         what_ifs=not arguments.no_what_ifs,
         timeout_seconds=arguments.timeout,
         command=shlex.join(["olmodebug", *arguments.argv]),

@@ -1,0 +1,178 @@
+"""The storage tracer: what it says of fake tensors is what happens with real ones, and what torch's own instruments count."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from olmodebug.dry_run import Prepared, trace_fake, trace_real, trace_steps
+from olmodebug.gpus import GPUS
+from olmodebug.memory_confirm import real_subject
+from olmodebug.memory_estimate import estimate, peak_of
+from olmodebug.spec import Job
+from olmodebug.storage_trace import ACTIVATIONS, AUTOCAST, GRADIENTS, KV_CACHE, LOGITS, OPTIMIZER_STATE, PARAMETERS
+from olmodebug.subject import from_model
+from olmodebug.training_step import StepPlan, make_optimizer, step
+
+TINY = {"batch_size": 3, "seq_len": 17}
+
+CASES = [
+    ("olmo1-tiny", {"precision": "fp32"}),
+    ("olmo1-tiny", {"precision": "fp16-amp"}),
+    ("olmo3-tiny", {"precision": "bf16-amp", "checkpointing": True, "loss": "chunked"}),
+    ("olmo2-tiny", {"precision": "bf16", "accumulation": 2}),
+    ("olmo2-tiny", {"precision": "bf16", "inference": True, "new_tokens": 2}),
+    ("transformers:LlamaForCausalLM", {"precision": "fp32"}),
+    ("transformers:GPT2LMHeadModel", {"precision": "fp16-amp"}),
+    ("transformers:Olmo2ForCausalLM", {"precision": "bf16-amp", "optimizer": "sgd-momentum"}),
+    ("transformers:GPTNeoXForCausalLM", {"precision": "fp32", "optimizer": "adamw-fused"}),
+]
+
+
+@pytest.mark.parametrize(("spec", "options"), CASES, ids=[f"{spec}-{'-'.join(map(str, o.values()))}" for spec, o in CASES])
+def test_fake_tensors_allocate_what_real_ones_do_event_for_event(spec: str, options: dict) -> None:
+    plan = StepPlan(**TINY, **options)
+    fake = trace_fake(Prepared(Job(spec=spec), plan.weight_dtype), plan, None)
+    real = trace_real(real_subject(Job(spec=spec), plan), plan)
+    assert len(fake.events) > 500
+    assert fake.sequence() == real.sequence()
+    assert peak_of(fake.allocations, fake.events) == peak_of(real.allocations, real.events)
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Prepared:
+    return Prepared(Job(spec="olmo1-tiny"), torch.float32)
+
+
+def test_the_third_step_is_the_second_again(prepared: Prepared) -> None:
+    trace = trace_fake(prepared, StepPlan(**TINY), GPUS["A100"])
+    steps = {n: [(a.bytes, a.op, a.module, a.phase) for a in trace.allocations if a.step == n] for n in (1, 2, 3)}
+    assert steps[2] == steps[3] and steps[1] != steps[2]
+
+
+def test_parameters_gradients_and_optimizer_state_have_the_bytes_that_they_must(prepared: Prepared) -> None:
+    trace = trace_fake(prepared, StepPlan(**TINY, precision="fp32"), GPUS["A100"])
+    parameters = sum(p.numel() * 4 for p in prepared.subject.model.parameters())
+
+    def bytes_of(category: str, step: int) -> int:
+        return sum(a.bytes for a in trace.allocations if a.category == category and a.step == step and not a.host)
+
+    assert bytes_of(PARAMETERS, 0) == parameters
+    assert bytes_of(GRADIENTS, 2) == parameters
+    assert bytes_of(OPTIMIZER_STATE, 1) == 2 * parameters and bytes_of(OPTIMIZER_STATE, 2) == 0
+    owners = {a.module for a in trace.allocations if a.category == GRADIENTS}
+    assert {"model.embed_tokens", "model.layers.1.mlp.down_proj"} <= owners
+
+
+def test_autocast_copies_are_the_16_bit_weights_of_the_products(prepared: Prepared) -> None:
+    trace = trace_fake(prepared, StepPlan(**TINY, precision="bf16-amp"), GPUS["A100"])
+    copied = sum(a.bytes for a in trace.allocations if a.category == AUTOCAST and a.step == 1)
+    weights = {id(m.weight): m.weight for m in prepared.subject.model.modules() if isinstance(m, nn.Linear)}
+    assert copied == sum(2 * w.numel() for w in weights.values())
+
+
+def test_the_fused_optimizer_counts_its_steps_on_the_card_and_foreach_on_the_host(prepared: Prepared) -> None:
+    for kind, on_host in (("adamw", True), ("adamw-fused", False)):
+        trace = trace_fake(prepared, StepPlan(**TINY, optimizer=kind), GPUS["A100"], steps=1)
+        counters = [a for a in trace.allocations if a.category == OPTIMIZER_STATE and a.bytes == 4]
+        assert counters and all(a.host == on_host for a in counters)
+
+
+def test_backward_allocations_are_given_to_the_module_and_line_of_the_forward_operator(prepared: Prepared) -> None:
+    trace = trace_fake(prepared, StepPlan(**TINY, precision="fp32"), GPUS["A100"])
+    softmax = [a for a in trace.allocations if a.op == "_log_softmax_backward_data"]
+    assert softmax and all(a.module == "(loss)" and a.phase == "backward" and a.category == LOGITS for a in softmax)
+    silu = [a for a in trace.allocations if a.op == "silu_backward"]
+    assert {a.module for a in silu} == {"model.layers.0.mlp", "model.layers.1.mlp"}
+    assert all(a.spot is not None and a.spot.function == "OlmoMLP.forward" for a in silu)
+
+
+def test_checkpointing_keeps_one_input_a_block(prepared: Prepared) -> None:
+    plain = estimate(trace_fake(prepared, StepPlan(**TINY), GPUS["A100"]), None)
+    saved = estimate(trace_fake(prepared, StepPlan(**TINY, checkpointing=True), GPUS["A100"]), None)
+
+    def at_the_end_of_forward(found: object) -> int:
+        last = [p for p in found.timeline.points if (p.step, p.phase) == (2, "forward")][-1]  # type: ignore[attr-defined]
+        names = found.timeline.names  # type: ignore[attr-defined]
+        return last.categories[names.index(ACTIVATIONS)] if ACTIVATIONS in names else 0
+
+    assert at_the_end_of_forward(saved) < 0.5 * at_the_end_of_forward(plain)
+
+
+def test_a_gigantic_batch_allocates_nothing_here(prepared: Prepared) -> None:
+    trace = trace_fake(prepared, StepPlan(batch_size=1 << 20, seq_len=64), GPUS["H100"], steps=1)
+    assert peak_of(trace.allocations, trace.events) > 1 << 36
+
+
+def test_the_peak_is_affine_in_the_batch(prepared: Prepared) -> None:
+    peaks = {}
+    for batch in (64, 128, 256):
+        trace = trace_fake(prepared, StepPlan(batch_size=batch, seq_len=64), GPUS["A100"], steps=2, lines=False)
+        peaks[batch] = peak_of(trace.allocations, trace.events)
+    assert peaks[256] - peaks[128] == pytest.approx(2 * (peaks[128] - peaks[64]), rel=1e-3)
+
+
+def test_a_kv_cache_holds_keys_and_values_of_every_position() -> None:
+    plan = StepPlan(batch_size=2, seq_len=16, precision="bf16", inference=True, new_tokens=3)
+    ready = Prepared(Job(spec="transformers:LlamaForCausalLM"), torch.bfloat16)
+    trace = trace_fake(ready, plan, GPUS["A100"])
+    config = ready.subject.config
+    width = config.num_key_value_heads * config.head_dim  # type: ignore[attr-defined]
+    made = {a.bytes for a in trace.allocations if a.category == KV_CACHE and a.phase == "decode"}
+    assert 2 * (16 + 3) * width * 2 in made  # the last step's keys of one layer: batch x positions x width x 2 bytes
+
+
+def test_a_model_of_bare_logits_gets_its_loss_from_outside() -> None:
+    class Bigram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(97, 24)
+            self.head = nn.Linear(24, 97)
+
+        def forward(self, idx: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(idx))
+
+    trace = trace_real(from_model(Bigram()), StepPlan(batch_size=2, seq_len=8, precision="fp32"))
+    assert any(a.op == "_log_softmax" and a.module == "(loss)" for a in trace.allocations)
+    assert {a.category for a in trace.allocations if a.op == "nll_loss_backward"} == {LOGITS}
+
+
+def test_tracing_leaves_no_hook_and_no_kernel_behind() -> None:
+    before = torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCPU")
+    ready = Prepared(Job(spec="olmo1-tiny"), torch.float32)
+    trace_fake(ready, StepPlan(**TINY), GPUS["A100"], steps=1)
+    assert sorted(torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCPU")) == sorted(before)
+    assert not nn.modules.module._global_forward_pre_hooks and not nn.modules.module._global_forward_hooks
+    assert all("forward" not in vars(m) for m in ready.subject.model.modules())
+
+
+def test_the_profiler_of_torch_counts_the_same_bytes() -> None:
+    """Allocator-level peak of one real step against the trace's, to 0.01 %."""
+    plan = StepPlan(batch_size=4, seq_len=64, precision="fp32")
+    subject = real_subject(Job(spec="datadecide-4M"), plan)
+    trace = trace_real(subject, plan, steps=2)
+    subject = real_subject(Job(spec="datadecide-4M"), plan)
+    optimizer = make_optimizer(subject.model, plan.optimizer)
+    batches = [torch.zeros(4, 64, dtype=torch.long)]
+    step(subject, plan, optimizer, None, batches, lambda name: None)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        step(subject, plan, optimizer, None, batches, lambda name: None)
+    now = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    second = [i for i, step_number, _ in trace.marks if step_number == 2][0]
+    base = sum(a.bytes if e >= 0 else -a.bytes for e in trace.events[:second] for a in (trace.allocations[e if e >= 0 else ~e],))
+    level = highest = base
+    for event in trace.events[second:]:
+        allocation = trace.allocations[event if event >= 0 else ~event]
+        level += allocation.bytes if event >= 0 else -allocation.bytes
+        highest = max(highest, level)
+    assert most == pytest.approx(highest - base, rel=1e-4)
+
+
+def test_steps_can_be_traced_without_lines() -> None:
+    plan = StepPlan(**TINY, precision="fp32")
+    trace = trace_steps(real_subject(Job(spec="olmo1-tiny"), plan), plan, steps=1, scratch=False, lines=False)
+    assert all(a.spot is None for a in trace.allocations)
