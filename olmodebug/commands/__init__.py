@@ -3,6 +3,6 @@
 Importing a command loads nothing heavy: what it needs is imported when it runs.
 """
 
-from . import check, env, explain, memory, parity, probes, replay, report, run, shapes
+from . import check, env, explain, memory, parity, probes, replay, report, run, shapes, train
 
-ALL = (check, run, explain, parity, shapes, memory, probes, env, report, replay)
+ALL = (check, run, train, explain, parity, shapes, memory, probes, env, report, replay)
