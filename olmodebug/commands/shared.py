@@ -23,7 +23,11 @@ SUBJECT_HELP = (
 # Named here and not taken from render.formats, which loads rich; a test holds the two together.
 FORMATS = ("full", "concise", "json", "jsonl", "junit", "github", "sarif", "md")
 FILES = {"json": "JSON (schema olmodebug/report@1)", "html": "one HTML page that needs no network", "md": "Markdown"}
-SECTIONS = {"memory": "memory", "ranks": "ranks", "training": "training"}  # topics drawn above the findings, each by `render.NAME.NAME_view`
+SECTIONS = {
+    "memory": "memory",
+    "ranks": "ranks",
+    "training": "training",
+}  # topics drawn above the findings, each by `render.NAME.NAME_view`
 SHOW_PROGRESS_AFTER_SECONDS = 2.0
 
 Commands = Any  # argparse names the type of its subparsers with an underscore
