@@ -127,13 +127,13 @@ def explain_run(subject: Subject, run: Callable[[], Any], error: BaseException, 
         for rule in (_index_out_of_range, _sizes_do_not_fit):
             if rule(recording, explanation, names, case):
                 return explanation
-    if (operands := _operands(original, spot, names)) and isinstance(original, RuntimeError):
-        explanation.message += f" ({operands})"
-        explanation.observed = operands
+    if (named := operands(original, spot, names)) and isinstance(original, RuntimeError):
+        explanation.message += f" ({named})"
+        explanation.observed = named
     return explanation
 
 
-def _operands(error: BaseException, spot: Spot | None, names: dict[int, str]) -> str:
+def operands(error: BaseException, spot: Spot | None, names: dict[int, str]) -> str:
     """The tensors that the failing expression names, with their shapes, read from the frame it ran in."""
     tree = expressions(spot)
     frame = next((f for f, _, line in reversed(traceback_frames(error.__traceback__)) if spot and f.f_code is spot.code), None)

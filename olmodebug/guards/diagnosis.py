@@ -17,6 +17,7 @@ from .run import Ended, stacks_of
 from .settings import Settings, redacted, secrets_of
 
 SURVIVES = "process.survives"
+DIVIDED = "loop.ranks-see-different-data"
 
 TOPICS = {"index": "index", "numerics": "nan", "shape": "shape", "memory": "oom", "loop": "loop"}
 ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
@@ -33,6 +34,7 @@ def diagnose(command: Sequence[str], settings: Settings, ended: Ended, seconds: 
     processes = [_process(events) for events in journals]
     working = [p for p in processes if p["ops"] or p["findings"]] or processes
     findings = _merged(journals, len(working))
+    findings += _same_data(journals)
     findings += _death(settings.folder, ended)
     findings.sort(key=lambda finding: ORDER[finding.severity])
     text = redacted(" ".join(command), secrets)
@@ -106,6 +108,34 @@ def _merged(journals: list[list[Event]], processes: int) -> list[Finding]:
             where = ", ".join(dict.fromkeys(sorted(ranks[place], key=int)))
             finding = replace(finding, evidence={**finding.evidence, "ranks": where})
         found.append(finding)
+    return found
+
+
+def _same_data(journals: list[list[Event]]) -> list[Finding]:
+    """Ranks of data-parallel training that saw the same batches, different from step to step: the data is not divided."""
+    seen: dict[str, list[int]] = {}
+    for events in journals:
+        start = next((e for e in events if e["event"] == "start"), {})
+        batches = next((e for e in events if e["event"] == "batches" and e["replicated"]), None)
+        if batches is not None and start.get("rank") is not None and len({str(s) for s in batches["steps"]}) == len(batches["steps"]):
+            seen.setdefault(str(batches["steps"]), []).append(start["rank"])
+    found = []
+    for ranks in seen.values():
+        if len(ranks) < 2:
+            continue
+        names = " and ".join(map(str, sorted(ranks)))
+        found.append(
+            Finding(
+                probe=DIVIDED,
+                severity="error",
+                message=f"ranks {names} saw the same batches in their first steps",
+                cause="the batches are equal token for token, and DistributedDataParallel averages equal gradients",
+                fix="DistributedSampler(dataset), or split the stream by rank",
+                expected="batches of each rank's own",
+                observed="equal batches",
+                evidence={"ranks": ", ".join(map(str, sorted(ranks)))},
+            )
+        )
     return found
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
+import torch.utils.data
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -28,6 +30,7 @@ class Events:
         self.listeners: dict[str, list[Listener]] = defaultdict(list)
         self.quiet = quiet
         self.stepping = 0
+        self.grad = True  # whether gradients were recorded where the last event happened; listeners run without
 
     def on(self, event: str, listener: Listener) -> None:
         self.listeners[event].append(listener)
@@ -36,6 +39,7 @@ class Events:
         """Tell all listeners; their own ops are not guarded."""
         listeners = self.listeners.get(event)
         if listeners:
+            self.grad = torch.is_grad_enabled()
             with self.quiet():
                 for listener in listeners:
                     listener(*values)
@@ -55,6 +59,9 @@ class Events:
         for kind in _scheduler_kinds():
             self._wrap(undo, kind, "step", self._scheduled)
         self._wrap(undo, torch.utils.checkpoint, "checkpoint", self._told("checkpoint"))
+        self._wrap(undo, torch.optim.Optimizer, "__init__", self._told("optimizer_made"))
+        self._wrap(undo, torch.utils.data.DataLoader, "__iter__", self._told("loader_iter"))
+        self._wrap(undo, nn.Module, "to_empty", self._emptied)
 
     def _wrap(self, undo: contextlib.ExitStack, holder: Any, name: str, make: Callable[[Any], Any]) -> Any:
         original = vars(holder)[name]
@@ -113,6 +120,15 @@ class Events:
 
         return step
 
+    def _emptied(self, original: Any) -> Any:
+        def to_empty(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            shared = shared_parameters(module)
+            result = original(module, *args, **kwargs)
+            self.tell("emptied", module, shared, line_here(sys._getframe(1)))
+            return result
+
+        return to_empty
+
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.stepping += 1
         self.tell("step", optimizer, _caller())
@@ -120,6 +136,17 @@ class Events:
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.tell("stepped", optimizer, _caller())
         self.stepping = max(0, self.stepping - 1)
+
+
+def shared_parameters(module: nn.Module) -> list[tuple[str, str]]:
+    """Pairs of names of one parameter that stands in two places."""
+    first: dict[int, str] = {}
+    pairs = []
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            pairs.append((first[id(parameter)], name))
+        first.setdefault(id(parameter), name)
+    return pairs
 
 
 def _caller() -> Spot | None:

@@ -299,8 +299,8 @@ class NonFinite:
         last = origin
         while origin.parent is not None and origin.parent.kind == "birth":
             origin = origin.parent  # an overflow or a log of 0 that only later became nan: the first birth is the cause
-        if id(origin) in self.told:
-            return
+        if id(origin) in self.told or (origin.kind == "weights" and self.told):
+            return  # weights that the first finding has already spoiled are no second one
         self.told.add(id(origin))
         step = self.watch.steps + 1
         where = place.where_of(origin.spot, module=self.watch.name_of_module(origin.module), op=origin.op)

@@ -53,6 +53,204 @@ PAGES: dict[str, str] = {
 
         A fault it catches: a residual stream that reaches 40000 before the last norm.
         """,
+    "loop.every-parameter-optimized": """
+        Every parameter that gets a gradient is held by an optimizer.
+
+        What must hold: parameters with a gradient are in the parameter groups of an optimizer that is alive.
+
+        Why it matters: what no optimizer holds never changes; the loss still falls, a little less.
+
+        A fault it catches: an optimizer that was built before the model was wrapped or emptied, so that it holds parameters of no model.
+        """,
+    "loop.gradients-reset": """
+        Gradients of a step do not contain those of the step before.
+
+        What must hold: between optimizer.step() and the second step after it, gradients are set to None or zero.
+
+        Why it matters: gradients pile up, steps grow, and training diverges or needs a smaller learning rate.
+
+        A fault it catches: optimizer.zero_grad() that was lost in a refactoring.
+        """,
+    "loop.updates-survive-rounding": """
+        An update is large enough to change the weights in their dtype.
+
+        What must hold: in the steps that were looked at, most bfloat16 or float16 weights with a gradient change.
+
+        Why it matters: a change below half a unit in the last place is rounded away: the loss stalls without an error.
+
+        A fault it catches: AdamW with a learning rate of 1e-5 on bfloat16 weights.
+        """,
+    "loop.ties-kept": """
+        Weights that were tied stay one parameter.
+
+        What must hold: parameters shared before to_empty are shared at the first step; config.tie_word_embeddings is true only of tied embeddings.
+
+        Why it matters: the two train apart, and a saved checkpoint keeps one of them.
+
+        A fault it catches: to_empty() without tying again.
+        """,
+    "loop.norms-undecayed": """
+        Where weight decay is split by groups, norm weights are in the group without.
+
+        What must hold: no weight called norm stands in a group with decay beside a group without. One group for all is legal and silent.
+
+        Why it matters: norm scales drift towards 0.
+
+        A fault it catches: a filter on 'bias' instead of on the number of dimensions.
+        """,
+    "loop.trains-in-train-mode": """
+        A model with dropout that began in train mode goes on training in it.
+
+        What must hold: after an evaluation, model.train() is called before the next step. A model that never was in train mode is silent.
+
+        Why it matters: dropout stays off from the first evaluation on.
+
+        A fault it catches: an evaluate() that ends without model.train().
+        """,
+    "loop.unscale-before-clip": """
+        Gradients are clipped at their true size.
+
+        What must hold: scaler.unscale_(optimizer) stands between backward and clipping.
+
+        Why it matters: scaled gradients are 65536 times too large: all are clipped, and the true limit is 65536 times smaller.
+
+        A fault it catches: clip_grad_norm_ before scaler.step() without unscale_.
+        """,
+    "loop.scaler-recovers": """
+        The loss scaler finds a scale at which gradients are finite.
+
+        What must hold: fewer than 24 steps in a row are skipped.
+
+        Why it matters: a skipped step changes no weight.
+
+        A fault it catches: a loss that is nan: no scale makes it finite.
+        """,
+    "loop.optimizer-before-scheduler": """
+        The schedule advances after the optimizer.
+
+        What must hold: scheduler.step() follows optimizer.step() of the same step.
+
+        Why it matters: the first learning rate of the schedule is never used.
+
+        A fault it catches: scheduler.step() straight after backward.
+        """,
+    "loop.schedule-per-update": """
+        The schedule advances once for each update.
+
+        What must hold: one scheduler step for each optimizer step; schedules by epoch are silent.
+
+        Why it matters: with accumulation over 4 micro-batches the learning rate decays 4 times too fast.
+
+        A fault it catches: scheduler.step() inside the loop over micro-batches.
+        """,
+    "loop.backward-outside-autocast": """
+        Backward runs outside autocast.
+
+        What must hold: autocast is off when backward is called.
+
+        Why it matters: torch advises against it: backward ops run in the dtypes of their forward ops anyway.
+
+        A fault it catches: loss.backward() indented into the autocast block.
+        """,
+    "loop.checkpoint-reaches-weights": """
+        Checkpointed blocks get gradients.
+
+        What must hold: with use_reentrant=True at least one input of the block requires a gradient.
+
+        Why it matters: otherwise the block's weights get none, with a warning as the only sign.
+
+        A fault it catches: frozen embeddings under reentrant checkpointing.
+        """,
+    "loop.graph-released": """
+        The graph of a step ends with its backward.
+
+        What must hold: the graphs of five steps in a row are not all alive.
+
+        Why it matters: memory grows by one graph every step, until it is out.
+
+        A fault it catches: total += loss instead of loss.item().
+        """,
+    "loop.labels-shifted-once": """
+        Position i learns token i + 1.
+
+        What must hold: labels agree with the ids shifted by one. Heads that predict further ahead beside the next token are silent.
+
+        Why it matters: a model trained on token i + 2 has a plausible loss and writes nonsense.
+
+        A fault it catches: labels shifted by the collator and again inside the model.
+        """,
+    "loop.padding-unlabelled": """
+        Padding is no label.
+
+        What must hold: where attention_mask is 0 the label is the ignored one; the first padded position of a row may be a label (an eos).
+
+        Why it matters: the model learns to write padding, and its loss looks better than it is.
+
+        A fault it catches: labels = input_ids.clone() in a collator.
+        """,
+    "loop.eos-is-learned": """
+        The end of a text is a label.
+
+        What must hold: attended eos tokens behind a labelled token are labels too.
+
+        Why it matters: a model that never learns eos never stops.
+
+        A fault it catches: labels masked where id == pad_token_id, with pad_token_id = eos_token_id.
+        """,
+    "loop.fresh-batches": """
+        Each step sees a batch of its own.
+
+        What must hold: the data loader is not started anew for every step, and workers do not each read the whole stream. A loop on one fixed batch is silent.
+
+        Why it matters: the model trains on one batch, or on every batch twice.
+
+        A fault it catches: next(iter(loader)) inside the loop.
+        """,
+    "loop.token-weighted-accumulation": """
+        Every label of a window weighs the same.
+
+        What must hold: means of micro-batches are weighted by their numbers of labels, or those are equal.
+
+        Why it matters: labels of short micro-batches count several times as much as others.
+
+        A fault it catches: loss / accumulation_steps with unequal lengths.
+        """,
+    "loop.evaluates-in-eval-mode": """
+        An evaluation runs without dropout.
+
+        What must hold: no dropout draws random numbers in a forward under no_grad whose loss is computed. Checkpointing is silent.
+
+        Why it matters: the validation loss is noisy and too high.
+
+        A fault it catches: a missing model.eval().
+        """,
+    "loop.ranks-see-different-data": """
+        Data-parallel ranks see different batches.
+
+        What must hold: the first batches of two DistributedDataParallel ranks are not all equal.
+
+        Why it matters: equal gradients are averaged: the second rank does nothing.
+
+        A fault it catches: a DataLoader without DistributedSampler.
+        """,
+    "shape.fits": """
+        Operands of an op fit.
+
+        What must hold: no op of torch raises because of sizes, dtypes or devices.
+
+        Why it matters: torch names neither operand; here both are named by the model's own dimensions, with the lines that made them.
+
+        A fault it catches: a padding mask [batch, seq] added to scores [batch, heads, seq, seq].
+        """,
+    "memory.fits": """
+        Every allocation finds a block.
+
+        What must hold: no allocation fails.
+
+        Why it matters: what was live at the failure, by category and line, says what to make smaller.
+
+        A fault it catches: three float32 copies of the logits of a large vocabulary.
+        """,
     "process.survives": """
         No process of the script dies of a signal of its own.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..environment import package_version
 from ..report import Finding
 from . import index, place
+from .batches import Batches
 from .dispatch import Guarded, skip_compiler
 from .events import Events
 from .excerpts import lines_at
@@ -26,6 +27,8 @@ from .index import Bad
 from .journal import Journal
 from .models import Models
 from .nonfinite import NonFinite
+from .optimizing import Optimizing
+from .scheduling import Scheduling
 from .settings import settings_from
 
 _ALIVE: list["Watch"] = []  # the watch of this process under `olmodebug run`; the interpreter's end finds it here
@@ -51,6 +54,8 @@ class Watch:
         self.parts: list[Any] = []
         if "nan" in guards:
             self.parts.append(NonFinite(self))
+        if "loop" in guards:
+            self.parts += [Optimizing(self), Scheduling(self), Batches(self)]
         for part in self.parts:
             part.listen()
         self._count()
@@ -141,7 +146,19 @@ class Watch:
         self.ended = True
         for part in self.parts:
             part.finish()
+        self._explain(error)
         self.journal.tell("end", exception=None if error is None else type(error).__name__, **self._numbers())
+
+    def _explain(self, error: BaseException | None) -> None:
+        """An exception that ended the script, unless a guard has already said what it is."""
+        told = any(f.severity == "error" and f.probe.startswith(("index.", "memory.")) for f in self.journal.findings)
+        if error is None or told or "shape" not in self.guards:
+            return
+        from .exceptions import explain_exception  # the tracer and its rules: loaded only by a script that failed
+
+        finding = explain_exception(error)
+        if finding is not None:
+            self.find(finding)
 
     def _numbers(self) -> dict[str, Any]:
         seconds = round(time.perf_counter() - self.started, 3)

@@ -1,0 +1,179 @@
+"""An exception that torch raised and nobody caught, explained: the failing forward is run again under the tracer.
+
+The operands are named by the model's own dimensions, each with the line that made it, and a repair that the rules of
+`explain` suggest is tried: the function gets the edited code, the same call runs again, and the old code is put back.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import CodeType, FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from ..convention import Convention
+from ..explain import Explanation, explain_run, operands
+from ..load import SubjectCodeError
+from ..records import Case, Where
+from ..repair import Edit
+from ..report import Finding, Scalar
+from ..sources import Sources, Spot, traceback_frames
+from ..subject import Subject, quiet
+from ..tracer import Recording, record
+from . import place
+from .excerpts import lines_at
+from .place import Place
+
+FITS = "shape.fits"
+
+KINDS = (RuntimeError, IndexError, TypeError, ValueError)
+
+
+def explain_exception(error: BaseException) -> Finding | None:
+    """The finding on an exception from a torch op; None for one that the script raised itself."""
+    if not isinstance(error, KINDS) or not _from_torch(error):
+        return None
+    at = place.of(error.__traceback__)
+    explanation = _explained(error, at)
+    if explanation is None:
+        where = at.at()
+        text = operands(error, at.spot, {})
+        first = str(error).strip().partition("\n")[0]
+        return Finding(
+            probe=FITS,
+            severity="error",
+            message=f"{type(error).__name__}: {first}" + (f" ({text})" if text else ""),
+            where=where,
+            source=lines_at(where),
+            observed=text or None,
+            raised=f"{type(error).__name__}: {first}",
+        )
+    found, evidence = explanation
+    where = found.where if found.where.file else at.at(found.where.op)
+    return Finding(
+        probe=FITS,
+        severity="error",
+        message=found.message,
+        cause=found.cause,
+        fix=f"{found.fix} (tried: the same call runs with it)" if found.edits and _repaired(at, found.spot, found.edits) else found.fix,
+        where=replace(where, module=place.module_path(at.modules) or where.module),
+        source=lines_at(where),
+        expected=found.expected,
+        observed=found.observed,
+        evidence={**found.evidence, **evidence},
+        raised=found.raised or None,
+    )
+
+
+def _from_torch(error: BaseException) -> bool:
+    """Raised inside torch, or by an op that our own frame called; a `raise` of the script or of a library is theirs."""
+    frames = traceback_frames(error.__traceback__)
+    if not frames:
+        return False
+    file = frames[-1][0].f_code.co_filename
+    if Sources(nn.Module()).is_torch(file):
+        return True
+    return "/olmodebug/guards/" in file or _is_op_line(frames[-1][0].f_code, frames[-1][1], error)
+
+
+def _is_op_line(code: CodeType, instruction: int, error: BaseException) -> bool:
+    """A builtin of torch has no frame: the script's own frame is innermost, and its instruction is no `raise`."""
+    import dis
+
+    running = next((i for i in dis.get_instructions(code) if i.offset == instruction), None)
+    return isinstance(error, RuntimeError | IndexError) and running is not None and running.opname not in ("RAISE_VARARGS", "RERAISE")
+
+
+def _explained(error: BaseException, at: Place) -> tuple[Explanation, dict[str, Scalar]] | None:
+    """The rules of `explain` on the outermost module's call, run again; None where there is no module or no ids."""
+    if not at.modules or at.call is None:
+        return None
+    root, (args, kwargs) = at.modules[0], at.call
+    ids = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()), None)
+    if ids is None:
+        return None
+    subject = Subject(spec=type(root).__name__, model=root, convention=Convention(ids="input_ids"), config=getattr(root, "config", None))
+    case = Case(name="the failing call", input_ids=tuple(tuple(row) for row in ids.tolist()))
+    with _same_randomness():
+        wrapped = SubjectCodeError("run", subject=subject, case=case)
+        wrapped.__cause__ = error
+        explanation = explain_run(subject, lambda: root(*args, **kwargs), wrapped, case=case)
+        with quiet():
+            recording = record(root, lambda: root(*args, **kwargs), sources=Sources(root), catch=True)
+    return explanation, _made_at(recording)
+
+
+def _made_at(recording: Recording) -> dict[str, Scalar]:
+    """The line that made each operand of the failing op: the last op before it that wrote to that memory."""
+    made: dict[str, Scalar] = {}
+    if recording.failed is None:
+        return made
+    for number, operand in enumerate(recording.failed.inputs):
+        event = next(
+            (e for e in reversed(recording.events) if any(o.storage == operand.storage and o.shape == operand.shape for o in e.outputs)),
+            None,
+        )
+        if event is not None and operand.storage:
+            made[f"operand_{number}"] = f"{operand} from {event.op} at {_line(event.where)}"
+    return made
+
+
+def _line(where: Where) -> str:
+    return f"{where.file}:{where.line}" if where.file else where.module or "an unknown line"
+
+
+@contextlib.contextmanager
+def _same_randomness() -> Iterator[None]:
+    """The script may catch the exception and go on: its random numbers stay its own."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _repaired(at: Place, spot: Spot | None, edits: tuple[Edit, ...]) -> bool:
+    """Whether the same call runs through with the edited function; the function gets its own code back."""
+    if spot is None or at.call is None or {edit.file for edit in edits} != {spot.file}:
+        return False
+    function = _function_of(at, spot.code)
+    text = Path(spot.file).read_text(encoding="utf-8")
+    for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
+        text = edit.apply(text)
+    code = _code_like(compile(text, spot.file, "exec"), spot.code)
+    if function is None or code is None or code.co_freevars != spot.code.co_freevars:
+        return False
+    args, kwargs = at.call
+    before = function.__code__
+    function.__code__ = code
+    try:
+        with _same_randomness(), quiet(), torch.no_grad():
+            at.modules[0](*args, **kwargs)
+        return True
+    except Exception:  # the repair does not help: the finding stands without the mark
+        return False
+    finally:
+        function.__code__ = before
+
+
+def _function_of(at: Place, code: CodeType) -> FunctionType | None:
+    for module in at.modules:
+        for cls in type(module).__mro__:
+            for value in vars(cls).values():
+                if isinstance(value, FunctionType) and value.__code__ is code:
+                    return value
+    return None
+
+
+def _code_like(outer: CodeType, wanted: CodeType) -> CodeType | None:
+    """The code of the function with the same name and first line."""
+    for constant in outer.co_consts:
+        if isinstance(constant, CodeType):
+            if (constant.co_qualname, constant.co_firstlineno) == (wanted.co_qualname, wanted.co_firstlineno):
+                return constant
+            found = _code_like(constant, wanted)
+            if found is not None:
+                return found
+    return None

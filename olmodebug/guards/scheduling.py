@@ -1,0 +1,296 @@
+"""Silent faults in the order of a training loop: scaling and clipping, schedules, autocast, checkpointing, graphs kept alive."""
+
+import ast
+import functools
+import sys
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..report import Finding
+from ..sources import OWN, Spot, short_path
+from .excerpts import lines_at
+from .place import rank, where_of
+
+UNSCALE = "loop.unscale-before-clip"
+ORDER = "loop.optimizer-before-scheduler"
+PACE = "loop.schedule-per-update"
+AUTOCAST = "loop.backward-outside-autocast"
+CHECKPOINT = "loop.checkpoint-reaches-weights"
+GRAPH = "loop.graph-released"
+SCALE = "loop.scaler-recovers"
+
+WINDOWS = 2  # optimizer steps that show the same order before it is told
+KEPT_STEPS = 5  # steps in a row whose loss graphs are all alive
+SKIPS = 24  # in a row: from 65536 a scaler has then halved to below 1, and a gradient that still overflows is not its doing
+DEPTH = 64  # graph nodes searched behind a variable that keeps losses
+
+
+class _Token:
+    """Lives as long as the autograd node that holds it in its metadata."""
+
+
+@dataclass(slots=True)
+class _Window:
+    """What happened since an optimizer's last step: backward passes, and how many there had been at each scheduler step."""
+
+    backwards: int = 0
+    scheduled: dict[int, list[int]] = field(default_factory=dict)
+
+
+class Scheduling:
+    """Follows scaler, schedulers and graphs of one process."""
+
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+        self.scaled: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self.windows: weakref.WeakKeyDictionary[Any, _Window] = weakref.WeakKeyDictionary()
+        self.schedules: weakref.WeakKeyDictionary[Any, Spot | None] = weakref.WeakKeyDictionary()
+        self.early: dict[int, int] = {}
+        self.fast: dict[int, int] = {}
+        self.graphs: deque[tuple[int, Any]] = deque(maxlen=256)
+        self.skips = 0
+        self.stepped_in_scaler = False
+
+    def listen(self) -> None:
+        events = self.watch.events
+        events.on("scaler_scale", self._scale)
+        events.on("scaler_unscale_", lambda scaler, args, spot: self.scaled.__setitem__(scaler, False))
+        events.on("scaler_step", lambda scaler, args, spot: setattr(self, "stepped_in_scaler", False))
+        events.on("scaler_step_done", self._scaler_stepped)
+        events.on("scaler_update", lambda scaler, args, spot: self.scaled.__setitem__(scaler, False))
+        events.on("clip", self._clip)
+        events.on("scheduled", self._scheduled)
+        events.on("backward", self._backward)
+        events.on("checkpoint", self._checkpoint)
+        events.on("step", self._step)
+        events.on("stepped", self._stepped)
+
+    def _tell(self, probe: str, severity: Any, spot: Spot | None, message: str, op: str | None = None, **values: Any) -> None:
+        where = where_of(spot, op=op)
+        self.watch.find(Finding(probe=probe, severity=severity, message=message, where=where, source=lines_at(where), **values))
+
+    # Scaling and clipping
+
+    def _scale(self, scaler: Any, args: Any, spot: Spot | None) -> None:
+        if scaler.is_enabled():
+            self.scaled[scaler] = True
+
+    def _clip(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
+        for scaler, scaled in list(self.scaled.items()):
+            scale = float(scaler.get_scale()) if scaled else 1.0
+            if scale == 1.0:
+                continue
+            limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
+            self._tell(
+                UNSCALE,
+                "error",
+                spot,
+                f"gradients are clipped while they still carry the loss scale of {scale:g}",
+                cause="scaler.unscale_(optimizer) was not called between scaler.scale(loss).backward() and this line",
+                fix="scaler.unscale_(optimizer) before clipping",
+                op="clip_grad",
+                expected=f"a limit of {limit}",
+                observed=f"a limit of {float(limit) / scale:.3g} on the true gradients" if isinstance(limit, (int, float)) else None,
+                evidence={"scale": scale},
+            )
+
+    def _scaler_stepped(self, scaler: Any, args: Any, spot: Spot | None) -> None:
+        if not scaler.is_enabled():
+            return
+        self.skips = 0 if self.stepped_in_scaler else self.skips + 1
+        if self.skips == SKIPS:
+            self._tell(
+                SCALE,
+                "error",
+                spot,
+                f"the loss scaler has skipped {SKIPS} steps in a row: no weight has changed in them",
+                fix="the gradients are not finite at any scale: run with --guard nan, and look at the loss and the data",
+                op="step",
+                evidence={"scale": float(scaler.get_scale())},
+            )
+
+    def finish(self) -> None:
+        """Nothing waits for the end."""
+
+    # Schedules
+
+    def _scheduled(self, scheduler: Any, spot: Spot | None) -> None:
+        optimizer = getattr(scheduler, "optimizer", None)
+        if optimizer is None:
+            return
+        self.schedules[scheduler] = spot
+        window = self.windows.setdefault(optimizer, _Window())
+        window.scheduled.setdefault(id(scheduler), []).append(window.backwards)
+
+    def _step(self, optimizer: Any, spot: Spot | None) -> None:
+        self.stepped_in_scaler = True
+        window = self.windows.get(optimizer)
+        if window is None:
+            return
+        for scheduler, line in list(self.schedules.items()):
+            if scheduler.optimizer is not optimizer:
+                continue
+            times = window.scheduled.get(id(scheduler), [])
+            key = id(scheduler)
+            early = len(times) == 1 and times[0] == window.backwards > 0
+            fast = len(times) > 1 and window.backwards > 1 and sorted(times)[-window.backwards :] == list(range(1, window.backwards + 1))
+            # the last micro-batch's scheduler step may stand after the optimizer's, and then counts in the next window
+            late = len(times) > 1 and window.backwards > 1 and len(times) == window.backwards and times[0] == 0
+            self.early[key] = self.early.get(key, 0) + 1 if early else 0
+            self.fast[key] = self.fast.get(key, 0) + 1 if fast or late else 0
+            if self.early[key] == WINDOWS:
+                self._tell(
+                    ORDER,
+                    "warning",
+                    line,
+                    "scheduler.step() stands before optimizer.step(): the first learning rate of the schedule is never used",
+                    fix="call scheduler.step() after optimizer.step()",
+                    op="step",
+                    evidence={"steps_looked_at": WINDOWS},
+                )
+            if self.fast[key] == WINDOWS:
+                self._tell(
+                    PACE,
+                    "warning",
+                    line,
+                    f"the schedule advances {len(times)} times for each optimizer step, once a micro-batch",
+                    fix="call scheduler.step() beside optimizer.step(), unless the schedule is meant to count micro-batches",
+                    op="step",
+                    expected="1 scheduler step per optimizer step",
+                    observed=f"{len(times)}",
+                )
+        window.scheduled.clear()
+        window.backwards = 0
+
+    # Backward: autocast and graphs that stay alive
+
+    def _backward(self, roots: list[Tensor], spot: Spot | None) -> None:
+        for window in list(self.windows.values()):
+            window.backwards += 1
+        for device in ("cuda", "cpu"):
+            if torch.is_autocast_enabled(device):
+                self._tell(
+                    AUTOCAST,
+                    "warning",
+                    spot,
+                    "backward runs inside autocast: it may cast ops again that forward had cast already",
+                    cause=f"autocast for {device} is on when backward is called",
+                    fix="end the autocast block after the loss",
+                    op="backward",
+                )
+        for root in roots:
+            if root.grad_fn is not None:
+                token = _Token()
+                metadata: Any = root.grad_fn.metadata  # a dict that lives and dies with the node
+                metadata["olmodebug"] = token
+                self.graphs.append((self.watch.steps, weakref.ref(token)))
+
+    def _stepped(self, optimizer: Any, spot: Spot | None) -> None:
+        self.windows.setdefault(optimizer, _Window())
+        now = self.watch.steps
+        last = [(step, reference() is not None) for step, reference in self.graphs if now - KEPT_STEPS <= step < now]
+        if len({step for step, _ in last}) == KEPT_STEPS and all(alive for _, alive in last):
+            self._tell_graph(spot)
+            self.graphs.clear()
+
+    def _tell_graph(self, spot: Spot | None) -> None:
+        name, line = _keeper(sys._getframe(3))
+        alive = sum(reference() is not None for _, reference in self.graphs)
+        kept = f"`{name}` keeps" if name else "something keeps"
+        self._tell(
+            GRAPH,
+            "error",
+            line or spot,
+            f"{kept} the graphs of {alive} losses alive: memory grows by one graph every step",
+            cause=f"`{name}` is made of losses that still carry their graph" if name else None,
+            fix="add loss.item(), or loss.detach()",
+            expected="the graph of a step ends with its backward",
+            observed=f"the graphs of the last {KEPT_STEPS} steps are all alive",
+        )
+
+    # Checkpointing
+
+    def _checkpoint(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
+        if kwargs.get("use_reentrant") is not True or not self.watch.events.grad or not args:
+            return
+        if any(isinstance(value, Tensor) and value.requires_grad for value in args[1:]):
+            return
+        function = args[0]
+        while isinstance(function, functools.partial):
+            function = function.func
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        if not isinstance(owner, nn.Module):
+            return
+        weights = [name for name, p in owner.named_parameters() if p.requires_grad]
+        if weights:
+            self._tell(
+                CHECKPOINT,
+                "error",
+                spot,
+                f"{len(weights)} parameters of {type(owner).__name__} get no gradient: reentrant checkpointing over inputs that need none",
+                cause="with use_reentrant=True the block runs without a graph, and none of its inputs requires a gradient (frozen embeddings)",
+                fix="use_reentrant=False, or model.enable_input_require_grads()",
+                op="checkpoint",
+                observed=", ".join(weights[:4]),
+            )
+
+
+def _keeper(frame: FrameType | None) -> tuple[str | None, Spot | None]:
+    """The variable of the running code that holds the losses, and the line that adds to it."""
+    while frame is not None:
+        if rank(frame.f_code.co_filename) == OWN:
+            for name, value in list(frame.f_locals.items()):
+                if _holds(value):
+                    return name, _adds(frame, name)
+        frame = frame.f_back
+    return None, None
+
+
+def _holds(value: Any) -> bool:
+    """Whether a value is a tensor, or a collection of tensors, behind which at least three marked losses lie."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is not None and _marks(value.grad_fn) >= 3
+    if isinstance(value, (list, deque, tuple)):
+        return sum(isinstance(v, Tensor) and v.grad_fn is not None and _marks(v.grad_fn) >= 1 for v in list(value)[-8:]) >= 3
+    return False
+
+
+def _marks(node: Any) -> int:
+    seen: set[Any] = set()
+    queue, marks = [node], 0
+    while queue and len(seen) < DEPTH:
+        node = queue.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        marks += "olmodebug" in node.metadata
+        queue += [following for following, _ in node.next_functions]
+    return marks
+
+
+def _adds(frame: FrameType, name: str) -> Spot | None:
+    """The line `name += ...`, `name = name + ...` or `name.append(...)` of the running function."""
+    try:
+        tree = ast.parse(Path(frame.f_code.co_filename).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    for node in ast.walk(tree):
+        added = isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and node.target.id == name
+        summed = isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and name in ast.unparse(node.value)
+        summed = summed and isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+        call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == f"{name}.append"
+        if (added or summed or call) and isinstance(node, ast.stmt):
+            return Spot(frame.f_code, frame.f_lasti, node.lineno)
+    return None
+
+
+def text_of(spot: Spot | None) -> str:
+    """`train.py:31`."""
+    return f"{short_path(spot.file)}:{spot.line}" if spot else "an unknown line"
