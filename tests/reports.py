@@ -1,5 +1,6 @@
-"""Writes the committed samples: `python -m tests.reports`. Each report names its command, versions, seed and device.
+"""Writes the committed samples: `python -m tests.reports [WORD]`, or with `--draw` only their pictures, from the JSON alone.
 
+Each report names its command, versions, seed and device.
 `scoreboard.json` and `transformers.json` come from `python -m tests.scoreboard --json` and `python -m tests.sweep --json`,
 which take many minutes; `python -m tests.reports --summaries` turns them into their Markdown pages.
 """
@@ -7,31 +8,106 @@ which take many minutes; `python -m tests.reports --summaries` turns them into t
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from olmodebug.render.formats import FORMATS
+from olmodebug.render.guard import guarded_run_view
+from olmodebug.render.html import html
+from olmodebug.render.memory import memory_view
+from olmodebug.render.plain import plain_text
+from olmodebug.render.terminal import report_view
+from olmodebug.report import Report, read
+
 REPORTS = Path(__file__).parents[1] / "reports"
 BUGS = "tests/mutants/bugs"
+
+# What is run: the arguments of olmodebug, each with `--json` behind the command's name.
 SAMPLES = {
-    "pass-olmo1-4M": ["olmo1-4M"],
-    "pass-transformers-llama": ["transformers:LlamaForCausalLM"],
-    "fail-inv-freq-twice": [f"{BUGS}/inv_freq_twice.py:build"],
-    "fail-mask-added": [f"{BUGS}/mask_added.py:build_repaired"],
-    "fail-short-rope-table": [f"{BUGS}/short_rope_table.py:build"],
+    "pass-olmo1-4M": ["check", "olmo1-4M"],
+    "pass-transformers-llama": ["check", "transformers:LlamaForCausalLM"],
+    "fail-inv-freq-twice": ["check", f"{BUGS}/inv_freq_twice.py:build"],
+    "fail-mask-added": ["check", f"{BUGS}/mask_added.py:build_repaired", "-k", "causality"],
+    "fail-short-rope-table": ["check", f"{BUGS}/short_rope_table.py:build", "-k", "position"],
+    "shapes-olmo2-7B": ["shapes", "olmo2-7B"],
+    "memory-olmo1-4M": ["memory", "olmo1-4M", "--budget", "8GiB", "--predict-only"],
+    "run-short-rope-table": ["run", "--", "python", f"{BUGS}/train_short_table.py"],
 }
 
+# What is drawn from a sample's JSON alone, by the end of the file's name; a test holds each to its JSON.
+DRAWINGS: dict[str, Callable[[Report], str]] = {
+    ".html": html,
+    ".md": FORMATS["md"],
+    ".concise.txt": FORMATS["concise"],
+    ".github.txt": FORMATS["github"],
+    ".jsonl": FORMATS["jsonl"],
+    ".junit.xml": FORMATS["junit"],
+    ".sarif.json": FORMATS["sarif"],
+    ".txt": lambda report: terminal(report),
+}
+IN_EVERY_FORMAT = "fail-mask-added"
+AS_A_PAGE = ("memory-olmo1-4M", "shapes-olmo2-7B", "run-short-rope-table")
 
-def samples() -> None:
-    """Run the sample checks and keep their JSON and what the terminal shows."""
+
+def samples(only: str = "") -> None:
+    """Run the samples whose name holds `only`, keep their JSON, and draw them."""
     for name, arguments in SAMPLES.items():
-        line = [sys.executable, "-m", "olmodebug", "check", *arguments, "--json", str(REPORTS / f"{name}.json")]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        text = f"$ olmodebug check {' '.join(arguments)}\n{done.stdout}(exit code {done.returncode})\n"
-        (REPORTS / f"{name}.txt").write_text(text, encoding="utf-8")
+        if only not in name:
+            continue
+        line = [sys.executable, "-m", "olmodebug", arguments[0], "--json", str(REPORTS / f"{name}.json"), *arguments[1:]]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100"})
         print(f"{name}: exit {done.returncode}")
+        if done.returncode not in (0, 1):
+            print(done.stderr)
+        report = read(REPORTS / f"{name}.json")
+        # what was typed, and no name of this machine's kernel
+        machine = replace(
+            report.environment, command=shlex.join(["olmodebug", *arguments]), platform=f"{platform.system()} {platform.machine()}"
+        )
+        replace(report, environment=machine).write(REPORTS / f"{name}.json")
+    draw()
+
+
+def draw() -> None:
+    """Draw every committed sample again from its JSON."""
+    for path, text in drawings().items():
+        path.write_text(text, encoding="utf-8")
+
+
+def drawings() -> dict[Path, str]:
+    """Every drawing of the committed samples: its file and what stands in it."""
+    made = {}
+    for name in SAMPLES:
+        if not (REPORTS / f"{name}.json").is_file():
+            continue
+        report = read(REPORTS / f"{name}.json")
+        endings = [".txt", *(DRAWINGS if name == IN_EVERY_FORMAT else [".html"] if name in AS_A_PAGE else [])]
+        made |= {REPORTS / f"{name}{ending}": DRAWINGS[ending](report) for ending in endings}
+    return made
+
+
+def terminal(report: Report) -> str:
+    """The command, and what the terminal shows at 100 columns."""
+    return f"$ {report.environment.command}\n{plain_text(view(report))}(exit code {report.exit_code})\n"
+
+
+def view(report: Report) -> RenderableType:
+    """What the command of a report shows of it."""
+    if "guard" in report.sections:
+        return guarded_run_view(report)
+    parts = [memory_view(report.sections["memory"]), Text()] if "memory" in report.sections else []
+    return Group(*parts, report_view(report))
 
 
 def scoreboard_page() -> str:
@@ -101,5 +177,7 @@ if __name__ == "__main__":
         for name, page in (("scoreboard", scoreboard_page), ("transformers", transformers_page)):
             if (REPORTS / f"{name}.json").is_file():
                 (REPORTS / f"{name}.md").write_text(page(), encoding="utf-8")
+    elif "--draw" in sys.argv:
+        draw()
     else:
-        samples()
+        samples(sys.argv[1] if len(sys.argv) > 1 else "")
