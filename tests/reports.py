@@ -8,13 +8,11 @@ which take many minutes; `python -m tests.reports --summaries` turns them into t
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,8 @@ from olmodebug.render.plain import plain_text
 from olmodebug.render.terminal import report_view
 from olmodebug.report import Report, read
 
-REPORTS = Path(__file__).parents[1] / "reports"
+ROOT = Path(__file__).parents[1]
+REPORTS = ROOT / "reports"
 BUGS = "tests/mutants/bugs"
 
 # What is run: the arguments of olmodebug, each with `--json` behind the command's name.
@@ -42,6 +41,7 @@ SAMPLES = {
     "fail-short-rope-table": ["check", f"{BUGS}/short_rope_table.py:build", "-k", "position"],
     "shapes-olmo2-7B": ["shapes", "olmo2-7B"],
     "memory-olmo1-4M": ["memory", "olmo1-4M", "--budget", "8GiB", "--predict-only"],
+    "parity-olmo2-tiny": ["parity", "olmo2-tiny", "--dtype", "bfloat16"],
     "run-short-rope-table": ["run", "--", "python", f"{BUGS}/train_short_table.py"],
 }
 
@@ -57,7 +57,7 @@ DRAWINGS: dict[str, Callable[[Report], str]] = {
     ".txt": lambda report: terminal(report),
 }
 IN_EVERY_FORMAT = "fail-mask-added"
-AS_A_PAGE = ("memory-olmo1-4M", "shapes-olmo2-7B", "run-short-rope-table")
+AS_A_PAGE = ("memory-olmo1-4M", "parity-olmo2-tiny", "shapes-olmo2-7B", "run-short-rope-table")
 
 
 def samples(only: str = "") -> None:
@@ -65,17 +65,15 @@ def samples(only: str = "") -> None:
     for name, arguments in SAMPLES.items():
         if only not in name:
             continue
-        line = [sys.executable, "-m", "olmodebug", arguments[0], "--json", str(REPORTS / f"{name}.json"), *arguments[1:]]
-        done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100"})
+        path = REPORTS / f"{name}.json"
+        option = ["--json", str(path.relative_to(ROOT))]
+        line = [sys.executable, "-m", "olmodebug", arguments[0], *option, *arguments[1:]]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
         print(f"{name}: exit {done.returncode}")
         if done.returncode not in (0, 1):
             print(done.stderr)
-        report = read(REPORTS / f"{name}.json")
-        # what was typed, and no name of this machine's kernel
-        machine = replace(
-            report.environment, command=shlex.join(["olmodebug", *arguments]), platform=f"{platform.system()} {platform.machine()}"
-        )
-        replace(report, environment=machine).write(REPORTS / f"{name}.json")
+        text = path.read_text(encoding="utf-8").replace(" " + shlex.join(option), "")  # what somebody would type
+        path.write_text(text.replace(platform.platform(), f"{platform.system()} {platform.machine()}"), encoding="utf-8")
     draw()
 
 
