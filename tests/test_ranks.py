@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 import olmodebug
+from olmodebug.cli import main
 from olmodebug.commands.ranks import STRATEGIES
 from olmodebug.compare import roundings_limit
 from olmodebug.errors import ReportError, UsageError
@@ -97,6 +98,24 @@ def test_the_command_line_names_the_strategies_that_there_are() -> None:
     assert parallel_strategies == STRATEGIES
 
 
+@pytest.mark.parametrize(("line", "words"), [("--ranks 1", "needs at least 2"), ("a.bundle b.bundle --ranks 2", "takes one subject")])
+def test_a_wrong_turn_is_one_line(line: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["parity", *line.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_compares_ranks_and_exits_by_the_finding(monkeypatch: Any, tmp_path: Path) -> None:
+    here = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    line = ["parity", f"{here / MODEL.partition(':')[0]}:build", "--ranks", "2", "--launch", f"{Path(parallel.__file__)}:rank_raises"]
+    assert main([*line, "--json", "out.json"]) == 1
+    body = json.loads((tmp_path / "out.json").read_text())
+    assert body["sections"]["ranks"]["world"] == 2
+    assert body["findings"][0]["where"]["function"].endswith("rank_raises.train_step")
+
+
 def test_the_section_keeps_to_the_schema_and_is_drawn() -> None:
     schema = json.loads((Path(olmodebug.__file__).parent / "report.schema.json").read_text())["properties"]["sections"]["properties"][
         "ranks"
@@ -110,7 +129,7 @@ def test_the_section_keeps_to_the_schema_and_is_drawn() -> None:
         Console(file=out, width=100, no_color=True).print(ranks_view(section))
         texts.append(out.getvalue())
     assert "34 module outputs, 15 gradients, 15 weights, 15 optimizer tensors" in texts[0]
-    assert "3 on every rank" in texts[0]
+    assert "3 collectives on every rank" in texts[0]
     assert "did not come to its end" in texts[1]
     assert "1, 0" in texts[1]
 

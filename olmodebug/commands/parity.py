@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .ranks import add_ranks, compare_ranks
 from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def declare(commands: Commands) -> None:
     one.add_argument("--keep", action="store_true", help="leave the bundles in the run's record, to compare them again")
     one.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest silence of an execution (default 300)")
     one.add_argument("--download", action="store_true", help="let hf:org/name use the network")
+    add_ranks(one)
     add_output(one)
 
 
@@ -48,6 +50,8 @@ def parity(arguments: argparse.Namespace) -> int:
     from ..store import new_run
 
     check_output(arguments)
+    if arguments.ranks is not None:
+        return compare_ranks(arguments)
     command = shlex.join(["olmodebug", *arguments.argv])
     bundles = [name for name in arguments.subject if name.rstrip("/").endswith(".bundle")]
     if len(arguments.subject) > 1 and len(bundles) != 2:

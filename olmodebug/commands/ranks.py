@@ -5,6 +5,7 @@ import contextlib
 import shlex
 from pathlib import Path
 
+from ..errors import UsageError
 from .shared import Progress, deliver, say
 
 STRATEGIES = ("ddp", "fsdp", "tp")  # named here and not taken from parallel, which loads torch; a test holds the two together
@@ -25,7 +26,9 @@ def compare_ranks(arguments: argparse.Namespace) -> int:
     from ..spec_text import parse_config
     from ..store import new_run
 
-    job = {"spec": arguments.subject, "config": parse_config(arguments.config), "seed": arguments.seed}
+    if len(arguments.subject) != 1:
+        raise UsageError("--ranks takes one subject")
+    job = {"spec": arguments.subject[0], "config": parse_config(arguments.config), "seed": arguments.seed}
     order = RankOrder(
         job=job,
         ranks=arguments.ranks,

@@ -18,9 +18,13 @@ def ranks_view(section: Mapping[str, Any]) -> Group:
         if compared.get(name)
     ]
     calls = section["collectives"]
-    alike = f"{calls[0]} on every rank" if calls and len(set(calls)) == 1 else ", ".join(map(str, calls)) or "none recorded"
+    alike = (
+        f"{calls[0]} collectives on every rank"
+        if calls and len(set(calls)) == 1
+        else f"{', '.join(map(str, calls)) or 'no'} collectives, by rank"
+    )
     return Group(
         row("ranks", f"{section['world']} ({section['strategy']}), beside one process with the same weights and batch"),
         row("compared", ", ".join(counts) or "nothing: the step did not come to its end"),
-        row("collectives", alike),
+        row("called", alike),
     )
