@@ -1,17 +1,19 @@
 """The doctor for language-model code.
 
 `check(model)` says whether a causal language model is right, and where not, which line and why; `trace` records every op of a
-run with its line; `shapes` gives the tree with named dimensions. Importing this package loads no torch.
+run with its line; `shapes` gives the tree with named dimensions; `with guard(model):` watches a block of a training script.
+Importing this package loads no torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import check, shapes, trace
+    from .guarding import guard
     from .report import Finding, Report
     from .testing import ProbeFailure, parametrize_with_probes
 
-__all__ = ["Finding", "ProbeFailure", "Report", "check", "parametrize_with_probes", "shapes", "trace"]
+__all__ = ["Finding", "ProbeFailure", "Report", "check", "guard", "parametrize_with_probes", "shapes", "trace"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +25,8 @@ def __getattr__(name: str) -> Any:
         # api imports the submodules of the same names, which the import system then binds here: bind the functions again
         globals().update(check=api.check, shapes=api.shapes, trace=api.trace)
         return globals()[name]
+    if name == "guard":
+        return importlib.import_module(".guarding", __name__).guard
     if name in ("Finding", "Report"):
         return getattr(importlib.import_module(".report", __name__), name)
     if name in ("ProbeFailure", "parametrize_with_probes"):

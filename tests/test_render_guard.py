@@ -31,8 +31,8 @@ def test_the_sample_fits_the_schema() -> None:
 
 def test_findings_stand_before_the_memory_and_the_closing_line() -> None:
     text = drawn(guarded_run_view(sample()))
-    assert text.index("index.in-bounds") < text.index("asked for  3.07 GiB") < text.index("olmodebug: 1 error; the script: exit status 1")
-    assert "6.14 GiB" in text and "loss.py:31 in cross_entropy  (2 tensors)" in text
+    assert text.index("memory.fits") < text.index("asked for  195 MiB") < text.index("olmodebug: 1 error; the script: exit status 1")
+    assert "activation  oom.py:16 in <module>  (1 tensor)" in text
 
 
 def test_a_clean_run_is_one_line() -> None:
@@ -46,4 +46,4 @@ def test_the_section_tells_every_process_and_how_it_ended() -> None:
     section = dict(sample().sections["guard"])
     section["processes"] = [{**section["processes"][0], "rank": rank} for rank in (0, 1)]
     text = drawn(guard_view(section))
-    assert "rank 0: t.py" in text and "rank 1: t.py" in text and "it ended with IndexError" in text
+    assert "rank 0: oom.py" in text and "rank 1: oom.py" in text and "it ended with RuntimeError" in text

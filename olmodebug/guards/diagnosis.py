@@ -48,7 +48,7 @@ def diagnose(command: Sequence[str], settings: Settings, ended: Ended, seconds: 
     return Report(
         subject=SubjectInfo(spec=text, kind="training script"),
         environment=_environment(text, journals),
-        outcomes=tuple(_outcome(name, findings, working, seen, seconds) for name in settings.guards),
+        outcomes=tuple(outcome_of(name, findings, working, seen, seconds) for name in settings.guards),
         findings=tuple(findings),
         sections={"guard": plain(section)},
         seconds=round(seconds, 3),
@@ -160,7 +160,8 @@ def _death(folder: Path, ended: Ended) -> list[Finding]:
     return found
 
 
-def _outcome(name: str, findings: Sequence[Finding], processes: list[dict[str, Any]], seen: bool, seconds: float) -> Outcome:
+def outcome_of(name: str, findings: Sequence[Finding], processes: list[dict[str, Any]], seen: bool, seconds: float) -> Outcome:
+    """How one guard ended: failed with an error finding of its topic; not applicable where it saw nothing."""
     probe = f"guard.{name}"
     if not seen or not any(p["ops"] or p["findings"] for p in processes):
         why = "no Python process of the command imported torch" if not seen else "no op of torch was run"

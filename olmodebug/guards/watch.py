@@ -25,6 +25,7 @@ from .events import Events
 from .excerpts import lines_at
 from .index import Bad
 from .journal import Journal
+from .memory import Memory
 from .models import Models
 from .nonfinite import NonFinite
 from .optimizing import Optimizing
@@ -47,7 +48,6 @@ class Watch:
         self.steps = 0
         self.backwards = 0
         self.ended = False
-        self.last_failure: Any = None
         self.events = Events(self.looking)
         self.models = Models()
         self.scalers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -56,6 +56,9 @@ class Watch:
             self.parts.append(NonFinite(self))
         if "loop" in guards:
             self.parts += [Optimizing(self), Scheduling(self), Batches(self)]
+        self.memory = Memory(self) if "oom" in guards else None
+        if self.memory is not None:
+            self.parts.append(self.memory)
         for part in self.parts:
             part.listen()
         self._count()
@@ -112,7 +115,9 @@ class Watch:
 
     def index_is_bad(self, bad: Bad) -> str:
         """Record a bad index and return the sentence on it."""
-        finding = index.explain_index(bad, place.here(sys._getframe(2)), None)
+        finding = index.explain_index(
+            bad, place.here(sys._getframe(2)), index.built_at(bad.table, self.memory.origin if self.memory else None)
+        )
         self.find(finding)
         return f"{finding.message}: {finding.observed}, expected {finding.expected}"
 
@@ -137,7 +142,9 @@ class Watch:
         return message
 
     def op_raised(self, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
-        """An op raised: whoever explains the exception later needs its operands, while they live."""
+        """An op raised: what is live is looked at while it lives; the rest can be asked of the exception later."""
+        if self.memory is not None and isinstance(error, (RuntimeError, MemoryError)):
+            self.memory.ran_out(error)
 
     def finish(self, error: BaseException | None) -> None:
         """What only the end can tell; once."""
