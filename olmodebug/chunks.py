@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .compare import difference
 from .records import Case, Event, Where
+from .settle import set_seed
 from .sources import Sources, Spot, short_path
 from .subject import Subject, quiet
 from .tracer import Kept, KeptCall, Recording, record
@@ -117,7 +118,7 @@ def call_chunk(twin: Subject, case: Case, chunk: Chunk, cache: Any) -> Any:
         position_ids=cut(case.position_ids, chunk.start),
     )
     with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(twin.seed)
+        set_seed(twin.seed)
         return twin.call(piece, cache=cache, use_cache=True, start=chunk.start)
 
 

@@ -19,7 +19,7 @@ from .records import Case, Difference
 from .relation import Culprit, Part, localise, model_sizes
 from .repair import Found
 from .report import Severity
-from .settle import settled
+from .settle import set_seed, settled
 from .subject import Subject, attention_choices, own_code, quiet
 from .tracer import record
 
@@ -124,7 +124,7 @@ def _finite_twin(twin: Subject, pair: Pair) -> Subject:
 def run(twin: Subject, case: Case) -> Tensor:
     """Logits `[batch, seq_len, vocab]` of one run from the twin's seed; an exception of the model is a SubjectCodeError."""
     with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(twin.seed)
+        set_seed(twin.seed)
         with own_code(twin, case):
             return twin.logits(case).cpu()
 

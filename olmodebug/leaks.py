@@ -14,6 +14,7 @@ from .compare import difference
 from .invariance import run
 from .records import Case
 from .relation import Part, model_sizes
+from .settle import set_seed
 from .subject import Subject, own_code, quiet
 from .tracer import KeptCall, Recording, record
 
@@ -86,7 +87,7 @@ def _modules(twin: Subject, left: Case, right: Case, cut: int, limit: float) -> 
     with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
         recordings: list[Recording] = []
         for case in (left, right):
-            torch.manual_seed(twin.seed)
+            set_seed(twin.seed)
             with own_code(twin, case):
                 recordings.append(record(twin.model, lambda c=case: twin.call(c), keep=True))  # type: ignore[misc]
     part = Part(batch=1, seq=left.seq_len, columns=slice(0, cut), fixed=model_sizes(twin.model))

@@ -24,6 +24,7 @@ class Places:
         # Frames at which the search ends during backward: what stands above them called backward.
         self._engine = frozenset({stop, torch.autograd.backward.__code__, torch.autograd.grad.__code__})
         self._forward: dict[int, tuple[Where, Spot | None]] = {}
+        self._files: dict[str, str] = {}
         self._owners = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
 
     def spot(self, frame: FrameType | None) -> Spot | None:
@@ -42,7 +43,7 @@ class Places:
             spot, phase = self._sources.spot(frame, self._engine), "recompute" if self._in_checkpoint(frame) else "backward"
         if phase == "backward":
             return (*self._backward(node, op, spot), phase)
-        where = place(module, spot, op)
+        where = self._place(module, spot, op)
         if torch.is_grad_enabled():
             self._forward.setdefault(torch.autograd._get_sequence_nr() - 1, (where, spot))
         return where, spot, phase
@@ -50,9 +51,17 @@ class Places:
     def _backward(self, node: Any, op: str, spot: Spot | None) -> tuple[Where, Spot | None]:
         made = self._forward.get(node._sequence_nr())
         if made is None and hasattr(node, "variable"):  # the end of the graph, where a gradient is accumulated
-            return place(self._owners.get(id(node.variable), ""), None, op), None
+            return self._place(self._owners.get(id(node.variable), ""), None, op), None
         module, spot = made[0].module if made else "", spot or (made[1] if made else None)
-        return place(module, spot, op), spot
+        return self._place(module, spot, op), spot
+
+    def _place(self, module: str, spot: Spot | None, op: str) -> Where:
+        if spot is None:
+            return Where(module=module, op=op)
+        file = self._files.get(spot.file)
+        if file is None:  # asking for the working directory at every op costs more than all the rest
+            file = self._files[spot.file] = short_path(spot.file)
+        return Where(module=module, function=spot.function, file=file, line=spot.line, op=op)
 
     def _in_checkpoint(self, frame: FrameType | None) -> bool:
         """Whether the frames up to the call of backward pass through torch's activation checkpointing."""
@@ -61,10 +70,3 @@ class Places:
                 return True
             frame = frame.f_back
         return False
-
-
-def place(module: str, spot: Spot | None, op: str | None = None) -> Where:
-    """A spot in a module as a value that can be printed."""
-    if spot is None:
-        return Where(module=module, op=op)
-    return Where(module=module, function=spot.function, file=short_path(spot.file), line=spot.line, op=op)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .diagnose import is_fused_attention
 from .records import Case, Where
+from .settle import set_seed
 from .sources import Spot
 from .subject import Subject, own_code, quiet
 from .tracer import Recording, record
@@ -74,7 +75,7 @@ def constant_case(twin: Subject, *, start: int = 0) -> Case:
 def trace_case(twin: Subject, case: Case) -> Recording:
     """A recording of one run with its tensors."""
     with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]), own_code(twin, case):
-        torch.manual_seed(twin.seed)
+        set_seed(twin.seed)
         return record(twin.model, lambda: twin.call(case), keep=True)
 
 

@@ -30,7 +30,7 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
     ]
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
-            torch.manual_seed(seed)
+            set_seed(seed)
         try:
             yield
         finally:
@@ -48,6 +48,15 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.data.copy_(value)
+
+
+def set_seed(seed: int) -> None:
+    """Seed every generator that this machine has. Without an accelerator that is the CPU's alone, and torch.manual_seed
+    would spend most of its time on a stack trace for the devices that are not there."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def _deterministic() -> tuple[bool, bool]:

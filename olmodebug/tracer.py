@@ -170,8 +170,7 @@ class _Tracer(TorchDispatchMode):
         if self.copying:
             return func(*args, **kwargs)
         recording, storages = self.recording, self.storages
-        flat, _ = tree_flatten((args, kwargs))
-        tensors = [item for item in flat if isinstance(item, Tensor)]
+        tensors = _operands(args, kwargs)
         op = func.__name__.partition(".")[0] if hasattr(func, "__name__") else str(func)
         where, spot, phase = self.places.of(op, self.stack[-1])
         inputs = tuple([info(t, storages) for t in tensors])
@@ -251,7 +250,26 @@ def _bind(func: Any, args: Any, kwargs: Any, copy: Callable[[Tensor], Tensor]) -
     schema = getattr(func, "_schema", None)
     names = [spec.name for spec in schema.arguments] if schema is not None else [str(i) for i in range(len(args))]
     bound = dict(zip(names, args, strict=False)) | dict(kwargs)
-    return tree_map_only(Tensor, copy, bound)  # type: ignore[no-any-return]
+    return {name: _copied(value, copy) for name, value in bound.items()}
+
+
+def _copied(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return copy(value)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, copy) for item in value)
+    return tree_map_only(Tensor, copy, value) if isinstance(value, list | tuple | dict) else value
+
+
+def _operands(args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among an op's arguments: an aten op takes them bare or in lists, a higher-order one in anything."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple | dict):
+            found += [item for item in tree_flatten(value)[0] if isinstance(item, Tensor)]
+    return found
 
 
 def _tensors(tree: Any) -> list[Tensor]:
