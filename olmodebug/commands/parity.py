@@ -27,6 +27,14 @@ def declare(commands: Commands) -> None:
     one.add_argument("--left", metavar="EXECUTION", help=f"what the right side is held against (default cpu,float64): {FORMS}")
     one.add_argument("--right", action="append", default=[], metavar="EXECUTION", help="the execution under test; may be given again")
     one.add_argument("--reference", metavar="OTHER", help="another implementation of the same model, or git:REV:path.py:attribute")
+    one.add_argument(
+        "--reference-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE|FILE",
+        help="what the reference's config gets; a transformers class gets the subject's sizes by itself",
+    )
+    one.add_argument("--map", metavar="FILE", help="JSON: a parameter of the subject -> name, name[start:stop] or name.T of the reference")
     one.add_argument("--case", action="append", default=[], metavar="NAME", help="only padded, long, decode or step (default all)")
     one.add_argument("--seed", type=int, default=0, help="seed of the weights and of every case (default 0)")
     one.add_argument("--adapter", metavar="FILE.py:NAME", help="a function (model, input_ids, ...) -> logits")
@@ -66,6 +74,8 @@ def parity(arguments: argparse.Namespace) -> int:
             raise UsageError("one bundle alone has nothing to be compared with; give two")
         report = compare_bundles(Path(bundles[0]), Path(bundles[1]), run, command=command)
         job: dict[str, Any] = {"bundles": bundles}
+    elif arguments.reference and not (arguments.left or arguments.right or arguments.dtype or arguments.device != "cpu"):
+        report, job = _held_against(arguments, run, command)
     else:
         report, job = _executed(arguments, run, command)
     with contextlib.suppress(OSError):
@@ -120,6 +130,47 @@ def _executed(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[R
     finally:
         progress.clear()
     return report, {"pairs": [[str(one.execution) for one in pair] for pair in pairs], "spec": arguments.subject[0]}
+
+
+def _held_against(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[Report, dict[str, Any]]":
+    """Two implementations on the same weights, whatever their weights and modules are called."""
+    from ..against import Order, against
+    from ..parity_check import git_source
+    from ..spec_text import parse_config
+    from ..supervise import InternalFault
+
+    if arguments.map and not Path(arguments.map).is_file():
+        raise UsageError(f"--map {arguments.map}: no such file")
+    specs = [arguments.subject[0], arguments.reference]
+    for place, spec in enumerate(specs):
+        if spec.startswith("git:"):
+            if run.folder is None:
+                raise UsageError(f"{spec}: the run's record cannot be written, so a revision has no place to go")
+            specs[place] = git_source(spec, run.folder)
+    job = {
+        "spec": specs[0],
+        "config": parse_config(arguments.config),
+        "seed": arguments.seed,
+        "adapter": arguments.adapter,
+        "download": arguments.download,
+    }
+    order = Order(
+        job=job,
+        reference=specs[1],
+        reference_config=parse_config(arguments.reference_config),
+        stated=arguments.map,
+        timeout_seconds=arguments.timeout,
+        command=command,
+    )
+    progress = Progress()
+    try:
+        report = against(order, run, progress)
+    except InternalFault as fault:
+        progress.clear()
+        raise RuntimeError(f"the comparing process failed:\n{fault}") from None
+    finally:
+        progress.clear()
+    return report, {"spec": arguments.subject[0], "reference": arguments.reference}
 
 
 def _side(job: Mapping[str, Any], execution: Any, run: Any) -> "Side":

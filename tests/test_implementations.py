@@ -1,0 +1,94 @@
+"""Two implementations: right pairs pass in logits, loss and every gradient, and what differs is placed and explained."""
+
+from pathlib import Path
+
+import pytest
+
+from olmodebug.aligned import align
+from olmodebug.errors import SubjectError
+from olmodebug.implementations import compare
+from olmodebug.spec import Job, resolve
+from tests.benchmarks.implementations import PRESETS, judged, reference_of, subject_of
+from tests.mutants.catalog import CLEAN
+from tests.mutants.implementation_faults import FAULTS, FUSED_MLP, Fault
+
+SHARP = frozenset(
+    """
+    hf/interleaved-rope hf/rope-theta-ignored hf/kv-tiled hf/window-off-by-one hf/qk-norm-after-rope hf/scale-by-hidden-size
+    hf/final-norm-missing hf/gate-and-up-swapped hf/final-softcap-missing hf/final-norm-eps hf/head-from-embedding
+    hf/variance-detached nanogpt/qkv-order nanogpt/qkv-by-head nanogpt/tied-by-data llama/residual-overwritten-by-norm
+    """.split()
+)
+
+
+@pytest.mark.parametrize(("preset", "other"), PRESETS)
+def test_the_reference_model_equals_the_class_of_transformers_in_logits_loss_and_gradients(preset: str, other: str) -> None:
+    subject = resolve(Job(spec=preset))
+    report = compare(subject, reference_of(other, subject))
+    assert report.verdict == "pass"
+    assert report.findings == ()
+    section = report.sections["parity"]["implementations"]
+    assert section["gradients"]["differing"] == 0
+    assert section["gradients"]["compared"] == len(dict(subject.model.named_parameters()))
+    assert section["logits"]["largest_difference"] <= 1e-6 * section["logits"]["largest_magnitude"]
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, id=f.mutant.name, marks=() if f.mutant.name in SHARP else pytest.mark.slow) for f in FAULTS]
+)
+def test_a_fault_is_found_placed_and_explained(fault: Fault, tmp_path: Path) -> None:
+    for row in judged(fault, tmp_path):
+        assert row.detected
+        assert row.placed, row.place
+        assert row.explained, row.cause
+
+
+def test_interleaved_pairs_of_metas_keys_are_settled_by_value() -> None:
+    subject = subject_of(CLEAN / "llama_style.py", "build")
+    aligned = align(subject, reference_of("transformers:LlamaForCausalLM", subject))
+    assert aligned.agree
+    assert aligned.by_value == ("the rows of q and k of the subject stand in interleaved pairs",)
+
+
+def test_fused_gate_and_up_pass_against_two_projections(tmp_path: Path) -> None:
+    text = (CLEAN / "hf_style.py").read_text()
+    for old, new in FUSED_MLP:
+        text = text.replace(old, new)
+    path = tmp_path / "fused.py"
+    path.write_text(text)
+    assert compare(subject_of(path, "build"), subject_of(CLEAN / "hf_style.py", "build")).findings == ()
+
+
+def test_a_stated_mapping_replaces_what_names_say() -> None:
+    path = CLEAN / "hf_style.py"
+    crossed = {
+        f"model.layers.{i}.mlp.{a}_proj.weight": f"model.layers.{i}.mlp.{b}_proj.weight"
+        for i in range(3)
+        for a, b in (("gate", "up"), ("up", "gate"))
+    }
+    report = compare(subject_of(path, "build"), subject_of(path, "build"), stated=crossed)
+    assert report.verdict == "fail"
+
+
+def test_neither_subject_is_touched() -> None:
+    subject = subject_of(CLEAN / "nanogpt_style.py", "build")
+    before = {name: p.clone() for name, p in subject.model.named_parameters()}
+    compare(subject, subject)
+    assert all(p.equal(before[name]) and p.grad is None for name, p in subject.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        ("olmo2-tiny", "olmo1-tiny", "no counterpart in olmo1-tiny for model.layers.0.self_attn.q_norm.weight"),
+        ("olmo1-tiny", "olmo1-4M", "no counterpart in olmo1-tiny for model.layers.2.self_attn.q_proj.weight"),
+    ],
+)
+def test_models_that_do_not_fit_get_one_sentence(one: str, other: str, words: str) -> None:
+    with pytest.raises(SubjectError, match=words):
+        compare(resolve(Job(spec=one)), resolve(Job(spec=other)))
+
+
+def test_another_vocabulary_gets_one_sentence() -> None:
+    with pytest.raises(SubjectError, match=r"the sizes differ: model.embed_tokens.weight of olmo2-tiny is \[67, 40\]"):
+        compare(resolve(Job(spec="olmo2-tiny")), resolve(Job(spec="olmo2-tiny", config={"vocab_size": 60, "pad_token_id": 1})))
