@@ -20,7 +20,9 @@ def implementation_lines(section: Mapping[str, Any]) -> Iterator[Line]:
     yield row("logits", f"{verdict}: {share} of the largest, where rounding may make {section['limit']:.1e}")
     if gradients is not None:
         words = "all agree" if not gradients["differing"] else f"{gradients['differing']} differ"
-        yield row("gradients", f"{words} of {gradients['compared']}; loss {gradients['loss']:.6g}, reference {gradients['reference_loss']:.6g}")
+        yield row(
+            "gradients", f"{words} of {gradients['compared']}; loss {gradients['loss']:.6g}, reference {gradients['reference_loss']:.6g}"
+        )
     found = f"{tensors['subject_found']} of {tensors['subject']} found in the reference by value"
     yield row("tensors", f"{found}, {tensors['reference_found']} of {tensors['reference']} of its own found here")
     for text in section["settled_by_value"]:
