@@ -47,7 +47,7 @@ class Verdict:
 
 
 def compare(left: Subject, right: Subject, *, stated: Mapping[str, str] | None = None, seed: int = 0, command: str = "") -> Report:
-    """The report on a subject against a reference: findings, and `sections["parity"]["implementations"]`.
+    """The report on a subject against a reference: findings, and `sections["implementations"]`.
 
     SubjectError where the two do not fit (another vocabulary, other sizes, weights without a counterpart).
     """
@@ -73,7 +73,7 @@ def compare(left: Subject, right: Subject, *, stated: Mapping[str, str] | None =
         outcomes=tuple(Outcome(probe=name, status="failed" if name in failed else "passed") for name in probes)
         + (() if gap is None else (Outcome(probe=GRADIENTS, status="skipped", reason="the outputs differ already"),)),
         findings=merge_by_root(findings),
-        sections={"parity": {"runs": [], "implementations": _section(aligned, gap, gradients, tried)}},
+        sections={"implementations": _section(aligned, gap, gradients, tried)},
         seconds=time.perf_counter() - began,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

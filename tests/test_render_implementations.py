@@ -7,8 +7,8 @@ from pathlib import Path
 import jsonschema
 
 import olmodebug.report
+from olmodebug.render.implementations import implementations_view
 from olmodebug.render.layout import console
-from olmodebug.render.parity import parity_view
 from olmodebug.report import from_json
 
 SAMPLE = Path(__file__).parent / "samples" / "implementations.json"
@@ -16,7 +16,7 @@ SAMPLE = Path(__file__).parent / "samples" / "implementations.json"
 
 def drawn() -> str:
     stream = io.StringIO()
-    console(stream, width=120).print(parity_view(from_json(SAMPLE.read_text()).sections["parity"]))
+    console(stream, width=120).print(implementations_view(from_json(SAMPLE.read_text()).sections["implementations"]))
     return stream.getvalue()
 
 

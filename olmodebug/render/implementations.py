@@ -5,14 +5,20 @@ from collections.abc import Iterator, Mapping
 from math import log10
 from typing import Any
 
+from rich.console import Group
+
 from .layout import LABEL, Line, line, row
 
 BARS = 24
 FLOOR = 1e-16  # a bar starts here: a rounding of float64
 
 
-def implementation_lines(section: Mapping[str, Any]) -> Iterator[Line]:
-    """The comparison as lines: verdict, drift by weight where the two differ, and the mapping, one line for all layers."""
+def implementations_view(section: Mapping[str, Any]) -> Group:
+    """The section `implementations` of a report: verdict, drift by weight where the two differ, and the mapping, one line for all layers."""
+    return Group(*_lines(section))
+
+
+def _lines(section: Mapping[str, Any]) -> Iterator[Line]:
     yield row("reference", f"{section['reference']}, on {section['case']} and the same drawn weights, in float64")
     logits, gradients, tensors = section["logits"], section["gradients"], section["tensors"]
     verdict = "agree" if logits["agree"] else "differ"

@@ -8,7 +8,6 @@ from rich.console import Group
 
 from ..report import NON_FINITE
 from ..units import number_text, plural
-from .implementations import implementation_lines
 from .layout import LABEL, Line, line, row
 
 BARS = 24  # columns of a full bar: the derived bound
@@ -32,8 +31,6 @@ def parity_view(section: Mapping[str, Any]) -> Group:
     blocks: list[Line] = []
     for i, run in enumerate(section["runs"]):
         blocks += ([line()] if i else []) + list(_run(run))
-    if section.get("implementations"):
-        blocks += implementation_lines(section["implementations"])
     return Group(*blocks)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from .guard import guard_view
+from .implementations import implementations_view
 from .leaks import leaks_view
 from .parity import parity_view
 from .shapes import shapes_view
@@ -15,6 +16,7 @@ VIEWS: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
     "shapes": shapes_view,
     "leaks": leaks_view,
     "parity": parity_view,
+    "implementations": implementations_view,
     "guard": guard_view,
 }
 

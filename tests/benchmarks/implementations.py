@@ -136,7 +136,7 @@ def table(word: str) -> str:
             "|---|---|---|---|---|",
         ]
         for name, report in pairs:
-            section = report.sections["parity"]["implementations"]
+            section = report.sections["implementations"]
             logits, gradients = section["logits"], section["gradients"]
             share = logits["largest_difference"] / logits["largest_magnitude"]
             compared, largest = (gradients["compared"], f"{gradients['largest_relative_difference']:.1e}") if gradients else (0, "")
