@@ -1,6 +1,7 @@
 """The loss that a model computes itself is the next-token cross-entropy, nothing else."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,13 @@ def next_token_cross_entropy(subject: Subject) -> Iterator[Finding]:
     limit = LOSS_LIMIT
     if _close(loss, expected, limit) or _adds_auxiliary(twin, case, loss, expected):
         return
+    if _takes_aligned(twin, logits, target, loss):
+        yield replace(
+            _wrong(twin, case, loss, expected, (None, None)),
+            severity="note",
+            message=f"{twin.convention.labels} are taken as aligned: logit t is compared with label t, so the caller has to shift",
+        )
+        return
     yield _wrong(twin, case, loss, expected, _cause(logits, target, loss, shift, limit))
 
 
@@ -77,7 +85,7 @@ def ignores_minus_100(subject: Subject) -> Iterator[Finding]:
     target = target.masked_fill(target < 0, IGNORED)
     expected = cross_entropy(logits, target, shift=shift)
     limit = LOSS_LIMIT
-    if _close(loss, expected, limit) or _adds_auxiliary(twin, case, loss, expected):
+    if _close(loss, expected, limit) or _adds_auxiliary(twin, case, loss, expected) or _takes_aligned(twin, logits, target, loss):
         return
     yield _wrong(twin, case, loss, expected, _cause(logits, target, loss, shift, limit), severity_word="labels of -100 change the loss")
 
@@ -156,6 +164,14 @@ def _loss(twin: Subject, case: Case) -> tuple[Tensor, Tensor]:
 
 def _close(loss: Tensor, expected: Tensor, limit: float) -> bool:
     return bool(torch.isfinite(loss)) and abs(float(loss) - float(expected)) <= limit * max(1.0, abs(float(expected)))
+
+
+def _takes_aligned(twin: Subject, logits: Tensor, labels: Tensor, loss: Tensor) -> bool:
+    """Whether `labels` are compared unshifted by a model that does not follow transformers otherwise: OLMo-core shifts in
+    its data loader. With a cache in the signature the name promises the shift, as everywhere in transformers."""
+    form = twin.convention
+    like_transformers = form.cache is not None or form.use_cache is not None or form.attention_mask is not None
+    return not form.labels_aligned and not like_transformers and _close(loss, cross_entropy(logits, labels, shift=0), LOSS_LIMIT)
 
 
 def _adds_auxiliary(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> bool:

@@ -22,6 +22,12 @@ zoo.LIMIT_SECONDS = 300  # every probe, on two busy cores
 
 def check_type(expression: str | None, model_type: str) -> dict[str, Any]:
     """Every probe's outcome and finding on one model type."""
+    model, config = zoo.build(model_type)
+    return examine(model, config, spec=f"transformers:{type(model).__name__}", expression=expression)
+
+
+def examine(model: Any, config: Any, *, spec: str, expression: str | None = None) -> dict[str, Any]:
+    """The class, every probe's outcome and finding, what was assumed, and the seconds of wall clock and of this process."""
     import torch
 
     from olmodebug.examine import run_probe
@@ -32,14 +38,16 @@ def check_type(expression: str | None, model_type: str) -> dict[str, Any]:
     from olmodebug.subject import from_model
 
     torch.set_num_threads(1)
-    started = time.perf_counter()
-    model, config = zoo.build(model_type)
+    started, busy = time.perf_counter(), time.process_time()
     row: dict[str, Any] = {"class": type(model).__name__, "outcomes": [], "findings": []}
+
+    def seconds() -> dict[str, Any]:
+        return {"seconds": round(time.perf_counter() - started, 1), "cpu_seconds": round(time.process_time() - busy, 1)}
+
     try:
-        subject = from_model(model, spec=f"transformers:{type(model).__name__}", config=config)
+        subject = from_model(model, spec=spec, config=config)
     except SubjectCodeError as error:
-        finding = explain(error).finding()
-        return row | {"findings": [plain(finding) | {"probe": "build.runs"}], "seconds": time.perf_counter() - started}
+        return row | {"findings": [plain(explain(error).finding()) | {"probe": "build.runs"}], **seconds()}
     failed: list[str] = []
     for probe in select(shipped_probes(), expression):
         if probe.cost == "slow":
@@ -49,7 +57,31 @@ def check_type(expression: str | None, model_type: str) -> dict[str, Any]:
             failed.append(probe.name)
         row["outcomes"].append(plain(result.outcome))
         row["findings"] += [plain(finding) for finding in result.findings]
-    return row | {"seconds": time.perf_counter() - started, "assumptions": list(subject.assumptions)}
+    return row | {**seconds(), "assumptions": list(subject.assumptions)}
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """One type as lines: a word, and each error finding with its place."""
+    errors = [f for f in row.get("findings", []) if f["severity"] == "error"]
+    broke = [o for o in row.get("outcomes", []) if o["status"] == "error"]
+    word = "none" if "outcomes" not in row else "ERROR" if errors else "BROKE" if broke else "clean"
+    seconds = f"{row.get('seconds', 0):6.1f} s, {row.get('cpu_seconds', 0):6.1f} s of CPU"
+    print(f"{word:6s}{row['type']:36s}{seconds}  {str(row.get('reason') or row.get('error') or '')[:120]}")
+    for finding in errors:
+        where = finding["where"]
+        print(f"        {finding['probe']}: {finding['message']}  [{where['function']}:{where['line']} {where['op']}] {finding['cause']}")
+    for outcome in broke:
+        print(f"        {outcome['probe']} broke: {outcome['reason'].strip().splitlines()[-1]}")
+    sys.stdout.flush()
+
+
+def line_of(row: dict[str, Any], finding: dict[str, Any]) -> str:
+    """A finding as a row of a Markdown table."""
+    where = finding["where"]
+    what = finding["message"].replace("|", "/")
+    cause = f" Cause: {finding['cause']}." if finding["cause"] else ""
+    place = f"{where['function'] or where['module'] or ''} {where['line'] or ''}"
+    return f"| {row['type']} | {finding['severity']} | `{finding['probe']}` | {what}.{cause} | {place} |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,18 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for row in zoo.walk(functools.partial(check_type, arguments.select), types):
         rows.append(row)
-        errors = [f for f in row.get("findings", []) if f["severity"] == "error"]
-        broke = [o for o in row.get("outcomes", []) if o["status"] == "error"]
-        word = "none" if "outcomes" not in row else "ERROR" if errors else "BROKE" if broke else "clean"
-        print(f"{word:6s}{row['type']:28s}{row.get('seconds', 0):6.1f} s  {str(row.get('reason') or row.get('error') or '')[:90]}")
-        for finding in errors:
-            where = finding["where"]
-            print(
-                f"        {finding['probe']}: {finding['message']}  [{where['function']}:{where['line']} {where['op']}] {finding['cause']}"
-            )
-        for outcome in broke:
-            print(f"        {outcome['probe']} broke: {outcome['reason'].strip().splitlines()[-1]}")
-        sys.stdout.flush()
+        print_row(row)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     checked = [row for row in rows if "outcomes" in row]
