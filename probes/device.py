@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from olmodebug.devices import Stray, first_stray, plain_tensors
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import probe, skip
@@ -54,6 +56,21 @@ def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
     shape = f"{stray.dtype}{list(stray.shape)}"
     if stray.made is not None:
         where = place_of(stray.made, module=stray.module, op=stray.maker)
+        kept = _kept_device(subject)
+        if stray.maker == "_to_copy" and kept is not None:
+            return Found(
+                probe="",
+                severity="warning",
+                message=f"{shape} is moved to the {stray.device} that {kept} holds from an earlier call; {stray.op} then mixes two devices",
+                where=where,
+                source=source_lines(where),
+                cause=f"{kept} is a torch.device that was noted once, and does not change when the model moves",
+                fix="read the device from a parameter or from the input in every call",
+                expected="every tensor on the device of the inputs",
+                observed=f"{shape} on {stray.device}",
+                evidence={"condition": "a model that has run, and moves afterwards", "found by": "a run on the meta device"},
+                case=case,
+            )
         return Found(
             probe="",
             severity="error",
@@ -91,6 +108,15 @@ def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
         evidence={"found by": "a run on the meta device"},
         case=case,
     )
+
+
+def _kept_device(subject: Subject) -> str | None:
+    """A plain attribute of a module that holds a device, as `path.name`."""
+    for path, module in subject.model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.device):
+                return f"{path}.{name}" if path else name
+    return None
 
 
 def _in_fresh_build(subject: Subject, attribute: str) -> bool | None:

@@ -114,7 +114,8 @@ def layers_are_distinct(subject: Subject) -> Iterator[Finding]:
         not_applicable("its configuration speaks of shared layers")
     for path, layers in lists:
         entries = list(layers)
-        if len({id(m) for m in entries}) > 1 or not any(True for _ in entries[0].parameters()):
+        # An entry may be None: x-transformers fills its lists so.
+        if len({id(m) for m in entries}) > 1 or entries[0] is None or not any(True for _ in entries[0].parameters()):
             continue
         owner = path.rpartition(".")[0]
         while owner and type(subject.model.get_submodule(owner)).__module__.startswith("torch."):
