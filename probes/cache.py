@@ -10,9 +10,9 @@ from torch import Tensor
 
 from olmodebug.chunks import NoCache, Parting, Runs, locate, pieces, run_chunks
 from olmodebug.compare import difference, roundings_limit
-from olmodebug.diagnose import Diagnosis, is_fused_attention
+from olmodebug.diagnose import Diagnosis, is_fused_attention, mask_added_as_number
 from olmodebug.examine import refused
-from olmodebug.explain import explain_run, source_lines
+from olmodebug.explain import explain_run, place_of, source_lines
 from olmodebug.invariance import limit_of, run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
@@ -325,6 +325,14 @@ def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: flo
     if parting is not None and parting.module_only:
         evidence["placed at"] = "the smallest module; its ops could not be told apart"
     where = parting.where if parting else None
+    if runs is not None and mask_added_as_number(runs.full) is None and (added := mask_added_as_number(runs.part)) is not None:
+        event, mask = runs.part.events[added[0]], added[1].inputs[1]
+        where = place_of(runs.part.spots[added[0]], module=event.where.module, op=event.op)
+        kind = str(mask.dtype).removeprefix("torch.")
+        told = Diagnosis(
+            cause=f"the cached path adds its {kind} mask to the scores as zeros and ones, which hides nothing: a hidden key keeps 1/e of its weight",
+            fix="fill the scores where the mask is False: scores.masked_fill(~mask, finfo.min)",
+        )
     found = Found(
         probe="",
         severity="error",

@@ -68,7 +68,7 @@ def expert_weights_as_configured(subject: Subject) -> Iterator[Finding]:
     """The weights of the chosen experts sum to one exactly where the configuration sets norm_topk_prob.
 
     Why: a checkpoint trained one way drifts when it is run the other way, and nothing fails.
-    Catches: a softmax over the top k where norm_topk_prob is False; a division that is left out where it is True.
+    Catches: a division by their sum where norm_topk_prob is False; one that is left out where it is True.
     """
     wanted, top = subject.setting("norm_topk_prob"), subject.setting(*TOP_NAMES)
     if not isinstance(wanted, bool) or not isinstance(top, int) or top < 2:
@@ -85,8 +85,10 @@ def expert_weights_as_configured(subject: Subject) -> Iterator[Finding]:
     module = recording.events[start].where.module
     scores = recording.kept[start].inputs[0]
     later = range(start + 1, min(start + 30, len(recording)))
+    if scores.shape[-1] <= top or not _ones(scores.sum(-1)):
+        not_applicable("experts are not chosen by probabilities over all of them: a softmax over the chosen logits is Mixtral's design")
     renormalised = next((i for i in later if recording.events[i].where.module == module and _sums_to_one(recording, i, top)), None)
-    if wanted and renormalised is None and scores.shape[-1] > top and _ones(scores.sum(-1)):
+    if wanted and renormalised is None:
         index, observed = start, f"sum to {float(recording.kept[start].outputs[0].sum(-1).mean()):.3g} on average"
         cause = "the probabilities of the chosen experts are used as they are, out of a softmax over all experts"
         fix = "divide them by their sum"

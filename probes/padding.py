@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from olmodebug.compare import difference
-from olmodebug.diagnose import Diagnosis, mask_added_as_number, mask_operand_edits
+from olmodebug.diagnose import Diagnosis, is_fused_attention, mask_added_as_number, mask_operand_edits
 from olmodebug.explain import place_of, source_lines
 from olmodebug.invariance import Pair, Violation, base_part, crash, findings_of, limit_of, run, settings_of, smallest, violation
 from olmodebug.load import SubjectCodeError
@@ -18,7 +18,7 @@ from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject, quiet
-from olmodebug.tracer import record
+from olmodebug.tracer import Recording, record
 
 
 @probe()
@@ -115,6 +115,8 @@ def summed_masks_stay_finite(subject: Subject) -> Iterator[Finding]:
     run(twin, case)
     with torch.no_grad(), quiet():
         recording = record(twin.model, lambda: twin.call(case), keep=True)
+    if not _infinite_at_attention(recording):
+        return  # what was summed up may have been made finite again
     for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
         if event.op not in ("add", "add_") or len(kept.inputs) < 2 or not kept.outputs or kept.outputs[0].shape[-1:] != (seq,):
             continue
@@ -185,6 +187,15 @@ def left_padding_moves_no_position(subject: Subject) -> Iterator[Finding]:
         evidence={"condition": "a left-padded batch" + (f" without {name}" if told else "")},
         case=padded,
     )
+
+
+def _infinite_at_attention(recording: Recording) -> bool:
+    """Whether -inf reaches a softmax or a fused attention as its scores or mask."""
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        if event.op in ("_softmax", "_safe_softmax") or is_fused_attention(event.op):
+            if any(t.is_floating_point() and bool((t == float("-inf")).any()) for t in kept.inputs):
+                return True
+    return False
 
 
 def _position_lookup(twin: Subject, case: Case, width: int) -> Where | None:
