@@ -86,16 +86,16 @@ def pieces(sizes: tuple[int, ...]) -> list[Chunk]:
     return [Chunk(start=a, stop=b, seq=ends[-1]) for a, b in itertools.pairwise(ends)]
 
 
-def run_chunks(twin: Subject, case: Case, chunks: list[Chunk], *, room: int | None = None) -> tuple[list[Tensor], Any]:
+def run_chunks(twin: Subject, case: Case, chunks: list[Chunk]) -> tuple[list[Tensor], Any]:
     """Logits `[batch, queries, vocab]` of each chunk, and the cache after the last; NoCache when the model gives none.
 
     Each chunk gets the mask up to its end and its own positions, as generation passes them. A model that keeps its cache
-    itself makes one with `room` for as many tokens, those of the case when it is not given.
+    itself makes one with room for the whole case.
     """
     cache: Any = None
     found: list[Tensor] = []
     if twin.keeps_its_cache:
-        twin.new_cache(case.batch_size, room or case.seq_len)
+        twin.new_cache(case.batch_size, case.seq_len)
     for chunk in chunks:
         output = call_chunk(twin, case, chunk, cache)
         if output.cache is None and not twin.keeps_its_cache:
@@ -144,7 +144,7 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, firs
     for place, chunk in enumerate(chunks):
 
         def go(replace: Any = None, keep: bool = False, place: int = place, chunk: Chunk = chunk) -> Recording:
-            cache = run_chunks(twin, case, chunks[:place], room=chunk.stop)[1]
+            cache = run_chunks(twin, case, chunks[:place])[1]
             return record(twin.model, lambda: call_chunk(twin, case, chunk, cache), keep=keep, sources=sources, replace=replace, catch=True)
 
         def wrong(recording: Recording, chunk: Chunk = chunk) -> bool:
