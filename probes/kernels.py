@@ -176,9 +176,13 @@ def embeddings_as_input_agree(subject: Subject) -> Iterator[Finding]:
         skip(f"inputs_embeds alone is refused: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]}")
     apart = difference(expected, observed, relative_limit=limit_of(twin))
     if apart is not None:
+        where = _on_one_way_in(twin, case, embeds)
         yield Found(
             probe="",
             severity="warning",
+            where=where,
+            source=source_lines(where),
+            cause=f"this {where.op} runs when input_ids are given, and not when inputs_embeds are" if where.op else None,
             message=f"inputs_embeds of the same tokens gives logits that differ by {apart.max_abs:.3g} from input_ids",
             fix="scale and norm the embeddings behind the place where the two ways in join",
             expected="equal logits",
@@ -186,6 +190,19 @@ def embeddings_as_input_agree(subject: Subject) -> Iterator[Finding]:
             evidence={"condition": "called with inputs_embeds"},
             case=case,
         )
+
+
+def _on_one_way_in(twin: Subject, case: Case, embeds: Tensor) -> Where:
+    """The first op behind the embedding that runs for ids and not for embeddings; nowhere when there is none."""
+    with torch.no_grad(), quiet(), settled(seed=twin.seed):
+        ids = record(twin.model, lambda: twin.call(case))
+        given = record(twin.model, lambda: twin.model(inputs_embeds=embeds))
+    seen = {(e.op, e.where.function, e.where.line) for e in given}
+    table = next((i for i, e in enumerate(ids) if e.op == "embedding"), 0)
+    for event, spot in zip(ids.events[table + 1 :], ids.spots[table + 1 :], strict=True):
+        if event.op != "embedding" and (event.op, event.where.function, event.where.line) not in seen:
+            return place_of(spot, module=event.where.module, op=event.op)
+    return Where()
 
 
 def _apart(left: Subject, right: Subject, case: Case) -> Difference | None:

@@ -55,7 +55,7 @@ def findings_on(spec: str, expression: str | None = None) -> list[dict[str, Any]
 
 def judge(mutant: Mutant, expression: str | None = None) -> dict[str, Any]:
     """One mutant's row: detected, placed, explained, and by which probes."""
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         findings = findings_on(f"{materialize(mutant, Path(folder))}:{mutant.build}", expression)
     loud = [f for f in findings if f["severity"] in ("error", "warning")]
@@ -75,18 +75,21 @@ def judge(mutant: Mutant, expression: str | None = None) -> dict[str, Any]:
         "places": sorted({str(f["where"].get("function")) for f in right}),
         "words": [f"{f['message'][:150]} | {f['cause']}" for f in right][:3],
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - busy, 1),
     }
 
 
 def silent(name: str, spec: str, expression: str | None = None) -> dict[str, Any]:
     """A clean model's row: the errors it was given, each of them a false alarm."""
-    return _clean_row(name, findings_on(spec, expression))
+    busy = time.process_time()
+    findings = findings_on(spec, expression)
+    return _clean_row(name, findings, time.process_time() - busy)
 
 
 def silent_neutral(mutant: Mutant, expression: str | None = None) -> dict[str, Any]:
     """A legal variation's row."""
     with tempfile.TemporaryDirectory() as folder:
-        return _clean_row(mutant.name, findings_on(f"{materialize(mutant, Path(folder))}:{mutant.build}", expression))
+        return silent(mutant.name, f"{materialize(mutant, Path(folder))}:{mutant.build}", expression)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,11 +140,13 @@ def _is(finding: dict[str, Any], function: str) -> bool:
     return named == function or named.endswith("." + function)
 
 
-def _clean_row(name: str, findings: list[dict[str, Any]]) -> dict[str, Any]:
+def _clean_row(name: str, findings: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     return {
         "name": name,
         "errors": [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] == "error"],
         "warnings": sum(f["severity"] == "warning" for f in findings),
+        "warned": sorted({f["probe"] for f in findings if f["severity"] == "warning"}),
+        "cpu_seconds": round(seconds, 1),
         "broke": [f["probe"] for f in findings if f["severity"] == "broke"],
     }
 

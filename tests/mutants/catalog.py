@@ -1134,6 +1134,40 @@ _HF_MUTANTS = (
         (".reshape(-1, vocab_size).float()", ".reshape(-1, vocab_size).bfloat16()"),
         also="MyForCausalLM.forward",
     ),
+    _mutant(
+        "hf/embedding-scaled-for-ids-only",
+        "E03",
+        "MyModel.forward",
+        "kernels",
+        "inputs_embeds",
+        (
+            "class MyForCausalLM(nn.Module):\n",
+            "class MyForCausalLM(nn.Module):\n    def get_input_embeddings(self):\n        return self.model.embed_tokens\n\n",
+        ),
+        (
+            "    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False):\n",
+            "    def forward(\n"
+            "        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False, inputs_embeds=None\n"
+            "    ):\n",
+        ),
+        (
+            "        hidden_states = self.embed_tokens(input_ids)\n",
+            "        if inputs_embeds is None:\n"
+            "            hidden_states = self.embed_tokens(input_ids) * self.config.hidden_size**0.5\n"
+            "        else:\n"
+            "            hidden_states, input_ids = inputs_embeds, inputs_embeds[..., 0]\n",
+        ),
+        (
+            "        input_ids,\n        attention_mask=None,\n",
+            "        input_ids=None,\n        attention_mask=None,\n        inputs_embeds=None,\n",
+        ),
+        (
+            "            input_ids,\n            attention_mask=attention_mask,\n",
+            "            input_ids,\n            inputs_embeds=inputs_embeds,\n            attention_mask=attention_mask,\n",
+        ),
+        severity="warning",
+        also="MyForCausalLM.forward",
+    ),
     # --- initialisation
     _mutant(
         "hf/residual-init-never-applied",

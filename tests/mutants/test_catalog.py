@@ -494,6 +494,14 @@ def test_names_are_unique_and_every_style_has_its_share() -> None:
     assert len(catalog.NEUTRAL) >= 25
 
 
+def test_every_row_of_the_corpus_has_a_mutant_or_a_reason() -> None:
+    coverage = load(HERE / "coverage.py")
+    rows = {row for m in catalog.MUTANTS for row in m.row.split(",") if row}
+    assert len(coverage.ROWS) == len(set(coverage.ROWS)) == 125
+    assert rows | coverage.LEFT_OUT.keys() == set(coverage.ROWS)
+    assert not rows & coverage.LEFT_OUT.keys()
+
+
 def test_every_edit_applies_once_and_every_function_named_exists() -> None:
     for mutant in catalog.MUTANTS + catalog.NEUTRAL:
         text = catalog.source(mutant)  # raises where an edit does not apply exactly once
@@ -559,6 +567,7 @@ SHOWN_BY_CONFIG_OR_VALUES = frozenset(
         "hf/residual-overwritten-by-norm",
         "hf/pad-token-outside",
         "hf/zero-embedding-rows",
+        "hf/embedding-scaled-for-ids-only",
         "hf/residual-init-never-applied",
         "hf/residual-init-twice",
         "hf/init-never-called",
