@@ -17,16 +17,18 @@ from .bundle import BUDGET_BYTES, Bundle, read_bundle
 from .environment import environment
 from .errors import OlmodebugError, UsageError
 from .execution import Execution
+from .explain import source_lines
 from .parity_compare import Comparison, compare
-from .parity_death import KINDS, death_finding
+from .parity_death import KINDS, arguments_text, bad_index, death_finding
 from .parity_findings import findings
 from .process import Child, Death, innermost, last_line, run_child
+from .records import Where
 from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, with_reproduction
 from .store import Run
 from .supervise import InternalFault
 
 Progress = Callable[[int, int, str, float], None]
-QUESTIONS = tuple(f"parity.{name}" for name in "runs arguments weights ops policy determinism range decisions".split())
+QUESTIONS = tuple(f"parity.{name}" for name in "runs arguments weights ops policy determinism range decisions derivative".split())
 NARROW = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -65,6 +67,7 @@ class _Told:
     unusable: str | None = None
     fault: str | None = None
     peak_bytes: int = 0
+    underived: list[dict[str, Any]] | None = None
 
     def note(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -81,6 +84,8 @@ class _Told:
         elif kind in ("died", "done"):
             self.died = event if kind == "died" else None
             self.peak_bytes = event.get("peak_bytes", 0)
+        elif kind == "underived":
+            self.underived = event["values"]
         elif kind == "unusable":
             self.unusable = event["text"]
         elif kind == "fault":
@@ -96,6 +101,7 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
         home.mkdir(parents=True, exist_ok=True)
         scripts = base / "scripts" if base is not None else None
         made: dict[str, Bundle | None] = {}
+        derived = False
         sections, found, heads = [], [], []
         try:
             for i, (left, right) in enumerate(order.pairs):
@@ -108,6 +114,7 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
                         folder = home / f"{len(made)}-{str(side.execution).replace(',', '-').replace(':', '')}.bundle"
                         made[key], told = _one(order, side, weights, judged, folder, ticks)
                         found += told.findings
+                        derived |= told.underived is not None
                         heads += [told.head] if told.head else []
                         if made[key] is None:
                             sections.append(_died(left, right, told))
@@ -121,7 +128,7 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
         finally:
             if not order.keep:
                 shutil.rmtree(home, ignore_errors=True)
-    return report_of(order.command, run, sections, found, heads, time.monotonic() - started)
+    return report_of(order.command, run, sections, found, heads, time.monotonic() - started, derived=derived)
 
 
 def compare_bundles(left: Path, right: Path, run: Run, *, command: str) -> Report:
@@ -135,7 +142,14 @@ def compare_bundles(left: Path, right: Path, run: Run, *, command: str) -> Repor
 
 
 def report_of(
-    command: str, run: Run, sections: list[dict[str, Any]], found: list[Finding], heads: list[dict[str, Any]], seconds: float
+    command: str,
+    run: Run,
+    sections: list[dict[str, Any]],
+    found: list[Finding],
+    heads: list[dict[str, Any]],
+    seconds: float,
+    *,
+    derived: bool = False,
 ) -> Report:
     """Sections and findings as a report."""
     head = heads[-1] if heads else None
@@ -144,7 +158,7 @@ def report_of(
     report = Report(
         subject=subject,
         environment=machine,
-        outcomes=_outcomes(sections, found),
+        outcomes=_outcomes(sections, found, derived),
         findings=merge_by_root(found),
         sections={"parity": {"runs": sections}},
         seconds=round(seconds, 3),
@@ -175,6 +189,7 @@ def _one(
         "only": list(order.only),
         "bundle": str(folder),
         "budget_bytes": order.budget_bytes,
+        "derivative": not judged,
         "command": order.command,
     }
     death = run_child(child, message, told.note, lambda: tick(f"{side.execution.words}: {told.step}"))
@@ -183,15 +198,51 @@ def _one(
     if told.fault is not None:
         raise InternalFault(told.fault)
     if told.findings:
+        told.findings = [_with_index(finding, told.last) for finding in told.findings]
         return None, told
+    told.findings = _underived(told.underived or [])
     if death is not None or told.died is not None:
         told.findings.append(_death(side, told, death, folder))
         return None, told
     return read_bundle(folder), told
 
 
+def _with_index(finding: Finding, last: dict[str, Any] | None) -> Finding:
+    """An exception of an op that reads indices, with the index that is out of range."""
+    bad = bad_index(last["arguments"]) if last is not None and finding.cause is None else None
+    if last is None or bad is None:
+        return finding
+    where = replace(finding.where, module=last["module"], op=last["op"])
+    evidence = {**finding.evidence, "arguments": arguments_text(last["arguments"]), "case": last["case"]}
+    return replace(finding, cause=bad["cause"], where=where, expected=bad["expected"], observed=bad["observed"], evidence=evidence)
+
+
+def _underived(items: list[dict[str, Any]]) -> list[Finding]:
+    """One finding for each custom function, however many modules use it."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in items:
+        groups.setdefault(item["function"], []).append(item)
+    found = []
+    for name, group in groups.items():
+        item, where = group[0], Where(**group[0]["where"])
+        finding = Finding(
+            probe="parity.derivative",
+            severity="error",
+            message=f"the backward of {name} is not the derivative of its forward",
+            cause="its backward computes something else; executions that share it agree all the same",
+            where=where,
+            source=source_lines(where),
+            fix="derive it again, or let autograd do it; torch.autograd.gradcheck compares the two",
+            expected=f"{item['numeric']:.6g} along one direction, by a difference quotient in float64",
+            observed=f"{item['analytic']:.6g} by its backward",
+            evidence={"modules": len(group)},
+        )
+        found.append(finding)
+    return found
+
+
 def _death(side: Side, told: _Told, death: Death | None, folder: Path) -> Finding:
-    kind = told.died["kind"] if told.died else "process"
+    kind = told.died["of"] if told.died else "process"
     how = f"{KINDS[kind]}: {told.died['text']}" if told.died else death.text if death else "ended"
     # What the kernel kills without a word is, as a rule, the process that used the most memory.
     where = innermost(folder / "stacks.txt")
@@ -231,7 +282,7 @@ def _died(left: Side, right: Side, told: _Told) -> dict[str, Any]:
     return {"left": side(left), "right": side(right), "verdict": "died", "coverage": 0.0, "first": first, "died": finding.message, **empty}
 
 
-def _outcomes(sections: list[dict[str, Any]], found: list[Finding]) -> tuple[Outcome, ...]:
+def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: bool) -> tuple[Outcome, ...]:
     failed = {finding.probe for finding in found if finding.severity == "error"}
     died = any(section["verdict"] == "died" for section in sections)
     decided = any(section["decisions"] for section in sections)
@@ -241,6 +292,8 @@ def _outcomes(sections: list[dict[str, Any]], found: list[Finding]) -> tuple[Out
             outcomes.append(Outcome(probe=name, status="failed"))
         elif died and name != "parity.runs" and all(section["verdict"] == "died" for section in sections):
             outcomes.append(Outcome(probe=name, status="skipped", reason="an execution did not come to its end"))
+        elif name == "parity.derivative" and not derived:
+            outcomes.append(Outcome(probe=name, status="skipped", reason="no float64 side, or no float64 copy of the model"))
         elif name == "parity.decisions" and not decided:
             outcomes.append(Outcome(probe=name, status="skipped", reason="no case has logits of both sides and a measured noise"))
         else:

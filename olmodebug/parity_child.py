@@ -6,6 +6,7 @@ from typing import Any
 
 from .serve import Tell, serve
 
+MOST_DERIVED = 40_000_000  # parameters of a model whose float64 copy is made beside it
 DEVICE_ERRORS = ("CUDA error", "HIP error", "device-side assert", "illegal memory access", "AcceleratorError")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to allocate")
 
@@ -23,13 +24,13 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     from .parity_cases import cases_of
     from .parity_run import Options, run_parity
     from .report import plain
-    from .spec import Job, resolve
+    from .spec import resolve
 
     execution = Execution(**{**message["execution"], "flags": tuple(message["execution"]["flags"])})
     tell("start", step="build")
     try:
         _device(execution.device)
-        subject = resolve(Job(**message["job"]))
+        subject = resolve(_job(message["job"], execution.attention))
         cases = cases_of(subject, tuple(message["only"]))
         writer = Writer(folder=Path(message["bundle"]), budget_bytes=message["budget_bytes"])
         head = {"execution": {**message["execution"]}, "words": execution.words, "weights": message["weights"]}
@@ -46,6 +47,9 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     tell("head", value=head)
     options = Options(judged=message["judged"], repeat=message["repeat"])
     try:
+        if message["derivative"]:
+            tell("start", step="derivative")
+            tell("underived", values=None if (wrong := _underived(subject)) is None else [plain(item) for item in wrong])
         run_parity(subject, execution, cases, writer, tell=tell, options=options, weights=message["weights"])
         writer.close()
     except BundleError as error:
@@ -55,9 +59,9 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     except Exception as error:
         text = str(error).strip()
         if any(word in f"{type(error).__name__}: {text}" for word in DEVICE_ERRORS):
-            tell("died", kind="device", text=text.partition("\n")[0])
+            tell("died", of="device", text=text.partition("\n")[0])
         elif isinstance(error, MemoryError) or any(word in text for word in OUT_OF_MEMORY):
-            tell("died", kind="memory", text=text.partition("\n")[0])
+            tell("died", of="memory", text=text.partition("\n")[0])
         elif (theirs := _finding(error, subject)) is not None:
             tell("finding", value=plain(theirs), step="run")
         else:
@@ -65,6 +69,16 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     else:
         used = _peak_bytes()
         tell("done", peak_bytes=used)
+
+
+def _job(values: dict[str, Any], attention: str | None) -> Any:
+    """The job; the reference model takes its attention when it is built."""
+    from .presets import PRESETS
+    from .spec import Job
+
+    if attention is not None and values["spec"] in PRESETS:
+        values = {**values, "config": {**values["config"], "attn_implementation": attention}}
+    return Job(**values)
 
 
 def _finding(error: Exception, subject: Any) -> Any:
@@ -81,6 +95,21 @@ def _finding(error: Exception, subject: Any) -> Any:
     return Finding(
         probe="parity.runs", severity="error", message=f"this execution raises {text}", where=where, source=source_lines(where), raised=text
     )
+
+
+def _underived(subject: Any) -> list[Any] | None:
+    """Custom backwards that are not the derivative of their forward, asked of a float64 copy of a model that is small enough;
+    None where there can be no such copy."""
+    from .derivative import underived
+    from .records import Case
+
+    if sum(p.numel() for p in subject.model.parameters()) > MOST_DERIVED:
+        return None
+    twin = subject.fresh_twin()
+    if str(twin.dtype) != "torch.float64":
+        return None
+    batch, length = twin.sizes()
+    return underived(twin, Case(name="a batch", input_ids=twin.token_ids(batch, length, seed=13)))
 
 
 def _device(name: str) -> None:

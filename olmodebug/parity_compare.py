@@ -7,7 +7,7 @@ against. Drift of the free run is reported, and never used to find a place.
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,7 +272,7 @@ def _arguments(left: Bundle, right: Bundle) -> list[dict[str, Any]]:
     known: set[tuple[Any, ...]] = set()
     for case in (e["name"] for e in right.of("case")):
         for a, b in _aligned(left, right, case):
-            for difference in _differences(a, b, same_dtype):
+            for difference in argument_differences(a, b, same_dtype):
                 key = (b["op"], b["file"], b["line"], difference["argument"], difference["left"], difference["right"])
                 if key not in known:
                     known.add(key)
@@ -281,18 +281,21 @@ def _arguments(left: Bundle, right: Bundle) -> list[dict[str, Any]]:
 
 
 def _aligned(left: Bundle, right: Bundle, case: str) -> Iterator[tuple[Op, Op]]:
-    a = [op for op in left.of("op") if op["case"] == case]
-    b = [op for op in right.of("op") if op["case"] == case]
-    keys_a, keys_b = ([(op["op"], op["module"], op["phase"]) for op in side] for side in (a, b))
+    return paired_ops([op for op in left.of("op") if op["case"] == case], [op for op in right.of("op") if op["case"] == case])
+
+
+def paired_ops(left: Sequence[Op], right: Sequence[Op]) -> Iterator[tuple[Op, Op]]:
+    """Ops of two runs that correspond: of one kind, in one module, in the order of both runs."""
+    keys_a, keys_b = ([(op["op"], op["module"], op["phase"]) for op in side] for side in (left, right))
     if keys_a == keys_b:
-        yield from zip(a, b, strict=True)
+        yield from zip(left, right, strict=True)
         return
     for block in difflib.SequenceMatcher(a=keys_a, b=keys_b, autojunk=False).get_matching_blocks():
         for i in range(block.size):
-            yield a[block.a + i], b[block.b + i]
+            yield left[block.a + i], right[block.b + i]
 
 
-def _differences(a: Op, b: Op, same_dtype: bool) -> Iterator[dict[str, Any]]:
+def argument_differences(a: Op, b: Op, same_dtype: bool) -> Iterator[dict[str, Any]]:
     left, right = a.get("scalars", {}), b.get("scalars", {})
     for name in sorted(set(left) | set(right)):
         x, y = left.get(name), right.get(name)

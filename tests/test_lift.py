@@ -1,0 +1,114 @@
+"""Two implementations in float64, each module on the other's inputs: every place where they part, and no other."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from olmodebug.derivative import underived
+from olmodebug.lift import departures
+from olmodebug.model import OlmoMLP
+from olmodebug.records import Case
+from olmodebug.spec import Job, resolve
+from olmodebug.subject import Subject
+
+
+@pytest.fixture(scope="module")
+def reference() -> Subject:
+    return resolve(Job(spec="olmo2-tiny", config={"attn_implementation": "eager"})).fresh_twin()
+
+
+def case_of(subject: Subject) -> Case:
+    batch, length = subject.sizes()
+    return Case(name="a batch", input_ids=subject.token_ids(batch, length))
+
+
+def changed(reference: Subject, change: Callable[[Any], None]) -> Subject:
+    model = copy.deepcopy(reference.model)
+    change(model)
+    return replace(reference, model=model, _twins={}, _last=[])
+
+
+class UpFirst(OlmoMLP):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.up_proj(hidden_states)) * self.gate_proj(hidden_states))
+
+
+class Detached(OlmoMLP):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)).detach() * self.up_proj(hidden_states))
+
+
+class WrongGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * torch.sigmoid(x)  # without x * s * (1 - s)
+
+
+class RightGate(WrongGate):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = torch.sigmoid(x)
+        return gradient * gate * (1 + x * (1 - gate))
+
+
+class Custom(OlmoMLP):
+    gate: Any = WrongGate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.gate.apply(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class CustomRight(Custom):
+    gate = RightGate
+
+
+def mlp(kind: type) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        model.model.layers[1].mlp.__class__ = kind
+
+    return change
+
+
+def test_a_copy_departs_nowhere(reference: Subject) -> None:
+    assert departures(reference, changed(reference, lambda model: None), case_of(reference)) == []
+
+
+def test_swapped_projections_are_found_in_their_module_and_not_behind_it(reference: Subject) -> None:
+    found = departures(reference, changed(reference, mlp(UpFirst)), case_of(reference))
+    assert [d.module for d in found] == ["model.layers.1.mlp"]
+    assert found[0].where.function == "UpFirst.forward"
+
+
+def test_two_faults_are_two_places(reference: Subject) -> None:
+    def both(model: Any) -> None:
+        model.model.layers[0].post_attention_layernorm.eps = 1e-3
+        mlp(UpFirst)(model)
+
+    found = departures(reference, changed(reference, both), case_of(reference))
+    assert [d.module for d in found] == ["model.layers.0.post_attention_layernorm", "model.layers.1.mlp"]
+    assert found[0].what == "add: other is 0.001, and 1e-06 in the reference"
+
+
+def test_a_gradient_that_is_cut_is_found_though_the_forward_is_equal(reference: Subject) -> None:
+    found = departures(reference, changed(reference, mlp(Detached)), case_of(reference))
+    assert [(d.module, d.kind) for d in found] == [("model.layers.1.mlp", "backward")]
+
+
+def test_a_backward_that_is_no_derivative_is_found_without_any_reference(reference: Subject) -> None:
+    wrong = underived(changed(reference, mlp(Custom)), case_of(reference))
+    assert [(item.module, item.function) for item in wrong] == [("model.layers.1.mlp", "WrongGate")]
+    assert wrong[0].where.function == "WrongGate.backward"
+    assert underived(changed(reference, mlp(CustomRight)), case_of(reference)) == []
