@@ -1,8 +1,8 @@
 """The doctor for language-model code.
 
 `check(model)` says whether a causal language model is right, and where not, which line and why; `trace` records every op of a
-run with its line; `shapes` gives the tree with named dimensions; `with guard(model):` watches a block of a training script.
-Importing this package loads no torch.
+run with its line; `shapes` gives the tree with named dimensions; `memory` predicts what a training step takes;
+`with guard(model):` watches a block of a training script. Importing this package loads no torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import check, shapes, trace
     from .guarding import guard
+    from .memory_api import memory
+    from .memory_records import MemoryEstimate
     from .report import Finding, Report
     from .testing import ProbeFailure, parametrize_with_probes
 
-__all__ = ["Finding", "ProbeFailure", "Report", "check", "guard", "parametrize_with_probes", "shapes", "trace"]
+__all__ = ["Finding", "MemoryEstimate", "ProbeFailure", "Report", "check", "guard", "memory", "parametrize_with_probes", "shapes", "trace"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +29,8 @@ def __getattr__(name: str) -> Any:
         return globals()[name]
     if name == "guard":
         return importlib.import_module(".guarding", __name__).guard
+    if name in ("memory", "MemoryEstimate"):
+        return getattr(importlib.import_module({"memory": ".memory_api"}.get(name, ".memory_records"), __name__), name)
     if name in ("Finding", "Report"):
         return getattr(importlib.import_module(".report", __name__), name)
     if name in ("ProbeFailure", "parametrize_with_probes"):

@@ -1,6 +1,5 @@
 """Training steps, or an inference, under the storage tracer: on fake tensors for a prediction, on real ones to compare."""
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .cuda_policy import cuda_policies, no_packed_sequences
 from .errors import UsageError
-from .fake_model import fake_mode, fake_subject
+from .fake_model import fake_copy, fake_mode, fake_subject
 from .gpus import Gpu
 from .kv_cache import cache_tensors
 from .spec import Job
@@ -18,19 +17,23 @@ from .storage_trace import BUFFERS, INPUTS, KV_CACHE, StorageTrace, StorageTrace
 from .subject import Subject, quiet
 from .training_step import AUTOCAST, StepPlan, autocast_of, call_arguments, checkpointed, make_optimizer, make_scaler, run, step
 
+DEFAULT_SEQ_LEN = 2048
 STEPS = 3  # AdamW's state arrives in the first, the second is the first with it, the third shows that nothing grows
 
 
 class Prepared:
-    """A fake subject, ready to be traced under several plans: building it is a good part of the work."""
+    """A fake subject, ready to be traced under several plans: building it is a good part of the work.
 
-    def __init__(self, job: Job, dtype: torch.dtype) -> None:
-        started = time.perf_counter()
+    From a job it is built without memory; of a live subject it is a copy without memory.
+    """
+
+    def __init__(self, source: Job | Subject, dtype: torch.dtype) -> None:
         self.mode = fake_mode()
         with quiet():
-            self.subject = fake_subject(job, self.mode, dtype=dtype)
-        self.dtype = dtype
-        self.seconds = time.perf_counter() - started
+            if isinstance(source, Subject):
+                self.subject = fake_copy(source, self.mode, dtype=dtype)
+            else:
+                self.subject = fake_subject(source, self.mode, dtype=dtype)
 
 
 def trace_fake(prepared: Prepared, plan: StepPlan, gpu: Gpu | None, *, steps: int = STEPS, lines: bool = True) -> StorageTrace:
@@ -128,6 +131,12 @@ def token_ids(subject: Subject, plan: StepPlan, *, generator: torch.Generator | 
     if generator is None:
         return torch.zeros(shape, dtype=torch.long, device=subject.device)
     return torch.randint(subject.vocab_size, shape, generator=generator).to(subject.device)
+
+
+def default_length(subject: Subject, plan: StepPlan) -> int:
+    """2048 tokens, or as many as the model declares positions for."""
+    longest = subject.max_positions or DEFAULT_SEQ_LEN
+    return max(1, min(DEFAULT_SEQ_LEN, longest - plan.new_tokens))
 
 
 def _call(subject: Subject, input_ids: Tensor, cache: Any, cached: bool) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """A subject whose tensors are fake: shapes, dtypes and strides on a pretended CPU, and no memory behind them."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -33,24 +34,38 @@ def fake_subject(job: Job, mode: FakeTensorMode, *, dtype: torch.dtype) -> Subje
 
 def faked(subject: Subject, mode: FakeTensorMode) -> Subject:
     """The same subject with every tensor that its modules hold replaced by a fake one; tied weights stay tied."""
-    known: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:
-            with mode:
-                empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-                if isinstance(tensor, nn.Parameter):
-                    empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            known[id(tensor)] = empty
-        return known[id(tensor)]
-
-    kept: list[Any] = []  # the replaced tensors, so that no id is used twice
+    fakes: dict[int, Tensor] = {}
+    kept: list[Tensor] = []  # the replaced tensors, so that no id is used twice
     for module in subject.model.modules():
-        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))  # type: ignore[assignment]
-        for holder in holders:
+        for holder in _holders(module):
             for name, value in list(holder.items()):
                 if isinstance(value, Tensor):
                     kept.append(value)
-                    holder[name] = fake(value)
+                    if id(value) not in fakes:
+                        fakes[id(value)] = _fake(value, mode, value.dtype)
+                    holder[name] = fakes[id(value)]
     subject.model.train()
     return subject
+
+
+def fake_copy(subject: Subject, mode: FakeTensorMode, *, dtype: torch.dtype) -> Subject:
+    """A copy of a live subject whose tensors are fake, in this floating dtype; the live one is left as it is."""
+    memo: dict[int, Any] = {}
+    for module in subject.model.modules():
+        for holder in _holders(module):
+            for value in holder.values():
+                if isinstance(value, Tensor) and id(value) not in memo:
+                    memo[id(value)] = _fake(value, mode, dtype if value.is_floating_point() else value.dtype)
+    model = copy.deepcopy(subject.model, memo)
+    model.train()
+    return replace(subject, model=model, assumptions=list(subject.assumptions), _twins={}, _last=[])
+
+
+def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return (module._parameters, module._buffers, vars(module))  # type: ignore[return-value]
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
+    with mode:
+        empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -11,8 +11,6 @@ from typing import Any
 
 from .serve import Tell, serve
 
-DEFAULT_SEQ_LEN = 2048
-
 
 def run(order: dict[str, Any], tell: Tell) -> None:
     """Predict the plan of an order, try what would make it smaller, and measure, telling each result."""
@@ -38,7 +36,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
 
 def _work(order: dict[str, Any], job: Any, tell: Tell) -> None:
     from .allocator import settings_from
-    from .dry_run import Prepared, trace_fake
+    from .dry_run import Prepared, default_length, trace_fake
     from .gpus import gpu_named
     from .memory_estimate import estimate
     from .memory_fit import largest, what_ifs
@@ -113,12 +111,6 @@ def confirmations(order: dict[str, Any], job: Any, plan: Any, subject: Any, foun
         parameters=sum(p.numel() for p in subject.model.parameters()),
         limit_bytes=order["budget_bytes"] if order["device"] == "cpu" else None,
     )
-
-
-def default_length(subject: Any, plan: Any) -> int:
-    """2048 tokens, or as many as the model declares positions for."""
-    longest = subject.max_positions or DEFAULT_SEQ_LEN
-    return max(1, min(DEFAULT_SEQ_LEN, longest - plan.new_tokens))
 
 
 @contextmanager

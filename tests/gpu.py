@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from .gpu_memory import commands as memory_commands
+
 REPORTS = Path(__file__).parents[1] / "reports" / "gpu"
 BUGS = "tests/mutants/bugs"
 
@@ -23,6 +25,7 @@ COMMANDS: dict[str, list[str]] = {
     "check-llama": ["check", "transformers:LlamaForCausalLM", "--device", "cuda"],
     "bug-mask": ["check", f"{BUGS}/mask_added.py:build_repaired", "--device", "cuda"],
     "bug-short-table": ["check", f"{BUGS}/short_rope_table.py:build", "--device", "cuda"],
+    **memory_commands(),
 }
 
 

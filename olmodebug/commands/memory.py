@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
@@ -83,7 +83,58 @@ def memory(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> "Report":
     if len(arguments.subject) > 2:
         raise UsageError(f"memory: expected a subject, a snapshot, or two reports to compare; observed {len(arguments.subject)} arguments")
+    if len(arguments.subject) == 2:
+        return _compared(arguments)
+    if Path(arguments.subject[0]).suffix in SNAPSHOTS:
+        return _snapshot(arguments)
     return _predicted(arguments)
+
+
+def _compared(arguments: argparse.Namespace) -> "Report":
+    from ..memory_section import compare, section
+    from ..store import load_report
+
+    sections = []
+    for name in arguments.subject:
+        found = load_report(Path.cwd(), name).sections.get("memory")
+        if found is None or not found["categories"]:
+            raise UsageError(f"{name} holds no memory prediction to compare")
+        sections.append(found)
+    both = compare(sections[0], sections[1], arguments.subject)
+    return _read(arguments, "memory.compared", section(kind="comparison", comparison=both))
+
+
+def _snapshot(arguments: argparse.Namespace) -> "Report":
+    from ..memory_snapshot import snapshot_section
+
+    return _read(arguments, "memory.snapshot-read", snapshot_section(Path(arguments.subject[0])))
+
+
+def _read(arguments: argparse.Namespace, probe: str, body: "dict[str, Any]") -> "Report":
+    """The report on what was read and not run."""
+    import shlex
+    import time
+    from datetime import UTC, datetime
+
+    from ..environment import environment
+    from ..report import Outcome, Report, SubjectInfo
+    from ..store import new_run
+
+    started = time.perf_counter()
+    run = new_run(Path.cwd())
+    command = shlex.join(["olmodebug", *arguments.argv])
+    report = Report(
+        subject=SubjectInfo(spec=" ".join(arguments.subject)),
+        environment=environment(seed=0, command=command),
+        outcomes=(Outcome(probe=probe, status="passed"),),
+        sections={"memory": body},
+        seconds=round(time.perf_counter() - started, 3),
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        id=run.id,
+    )
+    with contextlib.suppress(OSError):
+        run.save(report, {"command": command})
+    return report
 
 
 def _predicted(arguments: argparse.Namespace) -> "Report":
