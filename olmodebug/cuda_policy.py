@@ -8,6 +8,7 @@ of the version in use.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -39,9 +40,11 @@ LISTS = {
 def cuda_policies(gpu: Gpu, *, autocast: bool) -> Iterator[None]:
     """Inside, operators on CPU tensors choose dtypes and kernels as torch does on this GPU."""
     with ExitStack() as stack:
-        if autocast:
-            stack.callback(_emulate_autocast()._destroy)
-        stack.callback(_emulate_attention(gpu)._destroy)
+        with warnings.catch_warnings():  # torch says once that kernels are overridden, which is what this is for
+            warnings.simplefilter("ignore", UserWarning)
+            if autocast:
+                stack.callback(_emulate_autocast()._destroy)
+            stack.callback(_emulate_attention(gpu)._destroy)
         stack.enter_context(no_packed_sequences())
         yield
 

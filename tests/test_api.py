@@ -13,7 +13,17 @@ from olmodebug.presets import preset
 
 
 def test_the_public_names_are_these() -> None:
-    assert sorted(olmodebug.__all__) == ["Finding", "ProbeFailure", "Report", "check", "parametrize_with_probes", "shapes", "trace"]
+    assert sorted(olmodebug.__all__) == [
+        "Finding",
+        "MemoryEstimate",
+        "ProbeFailure",
+        "Report",
+        "check",
+        "memory",
+        "parametrize_with_probes",
+        "shapes",
+        "trace",
+    ]
 
 
 def test_importing_the_package_loads_no_torch() -> None:

@@ -1,0 +1,189 @@
+"""The smaller parts of a memory run: cards and sizes, scratch, who owns the peak, histories, failures, driver figures."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from olmodebug.device_memory import device_memory
+from olmodebug.errors import UsageError
+from olmodebug.gpus import GPUS, bytes_from, gpu_named
+from olmodebug.memory_history import aligned, peak_of_history
+from olmodebug.memory_oom import is_out_of_memory, reason_of, requested_bytes
+from olmodebug.peak_owner import owner
+from olmodebug.scratch import scratch_bytes
+from olmodebug.short_training import overflow_text
+from olmodebug.storage_trace import ACTIVATIONS, LOGITS, OPTIMIZER_STATE, PARAMETERS, Allocation
+from olmodebug.training_step import StepPlan
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("name", ["h100", "H100", "NVIDIA H100", "A100-40GB", "a100 40gb", "Tesla T4", "rtx4090", "GeForce RTX 4090"])
+def test_a_card_is_known_however_it_is_written(name: str) -> None:
+    assert gpu_named(name).name in GPUS
+
+
+def test_a_card_that_is_unknown_gets_near_names() -> None:
+    with pytest.raises(UsageError, match="H100"):
+        gpu_named("H1000")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 << 30), ("512 MiB", 512 * MIB), ("24GB", 24 * 10**9), ("1.5gib", 3 << 29), ("77", 77)]
+)
+def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
+    assert bytes_from(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8 GiB free", "-1GiB", "0", "8Gx"])
+def test_what_is_no_size_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="no size of memory"):
+        bytes_from(text)
+
+
+def test_the_workspace_of_cublas_is_8_mib_and_a_bit_before_hopper_and_32_from_it_on() -> None:
+    assert GPUS["A100"].cublas_workspace_bytes == 8_519_680
+    assert GPUS["H100"].cublas_workspace_bytes == 32 * MIB
+
+
+def test_scratch_of_flash_backward_is_a_float32_gradient_and_a_row_sum() -> None:
+    query = torch.empty(2, 3, 100, 24, dtype=torch.float16, device="meta")
+    accumulated, sums = 2 * 128 * 3 * 32 * 4, 2 * 3 * 128 * 4
+    assert scratch_bytes("_scaled_dot_product_flash_attention_backward", (None, query, query), {}, None) == accumulated + sums
+    assert scratch_bytes("mm", (query, query), {}, None) == 0
+
+
+def test_embedding_backward_needs_no_scratch_for_few_tokens() -> None:
+    gradient, few = torch.empty(3000, 64, device="meta"), torch.empty(3000, dtype=torch.long, device="meta")
+    assert scratch_bytes("embedding_dense_backward", (gradient, few, 500, -1, False), {}, None) == 0
+    assert scratch_bytes("embedding_dense_backward", (gradient, few, 500, 1, False), {}, None) == 4 * 8 * 3000 + (300 + 500) * 64 * 4
+
+
+def made(category: str, size: int, *, shape: tuple[int, ...] = (), module: str = "", op: str = "mul", count: int = 1) -> list[Allocation]:
+    return [Allocation(size, op, module, "forward", 1, category, shape, "float32") for _ in range(count)]
+
+
+def test_the_owner_of_the_peak_is_copies_of_the_logits() -> None:
+    live = (
+        made(LOGITS, 300 * MIB, shape=(16384, 4800), count=2) + made(LOGITS, 300 * MIB, shape=(8, 2048, 4800)) + made(PARAMETERS, 100 * MIB)
+    )
+    assert (
+        owner(live, 2, "backward")
+        == "90 % of the peak is three float32 copies of the logits of 300 MiB each, in the loss (backward of step 2)"
+    )
+
+
+def test_the_owner_of_the_peak_is_activations_of_so_many_layers() -> None:
+    live = [a for i in range(3) for a in made(ACTIVATIONS, 30 * MIB, shape=(4, 4), module=f"model.layers.{i}.mlp")]
+    assert (
+        owner(live + made(PARAMETERS, 10 * MIB), 1, "forward")
+        == "90 % of the peak is saved activations of 3 layers, 90.0 MiB (forward of step 1)"
+    )
+
+
+def test_where_nothing_holds_half_the_first_three_are_named() -> None:
+    live = made(OPTIMIZER_STATE, 40 * MIB) + made(PARAMETERS, 30 * MIB) + made(ACTIVATIONS, 30 * MIB)
+    text = owner(live, 1, "optimizer")
+    assert text == "no single category holds the peak: optimizer 40 %, parameters 30 %, saved activations 30 % (optimizer of step 1)"
+
+
+def entry(size: int, line: int) -> dict:
+    frames = [{"filename": "/x/torch/nn/functional.py", "line": 1, "name": "f"}, {"filename": "model.py", "line": line, "name": "forward"}]
+    return {"action": "alloc", "size": size, "frames": frames}
+
+
+def test_a_real_allocation_that_nobody_predicted_is_named_with_its_line() -> None:
+    found = aligned([1000, 2000, 2000], [entry(1024, 1), entry(2048, 2), entry(2048, 2), entry(70000, 7), entry(70000, 7)])
+    assert not found["identical"] and (found["predicted"], found["measured"]) == (3, 5)
+    assert found["unpredicted"] == [{"bytes": 70144, "count": 2, "place": "model.py:7 forward"}]
+    assert aligned([1000, 2000], [entry(1024, 1), entry(2048, 2)])["identical"]
+    assert (
+        aligned([1000, 2000], [entry(1024, 1)])["first_difference"]
+        == "0 real allocations that were not predicted, 1 predicted ones that were not made"
+    )
+
+
+def test_the_peak_of_a_history_counts_frees_when_they_complete() -> None:
+    free = {"action": "free_requested", "size": 10}
+    assert peak_of_history([entry(10, 1), free, entry(5, 1), {"action": "free_completed", "size": 10}, entry(7, 1)]) == 15
+
+
+def test_a_request_is_read_from_torch_s_own_words() -> None:
+    cpu = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000000 bytes."
+    cuda = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB"
+    assert (requested_bytes(cpu), requested_bytes(cuda), requested_bytes("no")) == (400_000_000, 5 << 29, None)
+    assert (
+        is_out_of_memory(RuntimeError(cpu)) and is_out_of_memory(torch.OutOfMemoryError(cuda)) and not is_out_of_memory(RuntimeError("x"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("requested", "allocated", "reserved", "limit", "reason"),
+    [(50, 60, 70, 100, "need"), (20, 60, 95, 100, "fragmentation"), (20, 60, 65, 100, "limit"), (None, 60, None, None, "limit")],
+)
+def test_need_and_fragmentation_are_told_apart(
+    requested: int | None, allocated: int, reserved: int | None, limit: int | None, reason: str
+) -> None:
+    assert reason_of(requested, allocated, reserved, limit) == reason
+
+
+class Nvml:
+    """Stands in for pynvml: one card, and these processes on it."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *processes: tuple[int, int | None], broken: bool = False) -> None:
+        self.processes, self.broken = [SimpleNamespace(pid=p, usedGpuMemory=m) for p, m in processes], broken
+        self.shut = 0
+
+    def nvmlInit(self) -> None:
+        if self.broken:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlShutdown(self) -> None:
+        self.shut += 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        return uuid
+
+    def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:
+        return SimpleNamespace(used=9000)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: object) -> list[SimpleNamespace]:
+        return self.processes
+
+
+@pytest.mark.parametrize(
+    ("nvml", "process", "device", "words"),
+    [
+        (Nvml((7, 500), (8, 900)), 500, 9000, "this process"),
+        (Nvml((4711, 500)), 500, 9000, "another number in this container"),
+        (Nvml((4711, 500), (4712, 1)), None, 9000, "no number that it knows"),
+        (Nvml((7, None)), None, 9000, "WDDM"),
+        (Nvml(broken=True), None, None, "Driver Not Loaded"),
+    ],
+    ids=["plain", "container", "crowded container", "WDDM or MIG", "no driver"],
+)
+def test_the_driver_s_figures_or_why_there_are_none(nvml: Nvml, process: int | None, device: int | None, words: str) -> None:
+    found = device_memory(0, nvml=nvml, processes=frozenset({7}))
+    assert (found.process_bytes, found.device_bytes) == (process, device) and words in found.source
+    assert nvml.shut == (0 if nvml.broken else 1)
+
+
+def test_overflow_steps_are_explained() -> None:
+    assert overflow_text(20, [], [65536.0], scaled=True).startswith("none of 20 steps")
+    assert "how the scaler finds the first one that fits" in overflow_text(20, [1, 2], [16384.0], scaled=True)
+    assert "infinite or NaN" in overflow_text(3, [1, 2, 3], [8192.0], scaled=True)
+    assert "no GradScaler" in overflow_text(20, [], [], scaled=False)
+
+
+def test_a_plan_that_cannot_be_meant_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        StepPlan(batch_size=0)
+    with pytest.raises(UsageError, match="pure float16"):
+        StepPlan(precision="fp16")
