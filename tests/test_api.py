@@ -19,6 +19,7 @@ def test_the_public_names_are_these() -> None:
         "ProbeFailure",
         "Report",
         "check",
+        "guard",
         "memory",
         "parametrize_with_probes",
         "shapes",
