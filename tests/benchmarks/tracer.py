@@ -2,7 +2,7 @@
 
 Each way runs in turn, several rounds; the least time of each is compared, since other load only ever adds. Beside
 ours: torch's DebugMode, transformers' debugger (shapes and printed strings of every module, as it comes; it writes its
-JSON files to a temporary folder), and TorchLens where it is installed, with activations saved, as it comes, and without.
+JSON files to a temporary folder), and TorchLens where it is installed, as it comes.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def main() -> None:
     with contextlib.suppress(ImportError):
         import torchlens
 
-        ways["TorchLens, all activations"] = lambda: torchlens.log_forward_pass(model, ids)
-        ways["TorchLens, no activations"] = lambda: torchlens.log_forward_pass(model, ids, layers_to_save=None)
+        ways["TorchLens"] = lambda: torchlens.trace(model, ids)
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(ROUNDS):
         for label, way in list(ways.items()):
