@@ -138,3 +138,12 @@ def test_rows_become_an_int64_tensor() -> None:
     assert tensor is not None
     assert (tensor.dtype, tensor.tolist()) == (torch.int64, [[1, 2], [3, 4]])
     assert ids_tensor(None) is None
+
+
+def test_a_model_that_keeps_its_cache_says_where_new_tokens_stand() -> None:
+    def meta(tokens: torch.Tensor, start_pos: int) -> torch.Tensor: ...
+    def lit(idx: torch.Tensor, input_pos: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    assert read_signature(meta).start == "start_pos"
+    assert read_signature(lit).places == "input_pos"
+    assert read_signature(lit).start is read_signature(meta).places is None

@@ -3067,6 +3067,54 @@ NEUTRAL: tuple[Mutant, ...] = (
         ),
         build="build_packed",
     ),
+    # --- reported as bugs elsewhere, or flagged here once, and no bugs
+    _neutral(
+        "hf/alibi-by-key-index",  # the absolute form: differs from the relative one by a constant of each row
+        _HF_ALWAYS_EAGER,
+        (
+            "    attn_weights = attn_weights + attention_mask\n",
+            (
+                "    slopes = 2.0 ** -torch.arange(1, query.shape[1] + 1, device=query.device)\n"
+                "    attn_weights = attn_weights + slopes[:, None, None] * torch.arange(key.shape[2], device=query.device)\n"
+                "    attn_weights = attn_weights + attention_mask\n"
+            ),
+        ),
+    ),
+    _neutral(
+        "hf/summed-masks-made-finite",  # as ai2-olmo does
+        (_HF_PADDING, ""),
+        (
+            _HF_MASK,
+            _HF_MASK
+            + "    if attention_mask is not None:\n"
+            + "        causal_mask = causal_mask + (1.0 - attention_mask[:, None, None, :].to(dtype)) * min_value\n"
+            + "        causal_mask = causal_mask.clamp(min=torch.finfo(torch.float32).min)\n",
+        ),
+    ),
+    _neutral(
+        "llama/softmax-over-the-chosen",  # Mixtral's routing, beside a setting that is another routing's
+        (
+            (
+                "        probs = F.softmax(self.gate(x), dim=-1)  # (bs, seqlen, n_experts)\n"
+                "        weights, chosen = torch.topk(probs, self.top_k, dim=-1)\n"
+            ),
+            (
+                "        probs = self.gate(x)  # (bs, seqlen, n_experts)\n"
+                "        weights, chosen = torch.topk(probs, self.top_k, dim=-1)\n"
+                "        weights = F.softmax(weights, dim=-1)\n"
+            ),
+        ),
+        build="build_moe",
+    ),
+    _neutral(
+        "lit/labels-aligned-by-the-loader",  # as OLMo-core has them
+        (
+            "def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, input_pos",
+            "def forward(self, idx: torch.Tensor, labels: torch.Tensor | None = None, input_pos",
+        ),
+        ("        if targets is not None:\n", "        if labels is not None:\n"),
+        (_LIT_LOSS, _LIT_LOSS.replace("targets", "labels").replace("-1)\n", "-1)").replace("ignore_index=-1", "ignore_index=-100")),
+    ),
     # --- lit-gpt style
     *(
         _neutral(f"lit/{build.replace('_', '-')}", ("# disabled by default", "# off by default"), build=build)
