@@ -169,6 +169,22 @@ def assert_causal() -> Any:
     return assertion
 
 
+@pytest.fixture(scope="session")
+def assert_parity() -> Any:
+    """`assert_parity("my_model.py:build", dtype="bfloat16")`: two executions agree op by op; the failure names the first op."""
+    from olmodebug.testing import assert_parity as assertion
+
+    return assertion
+
+
+@pytest.fixture
+def guard() -> Any:
+    """`with guard(): step()`: the guards of `olmodebug run` (index, nan) on a block; the failure names line, tensor and value."""
+    from olmodebug.testing import Guarded
+
+    return Guarded
+
+
 RUN = pytest.StashKey[str]()
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 LINES = pytest.StashKey[list[str]]()

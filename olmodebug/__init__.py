@@ -1,31 +1,43 @@
 """The doctor for language-model code.
 
 `check(model)` says whether a causal language model is right, and where not, which line and why; `trace` records every op of a
-run with its line; `shapes` gives the tree with named dimensions; `memory` predicts what a training step takes;
-`with guard(model):` watches a block of a training script. Importing this package loads no torch.
+run with its line; `shapes` gives the tree with named dimensions; `parity` compares two executions op by op; `memory` predicts what a
+training step takes; `with guard(model):` watches a block of a training script. Importing this package loads no torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import check, shapes, trace
+    from .api import check, parity, shapes, trace
     from .guarding import guard
     from .memory_api import memory
     from .memory_records import MemoryEstimate
     from .report import Finding, Report
     from .testing import ProbeFailure, parametrize_with_probes
 
-__all__ = ["Finding", "MemoryEstimate", "ProbeFailure", "Report", "check", "guard", "memory", "parametrize_with_probes", "shapes", "trace"]
+__all__ = [
+    "Finding",
+    "MemoryEstimate",
+    "ProbeFailure",
+    "Report",
+    "check",
+    "guard",
+    "memory",
+    "parametrize_with_probes",
+    "parity",
+    "shapes",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Public names on first use, so that the command line starts without torch."""
     import importlib
 
-    if name in ("check", "shapes", "trace"):
+    if name in ("check", "parity", "shapes", "trace"):
         api = importlib.import_module(".api", __name__)
         # api imports the submodules of the same names, which the import system then binds here: bind the functions again
-        globals().update(check=api.check, shapes=api.shapes, trace=api.trace)
+        globals().update(check=api.check, parity=api.parity, shapes=api.shapes, trace=api.trace)
         return globals()[name]
     if name == "guard":
         return importlib.import_module(".guarding", __name__).guard

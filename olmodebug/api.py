@@ -1,7 +1,7 @@
 """What `import olmodebug` offers to Python: the same work as the command line, on live models, in this process."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .environment import environment
+from .errors import SubjectError
 from .examine import BUILD, FIRST_RUN, run_probe
 from .explain import explain
 from .load import SubjectCodeError
@@ -77,6 +78,35 @@ def shapes(model: nn.Module | str) -> ShapeTree:
     if isinstance(model, str):
         return tree_of_spec(Job(spec=model))
     return shape_tree(from_model(model))
+
+
+def parity(
+    subject: str,
+    reference: str | None = None,
+    *,
+    left: str | None = None,
+    right: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str | None = None,
+    cases: Sequence[str] = (),
+    seed: int = 0,
+) -> Report:
+    """The report of `olmodebug parity`: two executions of a subject, or a subject and a reference, op by op.
+
+    Subjects are specs, because each side runs in a process of its own. The arguments mean what the options mean.
+    """
+    from .cli import parsed
+    from .commands.parity import parity_report
+
+    options = [f"--{name}={value}" for name, value in {"reference": reference, "left": left, "dtype": dtype}.items() if value]
+    options += [f"--right={text}" for text in right] + [f"--case={name}" for name in cases]
+    return parity_report(parsed(["parity", _spec(subject), f"--device={device}", f"--seed={seed}", *options]))
+
+
+def _spec(subject: object) -> str:
+    if not isinstance(subject, str):
+        raise SubjectError(f"this runs in a process of its own and needs a spec such as my_model.py:build, not a {type(subject).__name__}")
+    return subject
 
 
 def _subject(model: nn.Module | str, job: Job | None, *, tokenizer: str | None, **options: Any) -> Subject:

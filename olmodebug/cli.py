@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .commands import ALL
 from .commands.shared import say
-from .errors import EXIT_COULD_NOT_RUN, EXIT_INTERNAL, OlmodebugError
+from .errors import EXIT_COULD_NOT_RUN, EXIT_INTERNAL, OlmodebugError, UsageError
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -62,6 +62,16 @@ def _discard_output() -> None:
     """Send standard output to nowhere, so that the interpreter does not stumble over the rest when it leaves."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line that Python wrote; UsageError where it cannot be meant."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit:  # argparse has told why on standard error
+        raise UsageError(f"olmodebug {' '.join(argv)} cannot be meant") from None
+    arguments.argv = list(argv)
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,8 @@ from .spec_text import parse_config
 from .supervise import Order, order_record, reproduce
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .examine import Result
     from .probe import Probe
     from .spec import Job
@@ -99,6 +102,41 @@ def assert_probes(model: object, select: str, **options: Any) -> Report:
         message = f"no probe of {select!r} applies: {'; '.join(filter(None, reasons)) or 'none has such a name'}"
         raise ProbeFailure(Finding(probe=select, severity="error", message=message))
     return report
+
+
+def assert_parity(subject: str, reference: str | None = None, **options: Any) -> Report:
+    """Two executions of a spec, or a spec and a reference, agree op by op; ProbeFailure at the first op that does not.
+
+    Options as of `olmodebug.parity`.
+    """
+    __tracebackhide__ = True
+    from .api import parity
+
+    report = parity(subject, reference, **options)
+    if errors := report.of("error"):
+        raise ProbeFailure(errors[0])
+    if not report.counts.ran:
+        raise ProbeFailure(Finding(probe="parity.runs", severity="error", message="nothing could be compared"))
+    return report
+
+
+class Guarded:
+    """`with Guarded(): step()`: a block under `olmodebug.guard`, by default index and nan; ProbeFailure for what is found there."""
+
+    def __init__(self, model: "nn.Module | None" = None, *, guards: Sequence[str] = ("index", "nan")) -> None:
+        from .guarding import guard
+
+        self.guard = guard(model, guards=guards)
+
+    def __enter__(self) -> None:
+        self.guard.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        __tracebackhide__ = True
+        self.guard.__exit__(kind, error, trace)
+        errors = [finding for finding in self.guard.findings if finding.severity == "error"]
+        if errors and (error is None or isinstance(error, Exception)):
+            raise ProbeFailure(errors[0]) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 import olmodebug
+from olmodebug.errors import SubjectError, UsageError
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
 
@@ -22,6 +24,7 @@ def test_the_public_names_are_these() -> None:
         "guard",
         "memory",
         "parametrize_with_probes",
+        "parity",
         "shapes",
         "trace",
     ]
@@ -93,3 +96,19 @@ def test_a_notebook_gets_the_tree_of_shapes_and_python_one_line() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert Path(olmodebug.__file__).with_name("py.typed").is_file()
+
+
+@pytest.mark.slow
+def test_parity_gives_a_report_with_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    same = olmodebug.parity("olmo2-tiny", dtype="bfloat16", cases=["step"])
+    assert (same.exit_code, same.sections["parity"]["runs"][0]["verdict"]) == (0, "agrees")
+    assert "\n" not in repr(same)
+
+
+def test_what_runs_in_a_process_of_its_own_needs_a_spec_and_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SubjectError, match="needs a spec such as my_model.py:build, not a Linear"):
+        olmodebug.parity(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="cannot be meant"):
+        olmodebug.parity("olmo2-tiny", seed="zero")  # type: ignore[arg-type]
+    assert "invalid int value: 'zero'" in capsys.readouterr().err

@@ -236,6 +236,47 @@ def test_a_failure_in_a_suite_starts_with_the_probe_and_the_line(folder: pytest.
     result.stdout.no_fnmatch_line("*testing.py*")  # nobody has to read our own frames
 
 
+def test_a_block_under_the_guards_fails_at_the_line_with_the_value(folder: pytest.Pytester) -> None:
+    path = folder.makepyfile(
+        test_model="""
+        import torch
+        from model import Tiny
+
+        def test_right(guard):
+            with guard():
+                Tiny()(torch.tensor([[30]])).sum().backward()
+
+        def test_wrong(guard):
+            with guard():
+                Tiny()(torch.tensor([[31]]))
+
+        def test_other(guard):
+            with guard(guards=["index"]):
+                raise ValueError("of the test itself")
+        """
+    )
+    result = run(folder, str(path))
+    result.assert_outcomes(failed=2, passed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "FAILED test_model.py::test_wrong - index.in-bounds: model.py:11: index 31 is out of range: `embed.weight` has 31 rows",
+            "FAILED test_model.py::test_other - ValueError: of the test itself",
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_parity_of_a_spec_is_asserted(folder: pytest.Pytester) -> None:
+    path = folder.makepyfile(
+        test_model="""
+        def test_bfloat16(assert_parity):
+            report = assert_parity("model.py:Tiny", dtype="bfloat16")
+            assert report.sections["parity"]["runs"]
+        """
+    )
+    run(folder, str(path)).assert_outcomes(passed=1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -53,13 +53,18 @@ def parity(arguments: argparse.Namespace) -> int:
 
     Every op is replayed in float64 on its own inputs and accepted if arithmetic of its precision could have made the error.
     """
+    check_output(arguments)
+    if arguments.ranks is not None:
+        return compare_ranks(arguments)
+    return deliver(arguments, parity_report(arguments))
+
+
+def parity_report(arguments: argparse.Namespace) -> "Report":
+    """The report that these arguments ask for, recorded in `.olmodebug/`."""
     import shlex
 
     from ..store import new_run
 
-    check_output(arguments)
-    if arguments.ranks is not None:
-        return compare_ranks(arguments)
     command = shlex.join(["olmodebug", *arguments.argv])
     bundles = [name for name in arguments.subject if name.rstrip("/").endswith(".bundle")]
     if len(arguments.subject) > 1 and len(bundles) != 2:
@@ -80,7 +85,7 @@ def parity(arguments: argparse.Namespace) -> int:
         report, job = _executed(arguments, run, command)
     with contextlib.suppress(OSError):
         run.save(report, job)
-    return deliver(arguments, report)
+    return report
 
 
 def _executed(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[Report, dict[str, Any]]":
