@@ -11,6 +11,8 @@ from typing import Any
 
 from .serve import Tell, serve
 
+NO_CARD = "no CUDA device here: the run was on the CPU, at a small size, with the CPU's own kernels"
+
 
 def run(order: dict[str, Any], tell: Tell) -> None:
     """Predict the plan of an order, try what would make it smaller, and measure, telling each result."""
@@ -103,14 +105,16 @@ def confirmations(order: dict[str, Any], job: Any, plan: Any, subject: Any, foun
 
         yield from confirm_on_cuda(job, plan, found, budget_bytes=order["budget_bytes"] if options["limited"] else None)
         return
-    yield from confirm_on_cpu(
+    missing = NO_CARD if order["device"] == "cuda" else None
+    for confirmation in confirm_on_cpu(
         job,
         plan,
         batch_size=options["batch_size"],
         seq_len=options["seq_len"],
         parameters=sum(p.numel() for p in subject.model.parameters()),
         limit_bytes=order["budget_bytes"] if order["device"] == "cpu" else None,
-    )
+    ):
+        yield {**confirmation, "skipped": confirmation["skipped"] or missing}
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def confirm_on_cuda(job: Job, plan: StepPlan, _: MemoryEstimate, *, budget_bytes
     body: dict[str, Any] = {**EMPTY, "device": torch.cuda.get_device_name(index), "plan": str(plan), "context_bytes": context}
     torch.cuda.reset_peak_memory_stats(index)
     try:
-        peaks, history = _measured_steps(job, plan)
+        peaks, reserved, history = _measured_steps(job, plan)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -52,7 +52,6 @@ def confirm_on_cuda(job: Job, plan: StepPlan, _: MemoryEstimate, *, budget_bytes
     stats = torch.cuda.memory_stats(index)
     after = device_memory(index, uuid=_uuid(index))
     assert found.reserved is not None
-    reserved = int(stats["reserved_bytes.all.peak"])
     rows = [
         figure("tensors allocated", found.tensors.expected, max(peaks.values())),
         figure("reserved", found.reserved.expected, reserved),
@@ -106,38 +105,36 @@ def _context(index: int, before: int | None) -> tuple[int | None, Gpu]:
     return None, gpu
 
 
-def _measured_steps(job: Job, plan: StepPlan) -> tuple[dict[str, int], list[Any]]:
-    """Peaks of each part of a step, and the history of the last step."""
+def _measured_steps(job: Job, plan: StepPlan) -> tuple[dict[str, int], int, list[Any]]:
+    """Peaks of each part of a step, the most that was reserved, and the history of the last step."""
     subject = real_subject(job, plan, "cuda")
     if plan.inference:
-        return _measured_inference(subject, plan), []
+        return _measured_inference(subject, plan), torch.cuda.max_memory_reserved(), []
     optimizer = make_optimizer(subject.model, plan.optimizer)
     scaler = torch.amp.GradScaler("cuda") if plan.precision == "fp16-amp" else None
     peaks: dict[str, int] = {}
-    part = "setup"
+    part, reserved = "setup", 0
 
     def begin(name: str) -> None:
-        nonlocal part
+        nonlocal part, reserved
         torch.cuda.synchronize()
+        reserved = max(reserved, torch.cuda.max_memory_reserved())
         peaks[part] = max(peaks.get(part, 0), torch.cuda.max_memory_allocated())
         torch.cuda.reset_peak_memory_stats()
         part = name
 
-    reserved = 0
     batches = [token_ids(subject, plan) for _ in range(plan.accumulation)]
-    history: list[Any] = []
     with checkpointed(subject.model, plan.checkpointing, preserve_random_state=True):
         for number in range(1, STEPS + 1):
             if number == STEPS:
                 # Private, and the only way to the allocator's events; documented as the memory snapshot of torch.
                 torch.cuda.memory._record_memory_history(max_entries=MOST_ENTRIES, stacks="python")
             step(subject, plan, optimizer, scaler, batches, begin, device="cuda")
-            reserved = max(reserved, torch.cuda.max_memory_reserved())
     begin("end")
     traces = torch.cuda.memory._snapshot()["device_traces"]
     history = list(traces[torch.cuda.current_device()])
     torch.cuda.memory._record_memory_history(enabled=None)
-    return {name: size for name, size in peaks.items() if name in ("forward", "backward", "optimizer")}, history
+    return {name: size for name, size in peaks.items() if name in ("forward", "backward", "optimizer")}, reserved, history
 
 
 def _measured_inference(subject: Any, plan: StepPlan) -> dict[str, int]:
