@@ -26,6 +26,10 @@ COMMANDS: dict[str, list[str]] = {
     "bug-mask": ["check", f"{BUGS}/mask_added.py:build_repaired", "--device", "cuda"],
     "bug-short-table": ["check", f"{BUGS}/short_rope_table.py:build", "--device", "cuda"],
     **memory_commands(),
+    **{
+        f"guard-{name}": ["run", "--", sys.executable, "-m", "tests.scripts.cuda_faults", name]
+        for name in ("embedding", "rotary-table", "label", "gather", "multinomial", "born-nan", "memory")
+    },
 }
 
 
@@ -43,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         if not re.search(arguments.only, name):
             continue
         started = time.perf_counter()
-        line = [sys.executable, "-m", "olmodebug", *command, "--timeout", "120", "--json", str(REPORTS / f"{name}.json")]
+        options = ["--json", str(REPORTS / f"{name}.json"), *([] if command[0] == "run" else ["--timeout", "120"])]
+        line = [sys.executable, "-m", "olmodebug", command[0], *options, *command[1:]]
         done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=540, check=False)
         print(
             f"{name:24s} exit {done.returncode}  {time.perf_counter() - started:6.1f} s  {done.stderr.strip().splitlines()[-1:]}",
