@@ -313,6 +313,7 @@ def _name(control: Any) -> str:
 def test_a_legal_design_is_silent(control: Callable[[], None]) -> None:
     torch.manual_seed(0)
     journal = Journal(None)
-    with Watch(GUARDS, journal):
+    with Watch(GUARDS, journal) as watch:
         control()
+    assert not watch.faults
     assert not journal.findings, [(f.probe, f.message) for f in journal.findings]

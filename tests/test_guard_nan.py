@@ -155,3 +155,14 @@ def test_losses_and_random_numbers_are_the_same_bit_for_bit() -> None:
     plain = run()
     with Watch(("index", "nan", "shape", "oom", "loop"), Journal(None)):
         assert run() == plain
+
+
+def test_a_fault_of_the_guard_itself_does_not_stop_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*values: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("olmodebug.guards.nonfinite._has", broken)
+    with Watch(("nan",), Journal(None)) as watch:
+        losses = train(Model())
+    assert all(math.isfinite(loss) for loss in losses)
+    assert watch.faults >= 1 and not watch.observers

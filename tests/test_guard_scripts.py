@@ -39,8 +39,9 @@ def quiet() -> Iterator[io.StringIO]:
 def run_here(path: Path) -> tuple[list[Finding], str]:
     """A script in this process under all guards: its findings and what it printed."""
     journal = Journal(None)
-    with quiet() as out, contextlib.suppress(Exception), Watch(GUARDS, journal):
+    with quiet() as out, contextlib.suppress(Exception), Watch(GUARDS, journal) as watch:
         runpy.run_path(str(path), run_name="__main__")
+    assert not watch.faults
     return journal.findings, out.getvalue()
 
 
@@ -48,7 +49,7 @@ def run_elsewhere(folder: Path, script: str) -> tuple[int, list[Finding], str]:
     """A script in processes of its own, as a user runs it."""
     command = [sys.executable, f"{script}.py"]
     if script == "ddp":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", f"{script}.py"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py"]
     line = [sys.executable, "-m", "olmodebug", "run", "--json", "report.json", "--", *command]
     environ = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300, check=False, env=environ)

@@ -55,6 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
         return ended.exit_code
     if report.exit_code == EXIT_NOTHING_CHECKED:
         say("olmodebug: nothing was checked: no Python process of the command imported torch")
+    fault = next((outcome.reason for outcome in report.outcomes if outcome.status == "error"), None)
+    if fault:
+        say(f"{fault}\nolmodebug: this is a fault of olmodebug itself; please report it with the lines above")
     return report.exit_code
 
 

@@ -142,7 +142,7 @@ class Batches:
         shift = _shift(ids, labels, ignore)
         if shift == 1:
             self.shifted_right.add(self.watch.steps)
-            if args[3] == 1:  # a mean; a sum or a loss per token may be masked afterwards
+            if args[3] != 0:  # a mean or a sum; a loss per token may be masked afterwards
                 self._padding(batch, labels, ignore, here)
                 self._eos(batch, labels, ignore, here)
         elif shift == 2 and self.watch.steps not in self.shifted_right:

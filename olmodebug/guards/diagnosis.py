@@ -48,7 +48,7 @@ def diagnose(command: Sequence[str], settings: Settings, ended: Ended, seconds: 
     return Report(
         subject=SubjectInfo(spec=text, kind="training script"),
         environment=_environment(text, journals),
-        outcomes=tuple(outcome_of(name, findings, working, seen, seconds) for name in settings.guards),
+        outcomes=(*(outcome_of(name, findings, working, seen, seconds) for name in settings.guards), *_faults(journals)),
         findings=tuple(findings),
         sections={"guard": plain(section)},
         seconds=round(seconds, 3),
@@ -158,6 +158,12 @@ def _death(folder: Path, ended: Ended) -> list[Finding]:
             )
         )
     return found
+
+
+def _faults(journals: list[list[Event]]) -> list[Outcome]:
+    """Faults of the guards themselves, which did not stop the script."""
+    texts = [e["text"] for events in journals for e in events if e["event"] == "fault"]
+    return [Outcome(probe="guard.itself", status="error", reason=texts[0])] if texts else []
 
 
 def outcome_of(name: str, findings: Sequence[Finding], processes: list[dict[str, Any]], seen: bool, seconds: float) -> Outcome:

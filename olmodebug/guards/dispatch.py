@@ -59,6 +59,8 @@ class Guarded(TorchDispatchMode):
             self.quiet = True
             try:
                 self.watch.op_raised(func, args, kwargs, error)
+            except Exception:
+                self.watch.fault(None)
             finally:
                 self.quiet = False
             raise
@@ -67,6 +69,8 @@ class Guarded(TorchDispatchMode):
             try:
                 for observe in self.after:
                     observe(func, args, kwargs, output)
+            except Exception:  # a fault of ours must not stop the script: it is told, and this observer is off from here on
+                self.watch.fault(observe)
             finally:
                 self.quiet = False
         return output
@@ -82,6 +86,9 @@ class Guarded(TorchDispatchMode):
                     self.watch.index_wraps(wrapped)
                 return
             message = self.watch.index_is_bad(bad)
+        except Exception:
+            self.watch.fault(None)
+            return
         finally:
             self.quiet = False
         if bad.index.device.type != "cpu":

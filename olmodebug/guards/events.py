@@ -26,7 +26,8 @@ Listener = Callable[..., None]
 class Events:
     """The listeners by event; `install` wraps torch, and the exit stack that it is given puts everything back."""
 
-    def __init__(self, quiet: Callable[[], Any]) -> None:
+    def __init__(self, quiet: Callable[[], Any], fault: Callable[[Any], None]) -> None:
+        self.fault = fault
         self.listeners: dict[str, list[Listener]] = defaultdict(list)
         self.quiet = quiet
         self.stepping = 0
@@ -41,8 +42,12 @@ class Events:
         if listeners:
             self.grad = torch.is_grad_enabled()
             with self.quiet():
-                for listener in listeners:
-                    listener(*values)
+                for listener in list(listeners):
+                    try:
+                        listener(*values)
+                    except Exception:  # a fault of ours must not stop the script
+                        listeners.remove(listener)
+                        self.fault(listener)
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Wrap what the listeners need to hear of."""

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,8 @@ from .optimizing import Optimizing
 from .scheduling import Scheduling
 from .settings import settings_from
 
+MOST_FAULTS = 5  # tracebacks of our own faults that are written
+
 _ALIVE: list["Watch"] = []  # the watch of this process under `olmodebug run`; the interpreter's end finds it here
 
 
@@ -47,8 +50,9 @@ class Watch:
         self.started = time.perf_counter()
         self.steps = 0
         self.backwards = 0
+        self.faults = 0
         self.ended = False
-        self.events = Events(self.looking)
+        self.events = Events(self.looking, self.fault)
         self.models = Models()
         self.scalers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.parts: list[Any] = []
@@ -109,6 +113,14 @@ class Watch:
         finally:
             self.mode.quiet = before
 
+    def fault(self, observer: Any) -> None:
+        """A fault of our own, while it is handled: recorded with its traceback; what failed is off from here on."""
+        self.faults += 1
+        if observer in self.observers:
+            self.observers.remove(observer)
+        if self.faults <= MOST_FAULTS:
+            self.journal.tell("fault", text=traceback.format_exc())
+
     def find(self, finding: Finding) -> None:
         """Record a finding; under the guards everything is written at once."""
         self.journal.find(finding)
@@ -151,9 +163,11 @@ class Watch:
         if self.ended:
             return
         self.ended = True
-        for part in self.parts:
-            part.finish()
-        self._explain(error)
+        for end in (*(part.finish for part in self.parts), lambda: self._explain(error)):
+            try:
+                end()
+            except Exception:
+                self.fault(None)
         self.journal.tell("end", exception=None if error is None else type(error).__name__, **self._numbers())
 
     def _explain(self, error: BaseException | None) -> None:

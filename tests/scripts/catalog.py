@@ -169,7 +169,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _fault(
         "ddp/bad-token-on-one-rank", "index.in-bounds", "return self.head(self.embed(input_ids))",
-        ("    sampler = ", '    if os.environ["RANK"] == "1":\n        data[40] = torch.full((9,), VOCAB)\n    sampler = '),
+        ("    sampler = ", '    if os.environ["RANK"] == "1":\n        data = [torch.full((9,), VOCAB)] * 64\n    sampler = '),
         words="token id 37", loud=True,
     ),
     # accumulation
