@@ -20,6 +20,7 @@ class Figure:
 # In the order of the page.
 FIGURES: dict[str, Figure] = {
     "parity": Figure(title="Parity", draw=parity.draw),
+    "implementations": Figure(title="Against a reference", draw=parity.implementations),
     "leaks": Figure(title="Who sees the future", draw=leaks.draw),
     "memory": Figure(title="Memory", draw=memory.draw),
     "training": Figure(title="Training", draw=training.draw),

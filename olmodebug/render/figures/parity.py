@@ -33,7 +33,7 @@ def draw(section: Section) -> Markup:
     """Every pair of executions, then the reference implementation."""
     parts = [_run(run) for run in section.get("runs", ())]
     if section.get("implementations"):
-        parts.append(_implementations(section["implementations"]))
+        parts.append(implementations(section["implementations"]))
     return Markup("").join(parts)
 
 
@@ -120,7 +120,8 @@ def _reasons(run: Section) -> Markup:
     return listed(texts)
 
 
-def _implementations(body: Section) -> Markup:
+def implementations(body: Section) -> Markup:
+    """A subject against a reference implementation, on the same weights and tokens."""
     logits, gradients = body["logits"], body["gradients"]
     agree = "✓ The logits agree" if logits["agree"] else "✗ The logits differ"
     parts = [
