@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from .aligned import Aligned, Side
 from .compare import difference
 from .convention import is_scalar_loss
-from .records import Difference
+from .records import Difference, Rows
 from .settle import settled
 from .sources import Sources, Spot
 from .subject import own_code, quiet
@@ -27,7 +27,7 @@ class GradientGap:
     """Which gradients differ, by slot, the last on the way forward first; `cause` is established by running without it."""
 
     losses: tuple[float, float]
-    loss: Difference | None
+    own: tuple[float, float] | None  # the subject's own loss, and the mean cross-entropy of its logits, where they differ
     compared: int
     largest: float
     differing: dict[str, Difference] = field(default_factory=dict)
@@ -38,40 +38,67 @@ class GradientGap:
 
 def gradient_gap(aligned: Aligned) -> GradientGap:
     """Compare the losses and all gradients of both sides."""
-    own = all(side.subject.convention.labels and not side.subject.convention.labels_aligned for side in (aligned.left, aligned.right))
-    mine, theirs = _run(aligned, aligned.left, own), _run(aligned, aligned.right, own)
+    mine, theirs = _run(aligned, aligned.left), _run(aligned, aligned.right)
     differing, largest = _differing(aligned, mine[1], theirs[1])
     gap = GradientGap(
         losses=(float(mine[0]), float(theirs[0])),
-        loss=difference(mine[0].reshape(1), theirs[0].reshape(1), relative_limit=aligned.limit),
+        own=_strange_loss(aligned),
         compared=len(theirs[1]),
         largest=largest,
         differing=dict(reversed(differing.items())),
     )
     if differing:
         let_through = _LetThrough(Sources(aligned.left.subject.model))
-        again = _run(aligned, aligned.left, own, let_through)
+        again = _run(aligned, aligned.left, let_through)
         if let_through.spot is not None and not _differing(aligned, again[1], theirs[1])[0]:
             gap.cause = "a detach or a .data cuts the gradient that the reference lets through; with it let through, all gradients agree"
             gap.spot = let_through.spot
     return gap
 
 
-def _run(aligned: Aligned, side: Side, own: bool, mode: "_LetThrough | None" = None) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """(loss, gradients by slot) of one side in eval mode."""
+def _run(aligned: Aligned, side: Side, mode: "_LetThrough | None" = None) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """(loss, gradients by slot) of one side in eval mode; the loss is made here, from the logits, alike for both."""
     subject, case = side.subject, aligned.case
-    needs = own or subject.convention.logits_need_labels
+    needs = subject.convention.logits_need_labels
     with settled(subject.model, seed=subject.seed), quiet(), torch.enable_grad(), own_code(subject, case, stage="backward"):
         subject.model.eval()
         output = _call(lambda: subject.call(case if needs else replace(case, labels=None)), mode)
-        ids = torch.tensor(case.input_ids)
-        loss = output.loss if own and is_scalar_loss(output.loss) else None
-        if loss is None:
-            loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+        loss = _shifted(output.logits, case.input_ids)
         loss.backward()
         once = [s for s in aligned.left.layout.slots if not (s in aligned.left.layout.tied and s in aligned.right.layout.tied)]
         found = side.gradients()
         return loss.detach(), {s: None if (g := found[s]) is None else g.detach().clone() for s in once}
+
+
+def _strange_loss(aligned: Aligned) -> tuple[float, float] | None:
+    """The subject's own loss, where it is no mean cross-entropy of its logits though the reference's is.
+
+    Labels may be shifted inside or come shifted already (nanoGPT, OLMo-core): both are conventions, and either is right.
+    """
+    odd = [_own_loss(aligned, side) for side in (aligned.left, aligned.right)]
+    mine, theirs = odd
+    return (mine[0], mine[1]) if mine is not None and theirs is not None and not mine[2] and theirs[2] else None
+
+
+def _own_loss(aligned: Aligned, side: Side) -> tuple[float, float, bool] | None:
+    """(own loss, expected loss, whether it is one of the expected) of a side; None where it gives no loss."""
+    subject, case = side.subject, aligned.case
+    if not subject.convention.labels:
+        return None
+    with settled(subject.model, seed=subject.seed), quiet(), torch.no_grad(), own_code(subject, case):
+        subject.model.eval()
+        output = subject.call(case)
+    if output.loss is None or not is_scalar_loss(output.loss) or output.logits.shape[1] != case.seq_len:
+        return None
+    logits, labels = output.logits, torch.tensor(case.input_ids)
+    wanted = _shifted(logits, case.input_ids), F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten())
+    fits = any(difference(output.loss.reshape(1), w.reshape(1), relative_limit=aligned.limit) is None for w in wanted)
+    return float(output.loss), float(wanted[1 if subject.convention.labels_aligned else 0]), fits
+
+
+def _shifted(logits: Tensor, rows: Rows) -> Tensor:
+    """The mean cross-entropy of each position's logits against the next token, in float64."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), torch.tensor(rows)[:, 1:].flatten())
 
 
 def _call(run: Callable[[], Any], mode: "_LetThrough | None") -> Any:

@@ -117,11 +117,20 @@ def _scaled_groups(parting: Parting) -> Iterator[tuple[list[int], float]]:
             twin = right.nodes[source].anchor
             if twin is not None and twin not in ratios and (ratio := _ratio(left, twin, right, other, parting.limit)):
                 ratios[twin] = ratio
+    bare = {i for i in ratios if left.nodes[i].anchor is not None}  # of these the last is the nearest to where the factor is missing
     for index, ratio in sorted(ratios.items()):
-        if not any(abs(ratios.get(source, 0.0) / ratio - 1) < parting.limit for source in left.nodes[index].inputs):
+        if not any(abs(ratios.get(source, 0.0) / ratio - 1) < parting.limit for source in _made_of(left, index)):
             groups.setdefault((left.event(index).where.function, float(f"{ratio:.4g}")), []).append(index)
-    for group in sorted(groups.values(), key=lambda g: g[0])[:GROUPS]:
+    for group in sorted(groups.values(), key=lambda g: (g[0] in bare, -g[0] if g[0] in bare else g[0]))[:GROUPS]:
         yield group, ratios[group[0]]
+
+
+def _made_of(graph: Graph, index: int, depth: int = 4) -> Iterator[int]:
+    """The tensors that a tensor is made of, a few ops back."""
+    if depth:
+        for source in graph.nodes[index].inputs:
+            yield source
+            yield from _made_of(graph, source, depth - 1)
 
 
 def _strays(graph: Graph, start: int | None) -> Iterator[int]:

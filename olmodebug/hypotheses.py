@@ -70,9 +70,12 @@ def gate_and_up(aligned: Aligned) -> Cause | None:
 def qkv_order(aligned: Aligned) -> Cause | None:
     """q, k and v taken for one another."""
     names = ("q", "k", "v")
+    side = aligned.left
+    held = in_pairs(aligned.weights, side.layout) if side.pairs else aligned.weights
+    as_they_are = replace(side, pairs=False)  # the rows follow the use, so they are reordered before the exchange
     for order in itertools.permutations(names):
-        changed = _renamed(aligned.weights, dict(zip(names, order, strict=True)))
-        if order == names or changed is None or not _agrees(aligned, changed):
+        changed = _renamed(held, dict(zip(names, order, strict=True)))
+        if order == names or changed is None or not _agrees(aligned, changed, side=as_they_are):
             continue
         taken = {source: name for name, source in zip(names, order, strict=True)}
         reads = ", ".join(f"{name} for {taken[name]}" for name in names if taken[name] != name)

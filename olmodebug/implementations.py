@@ -125,7 +125,7 @@ def _place(aligned: Aligned, left: Graph, node: int, cause: Cause | None) -> Whe
     ops = UPSTREAM.get(cause.name) if cause is not None else None
     if ops is not None:
         found = _upstream(left, node, ops)
-        if found is None and ops is DIVIDES:  # projections of their own: where the function calls them
+        if found is None and cause is not None and cause.name == "qkv order":  # projections of their own: where the function calls them
             used = [i for i, slot in weights_read(left, aligned.left.layout) if slot.split(".")[-2] in ("q", "k", "v") and i < node]
             spot, module = caller(left, left.nodes[used[-1]].event) if used else (None, "")
             if spot is not None:
@@ -166,15 +166,17 @@ def _where_order_changed(aligned: Aligned, node: int) -> int:
     """A node that has the right numbers in another order than the reference, and feeds the first wrong one: there the fault is."""
     left, right = aligned.graphs()
     found, queue, seen = node, list(left.nodes[node].inputs), set[int]()
+    module = left.event(node).where.module
     while queue:
         index = queue.pop()
         held = left.nodes[index]
-        if index in seen or held.anchor is None or not held.data:
+        if index in seen or held.anchor is None or not held.data or left.event(index).where.module != module:
             continue
         seen.add(index)
         mine = positions_first(held.tensor, batch=left.batch, seq=left.seq)
         theirs = positions_first(right.nodes[held.anchor].tensor, batch=right.batch, seq=right.seq)
-        if mine is None or theirs is None or mine.shape != theirs.shape:
+        if mine is None or theirs is None or mine.shape != theirs.shape:  # a head that stands there more than once, say
+            queue += held.inputs
             continue
         if difference(mine, theirs, relative_limit=aligned.limit) is not None:
             found = min(found, index)
@@ -266,13 +268,14 @@ def _head_module(side: Side) -> str:
 
 def _gradient_findings(aligned: Aligned, gradients: GradientGap, so_far: list[Finding]) -> list[Finding]:
     found = []
-    if gradients.loss is not None:
+    if gradients.own is not None:
         found.append(
             Finding(
                 probe=GRADIENTS,
                 severity="error",
-                message=f"logits agree, the losses do not: {gradients.losses[0]:.6g} and {gradients.losses[1]:.6g}",
-                evidence={"loss": gradients.losses[0], "reference_loss": gradients.losses[1]},
+                message=f"logits agree, the loss that the subject returns is {gradients.own[0]:.6g}, no mean cross-entropy of them ({gradients.own[1]:.6g})",
+                expected="the mean cross-entropy, as the reference returns it, of labels that are shifted inside or come shifted",
+                evidence={"loss": gradients.own[0], "cross_entropy": gradients.own[1]},
                 case=aligned.case,
             )
         )
