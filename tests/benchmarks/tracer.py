@@ -1,6 +1,6 @@
 """What tracing costs beside a plain forward, in one run: `python -m tests.benchmarks.tracer [PRESET] [SEQ_LEN]`.
 
-Each way runs in turn, several rounds; the least time of each is compared, since other load only ever adds. Beside
+Each way runs in turn, several rounds; the least CPU time of each is compared, since other load only ever adds. Beside
 ours: torch's DebugMode, transformers' debugger (shapes and printed strings of every module, as it comes; it writes its
 JSON files to a temporary folder), and TorchLens where it is installed, as it comes.
 """
@@ -21,7 +21,7 @@ from olmodebug.model import Olmo
 from olmodebug.presets import preset
 from olmodebug.tracer import record
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(ROUNDS):
         for label, way in list(ways.items()):
-            started = time.perf_counter()
+            started = time.process_time()
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
                     way()
@@ -73,7 +73,7 @@ def main() -> None:
                 print(f"{label}: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]}")
                 del ways[label], least[label]
                 continue
-            least[label] = min(least[label], time.perf_counter() - started)
+            least[label] = min(least[label], time.process_time() - started)
     events = len(record(model, forward))
     print(f"{name}, batch 1 x {seq_len}, {events} ops, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for label, seconds in least.items():
