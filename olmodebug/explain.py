@@ -292,6 +292,12 @@ def _sizes_do_not_fit(recording: Recording, explanation: Explanation, names: dic
     clash = _clash(left, right) if failed.op not in ("mm", "bmm", "addmm", "matmul") else None
     if clash is None:
         if failed.op in ("mm", "bmm", "addmm"):
+            first, second = tensors[-2:]
+            if first.shape[-1] == second.shape[-2] and first.dtype != second.dtype:
+                kinds = [str(t.dtype).removeprefix("torch.") for t in (first, second)]
+                explanation.message = f"{failed.op} gets {kinds[0]} and {kinds[1]}, and multiplies one dtype only"
+                explanation.observed = " and ".join(kinds)
+                return True
             shapes = ", ".join(named_shape(tuple(t.shape), names) for t in tensors)
             explanation.message = f"{failed.op} cannot multiply {shapes}"
             explanation.observed = shapes

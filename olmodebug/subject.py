@@ -5,6 +5,7 @@ implementation that it asks for.
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -338,7 +339,7 @@ def from_model(
         seed=seed,
     )
     subject.convention = settle_convention(subject)
-    if subject.convention.labels and _decodes_for_an_encoder(subject.config):
+    if subject.convention.labels and (_decodes_for_an_encoder(subject.config) or _says_not_shifted(forward)):
         subject.convention = replace(subject.convention, labels_aligned=True)
     return subject
 
@@ -353,6 +354,11 @@ def settle_convention(subject: Subject) -> Convention:
         if output.logits.shape[1] == 1 and case.seq_len > 1 and subject.convention.labels:
             return replace(subject.convention, logits_need_labels=True)
     return subject.convention
+
+
+def _says_not_shifted(forward: Callable[..., Any]) -> bool:
+    """Whether the documentation of forward says in so many words that labels are not shifted inside, as TrOCR's does."""
+    return re.search(r"labels (are|is) (\*\*)?not shifted", " ".join((forward.__doc__ or "").lower().split())) is not None
 
 
 def _decodes_for_an_encoder(config: object) -> bool:

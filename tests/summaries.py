@@ -1,7 +1,8 @@
-"""Turns the rows of long runs into the committed pages: `python -m tests.summaries scoreboard|transformers FILE...`.
+"""Turns the rows of long runs into the committed pages: `python -m tests.summaries scoreboard|transformers FILE@COMMIT...`.
 
-Several files are the slices of one run; where a name occurs twice the later file counts. What a page does not need is
-dropped from the JSON that goes with it.
+Several files are the slices of one run; where a name occurs twice the later file counts. The commit is the code that the
+rows of a file come from, and the page says how many come from which. What a page does not need is dropped from the JSON
+that goes with it.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ FIRST_CONTACT = (
 def merged(paths: list[str], key: str) -> list[Row]:
     """The rows of several files, by name, the later ones in place of the earlier."""
     rows: dict[str, Row] = {}
-    for path in paths:
+    for each in paths:
+        path, _, commit = each.partition("@")
         body = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in body.get(key, []) if isinstance(body, dict) else body:
-            rows[row.get("name") or row["type"]] = row
+            rows[row.get("name") or row["type"]] = row | {"commit": commit}
     return [rows[name] for name in sorted(rows)]
 
 
@@ -61,7 +63,8 @@ def scoreboard_page(rows: list[Row], clean: list[Row]) -> str:
         f"{explained} explained ({explained / len(rows):.0%})",
         f"- {len(clean)} clean models and legal variations: {len(alarms)} with an error finding, "
         f"{sum(bool(row['warnings']) for row in clean)} with a warning",
-        f"- the dearest model took {slow:.0f} s of one core",
+        f"- the dearest model took {slow:.0f} s of one core, where that was measured",
+        f"- {_codes([*rows, *clean])}",
         "",
         "Detected: a probe of the right topic finds an error or a warning. In the right function: such a finding names the function",
         "that was changed. Explained: it says what is wrong in words that were fixed beforehand.",
@@ -103,7 +106,7 @@ def transformers(paths: list[str]) -> None:
             if finding["severity"] != "note"
         ]
         statuses = dict(Counter(outcome["status"] for outcome in row.get("outcomes", [])))
-        kept = {key: row[key] for key in ("type", "class", "seconds", "cpu_seconds", "error", "assumptions") if row.get(key)}
+        kept = {key: row[key] for key in ("type", "class", "commit", "seconds", "cpu_seconds", "error", "assumptions") if row.get(key)}
         small.append(kept | {"outcomes": statuses, "findings": findings})
     _write("transformers", small, transformers_page(rows))
 
@@ -121,6 +124,7 @@ def transformers_page(rows: list[Row]) -> str:
         "",
         f"- {len(rows)} model types, {len(checked)} built and checked, {ran:,} probes ran, {sum(o['status'] == 'error' for o in outcomes)} broke",
         f"- {len(checked) - len(flagged)} without an error finding, {len(flagged)} with one",
+        f"- {_codes(rows)}",
         "",
         "`notes.md` says of each error finding what was found out by hand.",
         "",
@@ -138,6 +142,13 @@ def transformers_page(rows: list[Row]) -> str:
     missing = [row for row in rows if not row.get("outcomes")]
     lines += ["", "Not built: " + "; ".join(f"{row['type']} ({str(row.get('error') or '')[:90]})" for row in missing)]
     return "\n".join(lines) + "\n"
+
+
+def _codes(rows: list[Row]) -> str:
+    """How many rows come from which commit."""
+    return "rows by the commit whose probes they ran: " + ", ".join(
+        f"{commit or 'unknown'} {n}" for commit, n in Counter(r["commit"] for r in rows).items()
+    )
 
 
 def _versions() -> str:

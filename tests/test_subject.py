@@ -220,3 +220,24 @@ def test_a_model_that_cannot_be_copied_and_not_be_rebuilt_is_the_users_to_mend()
     result = run_probe(shipped_probes()[0], from_model(Locked()))
     assert result.outcome.status == "failed", "a fault of the model is no fault of ours"
     assert "copying the model" in result.findings[0].message
+
+
+def test_labels_are_aligned_where_the_documentation_of_forward_says_so() -> None:
+    class Shifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(31, 8)
+            self.head = nn.Linear(8, 31)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+            """The labels are shifted inside."""
+            return self.head(self.embed(input_ids))
+
+    class Aligned(Shifting):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+            """The labels are **not shifted**
+            inside the model."""
+            return super().forward(input_ids, labels)
+
+    assert not from_model(Shifting()).convention.labels_aligned
+    assert from_model(Aligned()).convention.labels_aligned
