@@ -59,6 +59,11 @@ def test_fused_gate_and_up_pass_against_two_projections(tmp_path: Path) -> None:
     assert compare(subject_of(path, "build"), subject_of(CLEAN / "hf_style.py", "build")).findings == ()
 
 
+def test_a_loss_taken_in_float32_is_no_fault_of_a_model_that_is_exact_otherwise() -> None:
+    reference = subject_of(CLEAN / "nanogpt_style.py", "build")
+    assert compare(reference_of("transformers:GPT2LMHeadModel", reference), reference).findings == ()
+
+
 def test_a_stated_mapping_replaces_what_names_say() -> None:
     path = CLEAN / "hf_style.py"
     crossed = {
