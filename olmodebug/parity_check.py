@@ -13,22 +13,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .bundle import BUDGET_BYTES, Bundle, read_bundle
+import torch
+
+from .bundle import BUDGET_BYTES, Bundle, Writer, read_bundle
 from .environment import environment
 from .errors import OlmodebugError, UsageError
 from .execution import Execution
 from .explain import source_lines
+from .parity_cases import cases_of
 from .parity_compare import Comparison, compare
 from .parity_death import KINDS, arguments_text, bad_index, death_finding
 from .parity_findings import findings
+from .parity_run import Options, run_parity
 from .process import Child, Death, innermost, last_line, run_child
 from .records import Where
-from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, with_reproduction
+from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, plain, with_reproduction
 from .store import Run
+from .subject import Subject
 from .supervise import InternalFault
 
+MOST_DEPARTURES = 5  # findings; the evidence has the number of all
+
 Progress = Callable[[int, int, str, float], None]
-QUESTIONS = tuple(f"parity.{name}" for name in "runs arguments weights ops policy determinism range decisions derivative".split())
+QUESTIONS = tuple(
+    f"parity.{name}" for name in "runs arguments weights ops policy determinism range decisions derivative implementation".split()
+)
 NARROW = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -68,6 +77,7 @@ class _Told:
     fault: str | None = None
     peak_bytes: int = 0
     underived: list[dict[str, Any]] | None = None
+    departures: list[dict[str, Any]] | None = None
 
     def note(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -84,6 +94,8 @@ class _Told:
         elif kind in ("died", "done"):
             self.died = event if kind == "died" else None
             self.peak_bytes = event.get("peak_bytes", 0)
+        elif kind == "departures":
+            self.departures = event["values"]
         elif kind == "underived":
             self.underived = event["values"]
         elif kind == "unusable":
@@ -112,7 +124,8 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
                     key = f"{side.job['spec']}|{side.execution}|{weights}|{judged}"
                     if key not in made:
                         folder = home / f"{len(made)}-{str(side.execution).replace(',', '-').replace(':', '')}.bundle"
-                        made[key], told = _one(order, side, weights, judged, folder, ticks)
+                        other = left.job if side is right and left.job["spec"] != right.job["spec"] else None
+                        made[key], told = _one(order, side, weights, judged, folder, ticks, other)
                         found += told.findings
                         derived |= told.underived is not None
                         heads += [told.head] if told.head else []
@@ -129,6 +142,28 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
             if not order.keep:
                 shutil.rmtree(home, ignore_errors=True)
     return report_of(order.command, run, sections, found, heads, time.monotonic() - started, derived=derived)
+
+
+def compare_live(subject: Subject, left: Execution, right: Execution, *, only: tuple[str, ...] = ()) -> Report:
+    """The report on two executions of a live subject, in this process; the subject is left as it was."""
+    started = time.monotonic()
+    run = Run(id="", folder=None)
+    weights = min(left.dtype, right.dtype, key=NARROW.index)
+    bundles = []
+    with tempfile.TemporaryDirectory(prefix="olmodebug-parity-") as scratch:
+        for name, execution in (("left", left), ("right", right)):
+            twin = subject.fresh_twin(dtype=torch.float32)
+            writer = Writer(folder=Path(scratch) / f"{name}.bundle")
+            machine = plain(environment(seed=subject.seed, command="olmodebug.parity()", device=execution.device))
+            head = {"execution": {**asdict(execution), "flags": list(execution.flags)}, "words": execution.words, "weights": weights}
+            writer.open(head | {"job": {"spec": subject.spec}, "environment": machine, "subject": plain(subject.info())})
+            options = Options(judged=execution.dtype != "float64", journal=False)
+            run_parity(twin, execution, cases_of(twin, only), writer, tell=lambda *_, **__: None, options=options, weights=weights)
+            writer.close()
+            bundles.append(read_bundle(writer.folder))
+        comparison = compare(*bundles)
+        found = findings(comparison, bundles[1], scripts=None)
+    return report_of("olmodebug.parity()", run, [comparison.section], found, [bundles[1].head], time.monotonic() - started)
 
 
 def compare_bundles(left: Path, right: Path, run: Run, *, command: str) -> Report:
@@ -169,7 +204,13 @@ def report_of(
 
 
 def _one(
-    order: ParityOrder, side: Side, weights: str, judged: bool, folder: Path, tick: Callable[[str], None]
+    order: ParityOrder,
+    side: Side,
+    weights: str,
+    judged: bool,
+    folder: Path,
+    tick: Callable[[str], None],
+    other: Mapping[str, Any] | None,
 ) -> tuple[Bundle | None, _Told]:
     """Run one side in a child; its bundle, or None with the finding that says why there is none."""
     told = _Told()
@@ -190,6 +231,7 @@ def _one(
         "bundle": str(folder),
         "budget_bytes": order.budget_bytes,
         "derivative": not judged,
+        "reference": dict(other) if other is not None else None,
         "command": order.command,
     }
     death = run_child(child, message, told.note, lambda: tick(f"{side.execution.words}: {told.step}"))
@@ -200,7 +242,7 @@ def _one(
     if told.findings:
         told.findings = [_with_index(finding, told.last) for finding in told.findings]
         return None, told
-    told.findings = _underived(told.underived or [])
+    told.findings = [*_departed(told.departures or []), *_underived(told.underived or [])]
     if death is not None or told.died is not None:
         told.findings.append(_death(side, told, death, folder))
         return None, told
@@ -215,6 +257,27 @@ def _with_index(finding: Finding, last: dict[str, Any] | None) -> Finding:
     where = replace(finding.where, module=last["module"], op=last["op"])
     evidence = {**finding.evidence, "arguments": arguments_text(last["arguments"]), "case": last["case"]}
     return replace(finding, cause=bad["cause"], where=where, expected=bad["expected"], observed=bad["observed"], evidence=evidence)
+
+
+def _departed(items: list[dict[str, Any]]) -> list[Finding]:
+    """Modules that part in float64, so that the implementation is at fault and no precision."""
+    found = []
+    for item in items[:MOST_DEPARTURES]:
+        where = Where(**item["where"])
+        found.append(
+            Finding(
+                probe="parity.implementation",
+                severity="error",
+                message=f"{item['module'] or 'the model'} does not compute what the left side's does, in float64 on equal inputs: {item['what']}",
+                where=where,
+                source=source_lines(where),
+                fix="make this line do what the left side does",
+                expected="equal results in float64",
+                observed=f"off by {item['gap']:.3g}" if item["gap"] is not None else None,
+                evidence={"phase": item["kind"], "modules that part": len(items)},
+            )
+        )
+    return found
 
 
 def _underived(items: list[dict[str, Any]]) -> list[Finding]:
@@ -286,6 +349,7 @@ def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: boo
     failed = {finding.probe for finding in found if finding.severity == "error"}
     died = any(section["verdict"] == "died" for section in sections)
     decided = any(section["decisions"] for section in sections)
+    two = any(section["left"]["subject"] != section["right"]["subject"] for section in sections)
     outcomes = []
     for name in QUESTIONS:
         if name in failed:
@@ -294,6 +358,8 @@ def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: boo
             outcomes.append(Outcome(probe=name, status="skipped", reason="an execution did not come to its end"))
         elif name == "parity.derivative" and not derived:
             outcomes.append(Outcome(probe=name, status="skipped", reason="no float64 side, or no float64 copy of the model"))
+        elif name == "parity.implementation" and not two:
+            outcomes.append(Outcome(probe=name, status="not-applicable", reason="both sides are one implementation"))
         elif name == "parity.decisions" and not decided:
             outcomes.append(Outcome(probe=name, status="skipped", reason="no case has logits of both sides and a measured noise"))
         else:

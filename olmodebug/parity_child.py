@@ -50,6 +50,9 @@ def run(message: dict[str, Any], tell: Tell) -> None:
         if message["derivative"]:
             tell("start", step="derivative")
             tell("underived", values=None if (wrong := _underived(subject)) is None else [plain(item) for item in wrong])
+        if message["reference"] is not None:
+            tell("start", step="module by module in float64")
+            tell("departures", values=_departures(message["reference"], message["job"]))
         run_parity(subject, execution, cases, writer, tell=tell, options=options, weights=message["weights"])
         writer.close()
     except BundleError as error:
@@ -110,6 +113,32 @@ def _underived(subject: Any) -> list[Any] | None:
         return None
     batch, length = twin.sizes()
     return underived(twin, Case(name="a batch", input_ids=twin.token_ids(batch, length, seed=13)))
+
+
+def _departures(reference: dict[str, Any], own: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Modules that do not compute what the other subject's module of that name computes, both in float64; None where that
+    cannot be asked: too large, or no module shares its name."""
+    from .lift import departures
+    from .records import Case
+    from .report import plain
+
+    left, right = (resolve_job(values) for values in (reference, own))
+    names = [{name for name, _ in side.model.named_modules() if name} for side in (left, right)]
+    if sum(p.numel() for p in right.model.parameters()) > MOST_DERIVED or not names[0] & names[1]:
+        return None
+    batch, length = right.sizes()
+    case = Case(name="a batch", input_ids=right.token_ids(batch, length, seed=13))
+    found = departures(left.fresh_twin(), right.fresh_twin(), case)
+    return [
+        {"module": d.module, "kind": d.kind, "where": plain(d.where), "what": d.what, "gap": min(d.gap.max_abs, 1e300) if d.gap else None}
+        for d in found
+    ]
+
+
+def resolve_job(values: dict[str, Any]) -> Any:
+    from .spec import resolve
+
+    return resolve(_job(values, None))
 
 
 def _device(name: str) -> None:

@@ -19,6 +19,11 @@ REPORTS = Path(__file__).parents[1] / "reports" / "gpu"
 BUGS = "tests/mutants/bugs"
 
 COMMANDS: dict[str, list[str]] = {
+    "parity-olmo1-4M": ["parity", "olmo1-4M", "--device", "cuda"],
+    "parity-olmo3-tiny": ["parity", "olmo3-tiny", "--device", "cuda"],
+    "parity-transformers-olmo2": ["parity", "transformers:Olmo2ForCausalLM", "--device", "cuda"],
+    "parity-eager-sdpa": ["parity", "olmo2-tiny", "--left", "cuda,bfloat16,eager", "--right", "cuda,bfloat16,sdpa"],
+    "parity-device-assert": ["parity", f"{BUGS}/short_rope_table.py:build", "--device", "cuda", "--dtype", "float32"],
     "check-olmo1-4M": ["check", "olmo1-4M", "--device", "cuda"],
     "check-olmo2-tiny": ["check", "olmo2-tiny", "--device", "cuda"],
     "check-olmo3-tiny": ["check", "olmo3-tiny", "--device", "cuda"],
