@@ -120,6 +120,7 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
                 weights = min(left.execution.dtype, right.execution.dtype, key=NARROW.index)
                 ticks = _ticks(progress, i, len(order.pairs), started)
                 sides: list[Bundle | None] = []
+                departed: list[dict[str, Any]] = []
                 for side, judged in ((left, order.judge_left), (right, True)):
                     key = f"{side.job['spec']}|{side.execution}|{weights}|{judged}"
                     if key not in made:
@@ -127,6 +128,7 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
                         other = left.job if side is right and left.job["spec"] != right.job["spec"] else None
                         made[key], told = _one(order, side, weights, judged, folder, ticks, other)
                         found += told.findings
+                        departed = told.departures or []
                         derived |= told.underived is not None
                         heads += [told.head] if told.head else []
                         if made[key] is None:
@@ -136,6 +138,8 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
                         break
                 if len(sides) == 2 and sides[0] is not None and sides[1] is not None:
                     comparison = compare(sides[0], sides[1])
+                    if departed:
+                        comparison.section |= {"verdict": "parts", "first": _first_departure(departed[0])}
                     sections.append(comparison.section)
                     found += findings(comparison, sides[1], scripts=scripts)
         finally:
@@ -257,6 +261,13 @@ def _with_index(finding: Finding, last: dict[str, Any] | None) -> Finding:
     where = replace(finding.where, module=last["module"], op=last["op"])
     evidence = {**finding.evidence, "arguments": arguments_text(last["arguments"]), "case": last["case"]}
     return replace(finding, cause=bad["cause"], where=where, expected=bad["expected"], observed=bad["observed"], evidence=evidence)
+
+
+def _first_departure(item: dict[str, Any]) -> dict[str, Any]:
+    """A module that parts as the first place of the section."""
+    where = {name: item["where"][name] for name in ("module", "function", "file", "line", "op")}
+    rest = {"phase": item["kind"], "case": "float64", "verdict": "diverged", "margin": "inf", "policy": None, "reason": item["what"]}
+    return where | rest
 
 
 def _departed(items: list[dict[str, Any]]) -> list[Finding]:
