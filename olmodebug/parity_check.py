@@ -58,7 +58,6 @@ class ParityOrder:
     budget_bytes: int = BUDGET_BYTES // 4
     timeout_seconds: float = 300.0
     repeat: bool = True
-    judge_left: bool = False
     keep: bool = False
     command: str = ""
 
@@ -121,12 +120,12 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
                 ticks = _ticks(progress, i, len(order.pairs), started)
                 sides: list[Bundle | None] = []
                 departed: list[dict[str, Any]] = []
-                for side, judged in ((left, order.judge_left), (right, True)):
+                for side, judged in ((left, False), (right, True)):
                     key = f"{side.job['spec']}|{side.execution}|{weights}|{judged}"
                     if key not in made:
                         folder = home / f"{len(made)}-{str(side.execution).replace(',', '-').replace(':', '')}.bundle"
                         other = left.job if side is right and left.job["spec"] != right.job["spec"] else None
-                        made[key], told = _one(order, side, weights, judged, folder, ticks, other)
+                        made[key], told = _one(order, side, weights, judged, folder, ticks, other, derive=judged and i == 0)
                         found += told.findings
                         departed = told.departures or []
                         derived |= told.underived is not None
@@ -215,6 +214,8 @@ def _one(
     folder: Path,
     tick: Callable[[str], None],
     other: Mapping[str, Any] | None,
+    *,
+    derive: bool,
 ) -> tuple[Bundle | None, _Told]:
     """Run one side in a child; its bundle, or None with the finding that says why there is none."""
     told = _Told()
@@ -234,7 +235,7 @@ def _one(
         "only": list(order.only),
         "bundle": str(folder),
         "budget_bytes": order.budget_bytes,
-        "derivative": not judged,
+        "derivative": derive,
         "reference": dict(other) if other is not None else None,
         "command": order.command,
     }
@@ -368,7 +369,7 @@ def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: boo
         elif died and name != "parity.runs" and all(section["verdict"] == "died" for section in sections):
             outcomes.append(Outcome(probe=name, status="skipped", reason="an execution did not come to its end"))
         elif name == "parity.derivative" and not derived:
-            outcomes.append(Outcome(probe=name, status="skipped", reason="no float64 side, or no float64 copy of the model"))
+            outcomes.append(Outcome(probe=name, status="skipped", reason="no float64 copy of the model can be made beside it"))
         elif name == "parity.implementation" and not two:
             outcomes.append(Outcome(probe=name, status="not-applicable", reason="both sides are one implementation"))
         elif name == "parity.decisions" and not decided:

@@ -122,7 +122,6 @@ def _executed(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[R
         budget_bytes=int(arguments.budget * (1 << 20)),
         timeout_seconds=arguments.timeout,
         repeat=not arguments.once,
-        judge_left=bool(arguments.left or arguments.reference) and left.execution.dtype != "float64",
         keep=arguments.keep,
         command=command,
     )

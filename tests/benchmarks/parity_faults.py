@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--only", default="", help="faults whose name contains this")
     parser.add_argument("--generation", default="", help="one generation")
+    parser.add_argument("--dtype", default="", help="one dtype")
     parser.add_argument("--clean", action="store_true", help="clean runs only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,7 +75,7 @@ def main() -> None:
     for name in GENERATIONS:
         if arguments.generation in name:
             bench = Bench(name, arguments.layers)
-            for dtype in DTYPES:
+            for dtype in [one for one in DTYPES if arguments.dtype in str(one)]:
                 bench.run(dtype, scores, missed, arguments.only, arguments.clean)
                 print(table(scores, arguments.layers, time.perf_counter() - started), *missed, sep="\n", file=sys.stderr, flush=True)
     print(table(scores, arguments.layers, time.perf_counter() - started))
