@@ -13,23 +13,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .bundle import BUDGET_BYTES, Bundle, Writer, read_bundle
+from .bundle import BUDGET_BYTES, Bundle, read_bundle
 from .environment import environment
 from .errors import OlmodebugError, UsageError
 from .execution import Execution
 from .explain import source_lines
-from .parity_cases import cases_of
 from .parity_compare import Comparison, compare
 from .parity_death import KINDS, arguments_text, bad_index, death_finding
 from .parity_findings import findings
-from .parity_run import Options, run_parity
 from .process import Child, Death, innermost, last_line, run_child
 from .records import Where
-from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, plain, with_reproduction
+from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, with_reproduction
 from .store import Run
-from .subject import Subject
 from .supervise import InternalFault
 
 MOST_DEPARTURES = 5  # findings; the evidence has the number of all
@@ -145,28 +140,6 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
             if not order.keep:
                 shutil.rmtree(home, ignore_errors=True)
     return report_of(order.command, run, sections, found, heads, time.monotonic() - started, derived=derived)
-
-
-def compare_live(subject: Subject, left: Execution, right: Execution, *, only: tuple[str, ...] = ()) -> Report:
-    """The report on two executions of a live subject, in this process; the subject is left as it was."""
-    started = time.monotonic()
-    run = Run(id="", folder=None)
-    weights = min(left.dtype, right.dtype, key=NARROW.index)
-    bundles = []
-    with tempfile.TemporaryDirectory(prefix="olmodebug-parity-") as scratch:
-        for name, execution in (("left", left), ("right", right)):
-            twin = subject.fresh_twin(dtype=torch.float32)
-            writer = Writer(folder=Path(scratch) / f"{name}.bundle")
-            machine = plain(environment(seed=subject.seed, command="olmodebug.parity()", device=execution.device))
-            head = {"execution": {**asdict(execution), "flags": list(execution.flags)}, "words": execution.words, "weights": weights}
-            writer.open(head | {"job": {"spec": subject.spec}, "environment": machine, "subject": plain(subject.info())})
-            options = Options(judged=execution.dtype != "float64", journal=False)
-            run_parity(twin, execution, cases_of(twin, only), writer, tell=lambda *_, **__: None, options=options, weights=weights)
-            writer.close()
-            bundles.append(read_bundle(writer.folder))
-        comparison = compare(*bundles)
-        found = findings(comparison, bundles[1], scripts=None)
-    return report_of("olmodebug.parity()", run, [comparison.section], found, [bundles[1].head], time.monotonic() - started)
 
 
 def compare_bundles(left: Path, right: Path, run: Run, *, command: str) -> Report:

@@ -37,6 +37,7 @@ from .parity_peers import PEERS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OURS = "olmodebug"
+MASKED = 6e4
 
 
 @dataclass(slots=True)
@@ -292,7 +293,8 @@ def _as_long(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> list[di
 
 
 def _flags(rule: Callable[..., bool], candidate: Tensor, reference: Tensor, baseline: Tensor, dtype: torch.dtype) -> bool:
-    finite = torch.isfinite(reference) & torch.isfinite(baseline)  # masks are infinite in both
+    # Masks hold the smallest number of a dtype, which float64 has elsewhere; they are left out, in the others' favour.
+    finite = (reference.abs() < MASKED) & (baseline.abs() < MASKED)
     if not bool(finite.any()):
         return False
     return rule(candidate[finite], reference[finite], baseline[finite], dtype)
