@@ -267,11 +267,13 @@ def _nonfinite(left: Bundle, right: Bundle) -> list[str]:
 def _arguments(left: Bundle, right: Bundle) -> list[dict[str, Any]]:
     """Scalar arguments that differ between ops that correspond: eps, scale, theta, is_causal; and dtypes, where both
     executions have the same."""
-    same_dtype = left.head["execution"]["dtype"] == right.head["execution"]["dtype"]
+    a_way, b_way = left.head["execution"], right.head["execution"]
+    same_dtype = a_way["dtype"] == b_way["dtype"]
+    same_way = a_way["attention"] == b_way["attention"]
     found: list[dict[str, Any]] = []
     known: set[tuple[Any, ...]] = set()
     for case in (e["name"] for e in right.of("case")):
-        for a, b in _aligned(left, right, case):
+        for a, b in corresponding_ops(_of_case(left, case), _of_case(right, case), whole_modules=not same_way):
             for difference in argument_differences(a, b, same_dtype):
                 key = (b["op"], b["file"], b["line"], difference["argument"], difference["left"], difference["right"])
                 if key not in known:
@@ -280,8 +282,34 @@ def _arguments(left: Bundle, right: Bundle) -> list[dict[str, Any]]:
     return found
 
 
-def _aligned(left: Bundle, right: Bundle, case: str) -> Iterator[tuple[Op, Op]]:
-    return paired_ops([op for op in left.of("op") if op["case"] == case], [op for op in right.of("op") if op["case"] == case])
+def _of_case(bundle: Bundle, case: str) -> list[Op]:
+    return [op for op in bundle.of("op") if op["case"] == case]
+
+
+def corresponding_ops(left: Sequence[Op], right: Sequence[Op], *, whole_modules: bool = False) -> list[tuple[Op, Op]]:
+    """Ops whose arguments can be compared: one module runs an op of that name equally often on both sides.
+
+    With `whole_modules` it must run the same ops in the same order: another attention is another way, with scales and masks
+    of its own.
+    """
+    sides: list[dict[tuple[str, str], list[Op]]] = [{}, {}]
+    for groups, ops in zip(sides, (left, right), strict=True):
+        for op in ops:
+            groups.setdefault((op["module"], op["phase"]), []).append(op)
+    found = []
+    for key, theirs in sides[0].items():
+        mine = sides[1].get(key, [])
+        if [op["op"] for op in theirs] == [op["op"] for op in mine]:
+            found += list(zip(theirs, mine, strict=True))
+            continue
+        if whole_modules:
+            continue
+        for name in dict.fromkeys(op["op"] for op in theirs):
+            a, b = ([op for op in side if op["op"] == name] for side in (theirs, mine))
+            if len(a) == len(b):
+                found += list(zip(a, b, strict=True))
+    order = {id(op): i for i, op in enumerate(right)}
+    return sorted(found, key=lambda pair: order[id(pair[1])])
 
 
 def paired_ops(left: Sequence[Op], right: Sequence[Op]) -> Iterator[tuple[Op, Op]]:

@@ -4,6 +4,7 @@ On a device an index out of range ends the process with a wall of assertions and
 arguments' shapes and the numbers of its indices, so the op runs here on tensors of zeros that take no memory.
 """
 
+import signal
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ def death_finding(
     elif death is not None and death.hung:
         fix = "look for an endless loop, a lock or a wait for input; --timeout allows more time"
     doing = f" in {place.op}" if place.op else ""
+    if death is not None and death.signal == signal.SIGKILL and place.op:  # no frame was seen, and the kernel does not say why
+        doing = f"; the last op that began is {place.op}"
     return Finding(
         probe="parity.runs",
         severity="error",

@@ -74,7 +74,9 @@ def test_a_child_that_dies_is_a_finding_with_the_line(tmp_path: Path, action: st
     done = olmodebug(tmp_path, failing(tmp_path, action), "--dtype", "bfloat16", "--once", "--case", "long", "--timeout", "12")
     assert done.returncode == 1, done.stderr
     assert says in done.stdout
-    assert "twin.py:17 in Failing.forward" in done.stdout or "Failing.forward" in done.stdout
+    # What is killed from outside leaves no frame: the last op that began is in the layer around it.
+    place = "module model.layers.1" if "SIGKILL" in says else "twin.py:16 in "
+    assert place in done.stdout
     assert "Traceback" not in done.stderr
 
 

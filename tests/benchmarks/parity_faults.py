@@ -23,7 +23,7 @@ from torch import Tensor
 from olmodebug.derivative import underived
 from olmodebug.judge import judge
 from olmodebug.lift import departures
-from olmodebug.parity_compare import argument_differences, paired_ops
+from olmodebug.parity_compare import argument_differences, corresponding_ops, paired_ops
 from olmodebug.parity_run import scalars
 from olmodebug.recording import Moment
 from olmodebug.records import Case, Event
@@ -204,7 +204,9 @@ class Bench:
         candidate = self.subject(broken, dtype)
         right = self.trace(candidate, None, judged=True, backward=change.name.startswith("backward"))
         flagged = [
-            b for a, b in paired_ops(left.ops, right.ops) if any(True for _ in argument_differences(a, b, True)) and a["phase"] == "forward"
+            b
+            for a, b in corresponding_ops(_as_long(left.ops, right.ops), right.ops)
+            if any(True for _ in argument_differences(a, b, True)) and a["phase"] == "forward"
         ]
         weights = dict(reference.model.named_parameters())
         if not flagged:
