@@ -33,6 +33,7 @@ Progress = Callable[[int, int, str, float], None]
 QUESTIONS = tuple(
     f"parity.{name}" for name in "runs arguments weights ops policy determinism range decisions derivative implementation".split()
 )
+SEEN = ("parity.arguments", "parity.ops", "parity.policy", "parity.determinism", "parity.range")  # asked of single ops
 NARROW = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -344,6 +345,8 @@ def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: boo
             outcomes.append(Outcome(probe=name, status="skipped", reason="an execution did not come to its end"))
         elif name == "parity.derivative" and not derived:
             outcomes.append(Outcome(probe=name, status="skipped", reason="no float64 copy of the model can be made beside it"))
+        elif name in SEEN and not any(sum(section["ops"].values()) for section in sections):
+            outcomes.append(Outcome(probe=name, status="skipped", reason="compiled code runs no op that can be seen"))
         elif name == "parity.implementation" and not two:
             outcomes.append(Outcome(probe=name, status="not-applicable", reason="both sides are one implementation"))
         elif name == "parity.decisions" and not decided:
