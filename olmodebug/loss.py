@@ -20,9 +20,8 @@ CHUNK_ROWS_CPU, CHUNK_ROWS_GPU = 128, 2048
 def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """The mean loss of `hidden_states @ weight.T` `[N, V]` against `targets` `[N]`; rows with -100 do not count.
 
-    `dtype` is that of the three matrix products (default: that of the hidden states); probabilities of 16-bit logits are
-    taken in float32 on CUDA and in the logits' dtype on the CPU, the loss itself always in float32 or more. 0 where no row
-    counts.
+    `dtype` is that of the three matrix products (default: that of the hidden states); probabilities and loss are taken in
+    float32 or more. 0 where no row counts.
     """
     if not (hidden_states.requires_grad or weight.requires_grad):
         return _no_gradient(hidden_states, weight, targets, dtype or hidden_states.dtype)
@@ -44,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=precise, device=weight.device)
             for rows in _chunks(len(targets), hidden_states.device):
                 logits = states[rows] @ table.T
-                probabilities = _probabilities(logits)
+                probabilities = logits.softmax(-1, dtype=precise)
                 keep = counted[rows]
                 total += (_log_sum(logits, probabilities) - _of_label(logits, labels[rows])).to(precise).mul(keep).sum()
                 # The one-hot of the label is taken off below, from rows of the table and not from a matrix of this size.
@@ -92,20 +91,9 @@ def _chunks(rows: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _probabilities(logits: Tensor) -> Tensor:
-    # float16 probabilities below 6e-8 are zero: on CUDA the softmax kernel widens for nothing, on the CPU it costs a pass.
-    if logits.device.type == "cpu" and logits.dtype == torch.bfloat16:
-        return logits.softmax(-1)
-    return logits.softmax(-1, dtype=at_least_float32(logits.dtype))
-
-
 def _log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
     """log(sum(exp(logits))) of each row: at the largest logit, whose probability is at least 1/V, it follows without loss."""
-    precise = at_least_float32(logits.dtype)
-    if logits.dtype == torch.bfloat16 and probabilities.dtype == torch.bfloat16:
-        # A bfloat16 probability has three digits, which the loss would inherit.
-        return logits.to(precise).logsumexp(-1)
-    return logits.amax(-1).to(precise) - probabilities.amax(-1).log()
+    return logits.amax(-1).to(probabilities.dtype) - probabilities.amax(-1).log()
 
 
 def _of_label(logits: Tensor, labels: Tensor) -> Tensor:

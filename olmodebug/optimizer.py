@@ -79,3 +79,14 @@ def make_optimizers(model: nn.Module, recipe: Recipe, *, head: nn.Module | None 
         matrices = [{"params": by_kind["matrix"], "lr": rates["matrix"], "peak": rates["matrix"]}]
         made.append(torch.optim.Muon(matrices, momentum=recipe.momentum, weight_decay=recipe.weight_decay))
     return Optimizers(made)
+
+
+RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "dense", "dense_4h_to_h")  # in the reference model, and in GPT-NeoX of transformers
+
+
+@torch.no_grad()
+def zero_residual_outputs(model: nn.Module) -> None:
+    """Set the matrices that write into the residual stream to 0: every layer begins as the identity, and all get gradients."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in RESIDUAL_OUTPUTS:
+            module.weight.zero_()

@@ -23,11 +23,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How documents become windows. `document_tokens`: only so many of each document's first tokens; None takes all."""
+    """How documents become windows. `document_tokens`: only so many of each document's first tokens; None takes all.
+
+    `aligned`: every document starts a window, so that first tokens stand at first positions, as where documents are evaluated
+    from their start; what fills no window of its own is joined with the rests of others.
+    """
 
     seq_len: int
     seed: int = 0
     document_tokens: int | None = None
+    aligned: bool = False
 
 
 def windows(texts: Callable[[], Iterable[str]], encoder: Encoder, packing: Packing, *, skip: int = 0) -> Iterator[Window]:
@@ -63,10 +68,17 @@ def _encoded(texts: Iterable[str], encoder: Encoder) -> Iterator[list[int]]:
 
 
 def _packed(documents: Iterable[list[int]], eos_id: int, packing: Packing) -> Iterator[Window]:
-    """All ids in a row with `eos_id` after each document, cut; what fills no window at the end is left out."""
+    """All ids in a row with `eos_id` at each document's end, cut; what fills no window at the end is left out."""
     rest: Window = []
     for ids in documents:
-        rest += [*ids[: packing.document_tokens], eos_id]
+        whole = [*ids, eos_id]
+        if packing.document_tokens is not None:
+            whole = whole[: packing.document_tokens]
+        if packing.aligned:
+            while len(whole) >= packing.seq_len:
+                yield whole[: packing.seq_len]
+                whole = whole[packing.seq_len :]
+        rest += whole
         while len(rest) >= packing.seq_len:
             yield rest[: packing.seq_len]
             rest = rest[packing.seq_len :]

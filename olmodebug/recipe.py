@@ -21,7 +21,8 @@ class Recipe:
     """One way to train. `embedding_rate` and `norm_rate` stand beside `learning_rate`, which is that of the matrices.
 
     `final_share`: the share of its peak at which a rate ends. `initializer_range`: the std that matrices and embedding are
-    drawn with; None leaves the model's own. `document_tokens`: only so many first tokens of each document are trained on.
+    drawn with; None leaves the model's own. `zero_residual`: what layers add to the residual stream begins at 0.
+    `document_tokens`: only so many first tokens of each document are trained on; `aligned`: each document starts a window.
     """
 
     name: str
@@ -41,7 +42,9 @@ class Recipe:
     momentum: float = 0.95
     clip_norm: float = 1.0
     initializer_range: float | None = None
+    zero_residual: bool = False
     document_tokens: int | None = None
+    aligned: bool = False
 
     def rate_share(self, step: int) -> float:
         """The share of its peak that every rate has at a step, from 0: linear warmup, then the schedule."""
@@ -114,11 +117,16 @@ OURS = Recipe(
     batch_size=8,
     seq_len=512,
     optimizer="muon",
-    learning_rate=2e-2,
+    learning_rate=4e-2,
     embedding_rate=3e-2,
     norm_rate=4e-3,
     warmup_steps=10,
+    schedule="linear",
+    final_share=0.0,
     initializer_range=0.05,
+    zero_residual=True,
+    document_tokens=5120,  # ten windows: 80 documents fill the 800 windows of the run once
+    aligned=True,
 )
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (OURS, SHORT, *map(_ladder, LADDER))}

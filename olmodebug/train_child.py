@@ -33,6 +33,7 @@ def _run(order: dict[str, Any], tell: Tell) -> None:
     from .environment import environment
     from .examine import build
     from .head import find_head
+    from .optimizer import zero_residual_outputs
     from .precision import default_dtype
     from .recipe import Recipe
     from .report import plain
@@ -63,6 +64,8 @@ def _run(order: dict[str, Any], tell: Tell) -> None:
         return
     tell("subject", value=plain(subject.info()))
     _must_fit(subject, dataset)
+    if recipe.zero_residual and _is_ours(job.spec):
+        zero_residual_outputs(subject.model)
     if order["tf32"]:
         torch.backends.cuda.matmul.allow_tf32 = True
     dtype, why = (order["dtype"], f"dtype {order['dtype']}, as asked") if order["dtype"] else default_dtype(subject.device)
@@ -78,8 +81,7 @@ def _sized(job: Any, order: dict[str, Any]) -> tuple[Any, int]:
     from .tokenization import TRAINED_VOCABULARY
 
     config = dict(job.config)
-    ours = job.spec in PRESETS or job.spec.startswith("olmodebug.architectures:")
-    if ours and order["recipe"]["initializer_range"] is not None:
+    if _is_ours(job.spec) and order["recipe"]["initializer_range"] is not None:
         config = {"initializer_range": order["recipe"]["initializer_range"], **config}
         job = replace(job, config=config)
     if order["tokenizer"]:
@@ -99,6 +101,13 @@ def _sized(job: Any, order: dict[str, Any]) -> tuple[Any, int]:
     except SubjectCodeError:  # building it for the run makes the finding
         return job, TRAINED_VOCABULARY
     return job, min(rows, TRAINED_VOCABULARY)
+
+
+def _is_ours(spec: str) -> bool:
+    """Whether a recipe may choose how the weights begin: somebody's own model keeps what it drew."""
+    from .presets import PRESETS
+
+    return spec in PRESETS or spec.startswith("olmodebug.architectures:")
 
 
 def _must_fit(subject: Any, dataset: Any) -> None:

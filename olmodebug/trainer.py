@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ RUNS, FINITE, LEARNS, TOUCHED, CHECKPOINT, DATA = (
     "train.data",
 )
 BUILD = "build.constructs"
+
+# Where a layer's output begins at zero, what lies before it gets its first gradient in the second step.
+FEWEST_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +237,7 @@ def _learning(told: Told) -> list[Finding]:
 def _touched(ended: Mapping[str, Any]) -> list[Finding]:
     names = ended["untouched"]
     used = len(ended["steps"]) - len(ended["skipped"])
-    if not names or used == 0:
+    if not names or used < FEWEST_STEPS:
         return []
     message = f"{plural(len(names), 'parameter')} got no gradient in {plural(used, 'step')}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
     return [Finding(probe=TOUCHED, severity="warning", message=message, evidence={"parameters": ", ".join(names[:20])})]
@@ -261,7 +264,7 @@ def _report(order: TrainOrder, told: Sequence[Told], run: Run, seconds: float) -
 
     first = told[0]
     problems = _problems(told)
-    findings = [finding for item in told for finding in item.findings]
+    findings = [_named(finding, item.spec, len(told) > 1) for item in told for finding in item.findings]
     specs = ", ".join(item.spec for item in told)
     outcomes: list[Outcome] = []
     for item in told:
@@ -282,6 +285,11 @@ def _report(order: TrainOrder, told: Sequence[Told], run: Run, seconds: float) -
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         id=run.id,
     )
+
+
+def _named(finding: Finding, spec: str, several: bool) -> Finding:
+    """The finding with its subject in the message, where a report is on several."""
+    return replace(finding, message=f"{spec}: {finding.message}") if several else finding
 
 
 def _problems(told: Sequence[Told]) -> list[Finding]:

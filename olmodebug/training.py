@@ -88,7 +88,7 @@ def train(subject: Subject, dataset: Dataset, recipe: Recipe, options: Options, 
     watch = Watch(untouched={name for name, parameter in model.named_parameters() if parameter.requires_grad})
     torch.manual_seed(options.seed)
     first, before = _resumed(subject, optimizers, scaler, watch, recipe, options)
-    packing = Packing(seq_len=recipe.seq_len, seed=options.seed, document_tokens=recipe.document_tokens)
+    packing = Packing(seq_len=recipe.seq_len, seed=options.seed, document_tokens=recipe.document_tokens, aligned=recipe.aligned)
     stream = windows(dataset.train_texts, dataset.encoder, packing, skip=first * recipe.batch_size)
     started = time.perf_counter()
     row = 0

@@ -35,6 +35,20 @@ COMMANDS: dict[str, list[str]] = {
         f"guard-{name}": ["run", "--", sys.executable, "-m", "tests.scripts.cuda_faults", name]
         for name in ("embedding", "rotary-table", "label", "gather", "multinomial", "born-nan", "memory")
     },
+    "train-float16": ["train", "olmo1-4M", "--device", "cuda", "--seq-len", "2048", "--config", "vocab_size=50277"],
+    "train-compare": ["train", "--compare", "--device", "cuda", "--config", "vocab_size=50277"],
+    "train-ladder-4M": [
+        "train",
+        "datadecide-4M",
+        "--device",
+        "cuda",
+        "--recipe",
+        "datadecide-4M",
+        "--steps",
+        "40",
+        "--config",
+        "vocab_size=50304",
+    ],
 }
 
 

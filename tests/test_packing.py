@@ -58,6 +58,18 @@ def test_only_the_first_tokens_of_each_document_where_that_is_asked() -> None:
     assert ids - {0} <= {10 * i + j for i in range(1, 13) for j in range(1, 4)}
 
 
+def test_aligned_documents_start_windows_and_their_rests_are_joined() -> None:
+    long = [" ".join(str(100 * i + j) for j in range(1, 20)) for i in range(1, 5)]  # 4 documents of 19 ids and their end
+    packing = Packing(seq_len=8, aligned=True)
+    first = list(islice(windows(lambda: iter(long), ENCODER, packing), 10))
+    starts = {100 * i + 1 for i in range(1, 5)}
+    assert starts <= {window[0] for window in first}
+    ids = [i for window in first for i in window]
+    assert sorted(ids) == sorted([i for text in long for i in map(int, text.split())] + [0] * 4)
+    cut = list(islice(windows(lambda: iter(long), ENCODER, Packing(seq_len=8, aligned=True, document_tokens=8)), 4))
+    assert {window[0] for window in cut} == starts
+
+
 def test_documents_too_short_for_one_window_are_refused() -> None:
     with pytest.raises(UsageError, match="fill no window of 512 tokens"):
         next(windows(lambda: iter(["1 2 3"]), ENCODER, Packing(seq_len=512)))

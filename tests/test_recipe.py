@@ -6,7 +6,7 @@ from torch import nn
 
 from olmodebug.errors import UsageError
 from olmodebug.model import Olmo
-from olmodebug.optimizer import kinds, make_optimizers
+from olmodebug.optimizer import kinds, make_optimizers, zero_residual_outputs
 from olmodebug.presets import PRESETS, preset
 from olmodebug.recipe import LADDER, OURS, SHORT, recipe
 
@@ -86,6 +86,16 @@ def test_frozen_parameters_are_left_out() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
     model[0].weight.requires_grad_(False)
     assert not kinds(model)["embedding"]
+
+
+def test_a_layer_whose_output_begins_at_zero_is_the_identity_and_learns() -> None:
+    model = Olmo(preset("olmo1-tiny"))
+    zero_residual_outputs(model)
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    hidden = model.model(ids, None, None, None)
+    assert torch.equal(hidden, model.model.norm(model.model.embed_tokens(ids)))
+    model(ids, labels=ids).loss.backward()
+    assert all(layer.mlp.down_proj.weight.grad.any() and layer.self_attn.o_proj.weight.grad.any() for layer in model.model.layers)
 
 
 def test_rates_of_a_step_keep_their_proportion() -> None:
