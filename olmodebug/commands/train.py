@@ -103,7 +103,8 @@ def train(arguments: argparse.Namespace) -> int:
         report.write(home / "results.json")
     code = deliver(arguments, report)
     if stopped:
-        say(f"olmodebug: stopped; go on with the same command and --resume {home}")
+        place = f"{home}, in the folder of the subject, and with that subject instead of --compare" if arguments.compare else str(home)
+        say(f"olmodebug: stopped; go on with the same command and --resume {place}")
         return 130
     return code
 
