@@ -27,6 +27,7 @@ from .excerpts import lines_at
 from .place import Place
 
 FITS = "shape.fits"
+COLLECTIVES = "torch/distributed/distributed_c10d.py"
 
 KINDS = (RuntimeError, IndexError, TypeError, ValueError)
 
@@ -72,6 +73,10 @@ def _from_torch(error: BaseException) -> bool:
     frames = traceback_frames(error.__traceback__)
     if not frames:
         return False
+    in_collective = any(frame.f_code.co_filename.endswith(COLLECTIVES) for frame, _, _ in frames)
+    lost_a_peer = torch.distributed.is_available() and isinstance(error, torch.distributed.DistError)
+    if in_collective or lost_a_peer or "gloo/transport" in str(error):
+        return False  # a rank that lost its peers, also inside a backward that reduces: no operands are to blame
     file = frames[-1][0].f_code.co_filename
     if Sources(nn.Module()).is_torch(file):
         return True
