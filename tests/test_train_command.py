@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +122,15 @@ def test_ctrl_c_leaves_a_state_that_goes_on_to_the_same_losses(tmp_path: Path, t
     base = ("olmo1-tiny", "--config", "vocab_size=300", "--data", texts, "--steps", "400", *SMALL)
     whole = run(tmp_path, *base, "--output", "whole")
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(command(*base, "--output", "cut"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for text in process.stderr:
-        if text.startswith("step"):
-            process.send_signal(signal.SIGINT)
-            break
-    process.stderr.read()
-    assert process.wait(60) == 130
-    time.sleep(0.1)
+    cut = command(*base, "--output", "cut")
+    with subprocess.Popen(cut, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for text in process.stderr:
+            if text.startswith("step"):
+                process.send_signal(signal.SIGINT)
+                break
+        process.stderr.read()
+        assert process.wait(60) == 130
     again = run(tmp_path, *base, "--resume", "cut", "--json", "again.json")
     assert again.returncode == 0, again.stderr
 
