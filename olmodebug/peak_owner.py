@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from .allocator import rounded
-from .storage_trace import ACTIVATIONS, LOGITS, TEMPORARIES, Allocation
+from .storage_trace import ACTIVATIONS, LOGITS, LOSS, TEMPORARIES, Allocation
 from .units import bytes_text, plural
 
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -28,10 +28,12 @@ def owner(live: Sequence[Allocation], step: int, phase: str) -> str:
     (_, dtype), same = max(alike.items(), key=lambda item: sum(a.bytes for a in item[1]))
     part = sum(rounded(a.bytes) for a in same)
     if category == LOGITS and part >= MOST_OF_A_CATEGORY * size:
-        copies = "one copy" if len(same) == 1 else f"{COUNTS.get(len(same), len(same))} {dtype} copies"
-        kind = f"{dtype} " if len(same) == 1 else ""
-        each = f" of {bytes_text(same[0].bytes)} each" if len(same) > 1 else f" of {bytes_text(same[0].bytes)}"
-        return f"{_percent(part, total)} of the peak is {kind}{copies} of the logits{each}, in the loss ({when})"
+        number = COUNTS.get(len(same), str(len(same)))
+        noun = "copy" if len(same) == 1 else "copies"
+        each = " each" if len(same) > 1 else ""
+        modules = sorted({a.module for a in same})
+        where = "in the loss" if LOSS in modules else f"in {modules[0] or 'the model'}"
+        return f"{_percent(part, total)} of the peak is {number} {dtype} {noun} of the logits of {bytes_text(same[0].bytes)}{each}, {where} ({when})"
     if category == ACTIVATIONS:
         layers = len({_layer(a.module) for a in members if _layer(a.module)})
         where = f" of {plural(layers, 'layer')}" if layers else ""

@@ -13,7 +13,7 @@ from olmodebug.memory_oom import is_out_of_memory, reason_of, requested_bytes
 from olmodebug.peak_owner import owner
 from olmodebug.scratch import scratch_bytes
 from olmodebug.short_training import overflow_text
-from olmodebug.storage_trace import ACTIVATIONS, LOGITS, OPTIMIZER_STATE, PARAMETERS, Allocation
+from olmodebug.storage_trace import ACTIVATIONS, LOGITS, LOSS, OPTIMIZER_STATE, PARAMETERS, Allocation
 from olmodebug.training_step import StepPlan
 
 MIB = 1 << 20
@@ -66,12 +66,19 @@ def made(category: str, size: int, *, shape: tuple[int, ...] = (), module: str =
 
 def test_the_owner_of_the_peak_is_copies_of_the_logits() -> None:
     live = (
-        made(LOGITS, 300 * MIB, shape=(16384, 4800), count=2) + made(LOGITS, 300 * MIB, shape=(8, 2048, 4800)) + made(PARAMETERS, 100 * MIB)
+        made(LOGITS, 300 * MIB, shape=(16384, 4800), count=2)
+        + made(LOGITS, 300 * MIB, shape=(8, 2048, 4800), module=LOSS)
+        + made(PARAMETERS, 100 * MIB)
     )
     assert (
         owner(live, 2, "backward")
         == "90 % of the peak is three float32 copies of the logits of 300 MiB each, in the loss (backward of step 2)"
     )
+
+
+def test_one_copy_of_the_logits_is_in_the_module_that_made_it() -> None:
+    live = made(LOGITS, 90 * MIB, shape=(8, 100, 97), module="lm_head") + made(PARAMETERS, 10 * MIB)
+    assert owner(live, 1, "prefill") == "90 % of the peak is one float32 copy of the logits of 90.0 MiB, in lm_head (prefill of step 1)"
 
 
 def test_the_owner_of_the_peak_is_activations_of_so_many_layers() -> None:
