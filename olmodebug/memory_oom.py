@@ -44,7 +44,9 @@ def explain_out_of_memory(
     alive = live_categories(live) if live is not None else Counter[str]()
     allocated = stats.get("allocated_bytes.all.current") if stats else sum(alive.values())
     reserved = stats.get("reserved_bytes.all.current") if stats else None
-    part = f"step {live.marks[-1][1]}, {live.marks[-1][2]}" if live is not None and live.marks else "building the model"
+    part = "the run on the card" if stats else "building the model"
+    if live is not None and live.marks:
+        part = f"step {live.marks[-1][1]}, {live.marks[-1][2]}"
     reason = reason_of(requested, allocated or 0, reserved, limit_bytes)
     asked = f"a request of {bytes_text(requested)}" if requested else "a request"
     held = f"with {bytes_text(allocated or 0)} of tensors alive"
@@ -67,7 +69,7 @@ def explain_out_of_memory(
         "live": [
             {"name": name, "predicted_bytes": expected[name], "live_bytes": alive[name]}
             for name in CATEGORIES
-            if expected[name] or alive[name]
+            if live is not None and (expected[name] or alive[name])
         ],
     }
 

@@ -9,11 +9,11 @@ from olmodebug.device_memory import device_memory
 from olmodebug.errors import UsageError
 from olmodebug.gpus import GPUS, bytes_from, gpu_named
 from olmodebug.memory_history import aligned, peak_of_history
-from olmodebug.memory_oom import is_out_of_memory, reason_of, requested_bytes
+from olmodebug.memory_oom import explain_out_of_memory, is_out_of_memory, reason_of, requested_bytes
 from olmodebug.peak_owner import owner
 from olmodebug.scratch import scratch_bytes
 from olmodebug.short_training import overflow_text
-from olmodebug.storage_trace import ACTIVATIONS, LOGITS, LOSS, OPTIMIZER_STATE, PARAMETERS, Allocation
+from olmodebug.storage_trace import ACTIVATIONS, LOGITS, LOSS, OPTIMIZER_STATE, PARAMETERS, Allocation, StorageTrace
 from olmodebug.training_step import StepPlan
 
 MIB = 1 << 20
@@ -194,3 +194,10 @@ def test_a_plan_that_cannot_be_meant_is_a_usage_error() -> None:
         StepPlan(batch_size=0)
     with pytest.raises(UsageError, match="pure float16"):
         StepPlan(precision="fp16")
+
+
+def test_a_failure_on_a_card_without_a_live_table_claims_no_part_and_no_categories() -> None:
+    stats = {"allocated_bytes.all.current": 60 * MIB, "reserved_bytes.all.current": 95 * MIB}
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    found = explain_out_of_memory(error, StorageTrace(), None, limit_bytes=100 * MIB, stats=stats)
+    assert (found["step"], found["live"], found["reason"]) == ("the run on the card", [], "fragmentation")

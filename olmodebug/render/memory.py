@@ -174,7 +174,8 @@ def _confirmation(confirmation: Mapping[str, Any] | None) -> Iterator[Line]:
         yield row("sample", training["sample"])
     if lost := confirmation["out_of_memory"]:
         yield row("no memory", f"in {lost['step']}: {lost['text']}")
-        yield line((f"  {'':{NAME - 2}}{'at the peak':>14}{'when it failed':>16}", "dim"))
+        if lost["live"]:
+            yield line((f"  {'':{NAME - 2}}{'at the peak':>14}{'when it failed':>16}", "dim"))
         for item in lost["live"]:
             yield line(f"  {item['name']:{NAME - 2}}{bytes_text(item['predicted_bytes']):>14}{bytes_text(item['live_bytes']):>16}")
 
