@@ -1,5 +1,6 @@
 """The loss that a model computes itself is the next-token cross-entropy, nothing else."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -150,6 +151,8 @@ def _needs_labels(subject: Subject) -> None:
         not_applicable("forward takes no labels or targets")
     if any(getattr(subject.config, name, None) is not None for name in ("num_codebooks", "vision_config", "audio_config")):
         not_applicable("its labels belong to images, sound or codebooks too")
+    if "target_mapping" in inspect.signature(subject.model.forward).parameters:
+        not_applicable("its labels belong to the words that target_mapping picks (permutation language models, XLNet)")
     if getattr(subject.config, "disable_ngram_loss", True) is False:
         not_applicable("its loss predicts several tokens ahead by design (n-gram loss)")
 
