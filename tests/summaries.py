@@ -59,10 +59,10 @@ def scoreboard_page(rows: list[Row], clean: list[Row]) -> str:
         "",
         f"`python -m tests.scoreboard --json FILE`, {_versions()}, CPU, seed 0.",
         "",
-        f"- {len(rows)} broken models: {found} detected ({found / len(rows):.0%}), {placed} in the right function ({placed / len(rows):.0%}), "
-        f"{explained} explained ({explained / len(rows):.0%})",
+        f"- {len(rows)} broken models: {found} detected ({found / len(rows):.1%}), {placed} in the right function ({placed / len(rows):.1%}), "
+        f"{explained} explained ({explained / len(rows):.1%})",
         f"- {len(clean)} clean models and legal variations: {len(alarms)} with an error finding, "
-        f"{sum(bool(row['warnings']) for row in clean)} with a warning",
+        f"{sum(bool(row['warnings']) for row in clean)} with a warning ({', '.join(row['name'] for row in clean if row['warnings']) or 'none'})",
         f"- the dearest model took {slow:.0f} s of one core, where that was measured",
         f"- {_codes([*rows, *clean])}",
         "",
@@ -101,7 +101,8 @@ def transformers(paths: list[str]) -> None:
     small = []
     for row in rows:
         findings = [
-            {key: finding[key] for key in ("probe", "severity", "message", "cause", "where")}
+            {key: finding[key] for key in ("probe", "severity", "message", "cause")}
+            | {"where": {key: finding["where"][key] for key in ("module", "function", "line", "op")}}  # no path of a machine
             for finding in row.get("findings", [])
             if finding["severity"] != "note"
         ]
