@@ -108,6 +108,8 @@ def transformers(paths: list[str]) -> None:
         ]
         statuses = dict(Counter(outcome["status"] for outcome in row.get("outcomes", [])))
         kept = {key: row[key] for key in ("type", "class", "commit", "seconds", "cpu_seconds", "error", "assumptions") if row.get(key)}
+        if "error" in kept:
+            kept["error"] = kept["error"].rpartition(" (/")[0] or kept["error"]  # without the place on this machine
         small.append(kept | {"outcomes": statuses, "findings": findings})
     _write("transformers", small, transformers_page(rows))
 
