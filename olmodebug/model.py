@@ -216,7 +216,7 @@ class OlmoAttention(nn.Module):
         self.layer_index, self.head_dim, self.clip_qkv = layer_index, config.head_dim, config.clip_qkv
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
-        self.attend = {"eager": eager_attention, "sdpa": sdpa_attention}[config.attn_implementation]
+        self.config = config  # read at each call, so that a switch of the attention reaches a finished model
         query_size, key_size = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
@@ -246,7 +246,8 @@ class OlmoAttention(nn.Module):
             # Query head h reads key/value head h // groups.
             key_states = key_states.repeat_interleave(self.num_key_value_groups, dim=1)  # [B, H, S, D]
             value_states = value_states.repeat_interleave(self.num_key_value_groups, dim=1)  # [B, H, S, D]
-        attn_output = self.attend(query_states, key_states, value_states, visible, self.scaling)
+        attend = ATTENTIONS[self.config.attn_implementation]
+        attn_output = attend(query_states, key_states, value_states, visible, self.scaling)
         attn_output = attn_output.transpose(1, 2).reshape(batch, tokens, -1)  # [B, T, H*D]
         return self.o_proj(attn_output)
 
@@ -422,6 +423,9 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor |
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
     """The same by torch's kernels, `[B, H, T, D]`; without `visible` every token sees itself and those before."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling)
+
+
+ATTENTIONS: dict[AttnImplementation, Callable[..., Tensor]] = {"eager": eager_attention, "sdpa": sdpa_attention}
 
 
 def visible_keys(tokens: int, attention_mask: Tensor | None, window: int | None, past: int, device: torch.device) -> Tensor:

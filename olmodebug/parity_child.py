@@ -24,13 +24,13 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     from .parity_cases import cases_of
     from .parity_run import Options, run_parity
     from .report import plain
-    from .spec import resolve
+    from .spec import Job, resolve
 
     execution = Execution(**{**message["execution"], "flags": tuple(message["execution"]["flags"])})
     tell("start", step="build")
     try:
         _device(execution.device)
-        subject = resolve(_job(message["job"], execution.attention))
+        subject = resolve(Job(**message["job"]))
         cases = cases_of(subject, tuple(message["only"]))
         writer = Writer(folder=Path(message["bundle"]), budget_bytes=message["budget_bytes"])
         head = {"execution": {**message["execution"]}, "words": execution.words, "weights": message["weights"]}
@@ -72,16 +72,6 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     else:
         used = _peak_bytes()
         tell("done", peak_bytes=used)
-
-
-def _job(values: dict[str, Any], attention: str | None) -> Any:
-    """The job; the reference model takes its attention when it is built."""
-    from .presets import PRESETS
-    from .spec import Job
-
-    if attention is not None and values["spec"] in PRESETS:
-        values = {**values, "config": {**values["config"], "attn_implementation": attention}}
-    return Job(**values)
 
 
 def _finding(error: Exception, subject: Any) -> Any:
@@ -136,9 +126,9 @@ def _departures(reference: dict[str, Any], own: dict[str, Any]) -> list[dict[str
 
 
 def resolve_job(values: dict[str, Any]) -> Any:
-    from .spec import resolve
+    from .spec import Job, resolve
 
-    return resolve(_job(values, None))
+    return resolve(Job(**values))
 
 
 def _device(name: str) -> None:

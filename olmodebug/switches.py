@@ -21,7 +21,7 @@ def attention_twins(subject: Subject) -> list[tuple[str, Subject]]:
     names = attention_choices(subject)
     if names:
         twins = [(name, subject.twin(attention=name)) for name in names]
-        return [(name, twin) for name, twin in twins if twin.dtype == torch.float64 and twin.runs()]
+        return _distinct([(name, twin) for name, twin in twins if twin.dtype == torch.float64 and twin.runs()])
     twins = []
     for flash in (False, True):
         twin = subject.fresh_twin()
@@ -33,7 +33,19 @@ def attention_twins(subject: Subject) -> list[tuple[str, Subject]]:
                     switched = True
         if switched and twin.runs():
             twins.append(("fused attention" if flash else "attention written out", twin))
-    return twins
+    return _distinct(twins)
+
+
+def _distinct(twins: list[tuple[str, Subject]]) -> list[tuple[str, Subject]]:
+    """The twins that run other ops than those before them: a switch that is read once, when the model is built, or
+    never, changes nothing, and a model compared with itself would always agree."""
+    kept: dict[tuple[str, ...], tuple[str, Subject]] = {}
+    for name, twin in twins:
+        case = twin.first_case()
+        with torch.no_grad(), quiet():
+            recording = record(twin.model, lambda twin=twin, case=case: twin.call(case))  # type: ignore[misc]
+        kept.setdefault(tuple(event.op for event in recording.events), (name, twin))
+    return list(kept.values())
 
 
 def dropout_rates(model: nn.Module) -> Iterator[tuple[str, object, str, float]]:

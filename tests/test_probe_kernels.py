@@ -11,6 +11,8 @@ from torch import nn
 
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import from_model
+from olmodebug.switches import attention_twins
+from olmodebug.tracer import record
 from tests.mutants.catalog import CLEAN, MUTANTS
 from tests.scoreboard import findings_on, judge
 
@@ -86,3 +88,16 @@ def test_embeddings_as_input_must_meet_what_ids_meet() -> None:
 
     (finding,) = embeddings_as_input_agree(from_model(Scaled()))
     assert finding.severity == "warning" and "inputs_embeds" in finding.message
+
+
+@pytest.mark.parametrize("spec", ["olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny"])
+def test_the_reference_really_runs_the_attention_that_a_twin_is_switched_to(spec: str) -> None:
+    subject = resolve(Job(spec=spec))
+    case = subject.first_case()
+    used = {}
+    for name, twin in attention_twins(subject):
+        with torch.no_grad():
+            events = record(twin.model, lambda twin=twin: twin.call(case)).events
+        used[name] = {event.op for event in events if "softmax" in event.op or "scaled_dot_product" in event.op}
+    assert used["eager"] == {"_softmax"}
+    assert not used["eager"] & used["sdpa"]

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib
 import os
 import sys
 import time
@@ -23,11 +22,6 @@ SUBJECT_HELP = (
 # Named here and not taken from render.formats, which loads rich; a test holds the two together.
 FORMATS = ("full", "concise", "json", "jsonl", "junit", "github", "sarif", "md")
 FILES = {"json": "JSON (schema olmodebug/report@1)", "html": "one HTML page that needs no network", "md": "Markdown"}
-SECTIONS = {
-    "memory": "memory",
-    "ranks": "ranks",
-    "training": "training",
-}  # topics drawn above the findings, each by `render.NAME.NAME_view`
 SHOW_PROGRESS_AFTER_SECONDS = 2.0
 
 Commands = Any  # argparse names the type of its subparsers with an underscore
@@ -106,13 +100,7 @@ def show(report: "Report", *, verbose: bool) -> None:
     """Draw a report on standard output."""
     from ..render.terminal import console, report_view
 
-    screen = console(sys.stdout)
-    for topic, name in SECTIONS.items():
-        if topic in report.sections:
-            view = getattr(importlib.import_module(f"..render.{name}", __package__), f"{name}_view")
-            screen.print(view(report.sections[topic]))
-            screen.print()
-    screen.print(report_view(report, verbose=verbose))
+    console(sys.stdout).print(report_view(report, verbose=verbose))
 
 
 def _show_as(name: str, report: "Report") -> None:

@@ -8,8 +8,11 @@ from rich.console import RenderableType
 from .guard import guard_view
 from .implementations import implementations_view
 from .leaks import leaks_view
+from .memory import memory_view
 from .parity import parity_view
+from .ranks import ranks_view
 from .shapes import shapes_view
+from .training import training_view
 
 # In the order of the report.
 VIEWS: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
@@ -17,6 +20,9 @@ VIEWS: dict[str, Callable[[Mapping[str, Any]], RenderableType]] = {
     "leaks": leaks_view,
     "parity": parity_view,
     "implementations": implementations_view,
+    "ranks": ranks_view,
+    "memory": memory_view,
+    "training": training_view,
     "guard": guard_view,
 }
 
