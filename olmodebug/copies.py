@@ -6,6 +6,7 @@ about to write into it, so that keeping every tensor of a run costs about its ac
 
 import zlib
 from collections.abc import Iterable
+from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
@@ -127,7 +128,11 @@ def largest_magnitude(tensor: Tensor) -> float:
 def digest(tensor: Tensor) -> int:
     """A checksum (CRC-32) of the bits of a tensor in the order of its elements: equal tensors of one dtype have equal
     ones on every device, whatever their strides. Zero and minus zero differ. One that is not on the CPU is copied there."""
-    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    if not values.numel():
-        return 0
-    return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(bytes_of(tensor).data) if tensor.numel() else 0
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The bytes of a dense tensor in the order of its elements, as a numpy array of uint8; a copy where it is not so laid out."""
+    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    # a single element counts as contiguous with any stride, and another dtype can be seen only at stride 1
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy()

@@ -75,13 +75,13 @@ def run(message: dict[str, Any], tell: Tell) -> None:
 
 
 def _finding(error: Exception, subject: Any) -> Any:
-    """What the subject's own code raised, as a finding; None when the last frame of the traceback is ours."""
+    """What the subject's own code raised, as a finding; None when it is not theirs."""
     from .explain import place_of, source_lines
     from .report import Finding
-    from .sources import Sources
+    from .sources import Sources, is_ours
 
     spot = Sources(subject.model).spot_of(error)
-    if spot is None:
+    if spot is None or is_ours(error):
         return None
     where = place_of(spot)
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .copies import bytes_of
 from .errors import ReportError
 from .records import Where
 
@@ -171,7 +171,7 @@ def read_records(folder: Path) -> list[RankRecord]:
 def digest(tensor: Tensor) -> str:
     """A digest of the bytes in their order, the shape and the dtype: a permutation or a transpose changes it."""
     head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=12).hexdigest()
+    return hashlib.blake2b(head + bytes_of(tensor).tobytes(), digest_size=12).hexdigest()
 
 
 def plain_name(name: str) -> str:

@@ -19,6 +19,9 @@ from torch import nn
 
 OUTSIDE, NEAR, OWN = 0, 1, 2
 
+# Modules of this package whose exceptions are a subject's: the reference models, and the words about what a call gave.
+SUBJECTS = ("model", "architectures", "convention", "subject", "devices")
+
 _PACKAGE = str(Path(__file__).parent)
 _PROBES = str(Path(__file__).parents[1] / "probes")  # where the shipped probes are in a checkout
 _TORCH = str(Path(nn.__file__).parents[1])  # torch/nn/__init__.py
@@ -139,6 +142,14 @@ def traceback_frames(traceback: TracebackType | None) -> list[tuple[FrameType, i
         frames.append((traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno))
         traceback = traceback.tb_next
     return frames
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an exception was raised by an instrument while it watched: the innermost frame is one of this package that
+    is no part of a subject and of how it is called. What an op raises has torch's own frame innermost."""
+    frames = traceback_frames(error.__traceback__)
+    file = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+    return str(file.parent) == _PACKAGE and file.stem not in SUBJECTS
 
 
 def excerpt(file: str | None, line: int | None, *, around: int = 1) -> tuple[tuple[int, str], ...]:

@@ -32,7 +32,7 @@ from .load import SubjectCodeError
 from .records import Case, Rows
 from .report import SubjectInfo
 from .settle import settled
-from .sources import Sources, short_path
+from .sources import Sources, is_ours, short_path
 
 VOCAB_NAMES = ("vocab_size", "n_vocab", "padded_vocab_size", "num_tokens", "vocabulary_size")
 CONTEXT_NAMES = (
@@ -419,10 +419,13 @@ def set_attention(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def own_code(subject: Subject, case: Case, *, stage: str = "run") -> Iterator[None]:
-    """Whatever is raised inside comes from running the subject on this case: a SubjectCodeError, and so a finding."""
+    """Whatever is raised inside comes from running the subject on this case: a SubjectCodeError, and so a finding. A fault
+    of an instrument that watches stays what it is."""
     try:
         yield
     except Exception as error:
+        if is_ours(error):
+            raise
         raise SubjectCodeError(stage, subject=subject, case=case) from error
 
 

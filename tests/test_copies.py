@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from olmodebug.copies import Copies, Storages, digest, largest_magnitude
+from olmodebug.rank_record import digest as rank_digest
 
 
 def test_two_tensors_have_one_number_exactly_where_they_share_memory() -> None:
@@ -78,3 +79,10 @@ def test_copies_carry_no_history() -> None:
     x = torch.ones(3, requires_grad=True)
     copy: Tensor = Copies(Storages(), []).of(x * 2)
     assert not copy.requires_grad
+
+
+def test_a_digest_takes_one_element_whatever_its_stride() -> None:
+    one = torch.zeros(1, dtype=torch.long).as_strided((1,), (44,))
+    assert one.is_contiguous(), "torch counts it as laid out in order"
+    assert digest(one) == digest(torch.zeros(1, dtype=torch.long))
+    assert rank_digest(one) == rank_digest(torch.zeros(1, dtype=torch.long))

@@ -1,5 +1,6 @@
 """`olmodebug parity` as people run it: children that die, hang and run out, bundles, a revision, and no CUDA."""
 
+import json
 import os
 import signal
 import subprocess
@@ -57,6 +58,15 @@ def test_a_bundle_that_is_none_and_an_execution_that_means_nothing_are_exit_2(tm
     done = olmodebug(tmp_path, "olmo2-tiny", "--right", "cpu,float31")
     assert done.returncode == 2
     assert "'float31' is none of cpu" in done.stderr
+
+
+@pytest.mark.parametrize("spec", ["transformers:LlamaForCausalLM", "transformers:GPT2LMHeadModel"])
+def test_a_right_model_of_transformers_agrees_in_bfloat16(spec: str, tmp_path: Path) -> None:
+    done = olmodebug(tmp_path, spec, "--dtype", "bfloat16", "--case", "padded", "--once", "--json", "out.json")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [finding["message"] for finding in report["findings"] if finding["severity"] != "note"] == []
+    assert (done.returncode, report["verdict"]) == (0, "pass")
+    assert {outcome["probe"] for outcome in report["outcomes"] if outcome["status"] == "passed"} >= {"parity.runs", "parity.ops"}
 
 
 @pytest.mark.slow

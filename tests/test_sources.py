@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,11 @@ from torch import nn
 
 import olmodebug.model
 import olmodebug.subject
-from olmodebug.sources import NEAR, OUTSIDE, OWN, Sources, Spot, excerpt, short_path
+from olmodebug.copies import digest
+from olmodebug.model import Olmo
+from olmodebug.presets import preset
+from olmodebug.sources import NEAR, OUTSIDE, OWN, Sources, Spot, excerpt, is_ours, short_path
+from olmodebug.tracer import record
 
 HERE = str(Path(__file__).resolve())
 
@@ -127,3 +132,22 @@ def test_a_path_is_shown_from_the_working_directory_where_it_lies_below(tmp_path
     monkeypatch.chdir(tmp_path)
     assert short_path(str(tmp_path / "a" / "b.py")) == str(Path("a") / "b.py")
     assert short_path("/elsewhere/b.py") == "/elsewhere/b.py"
+
+
+def test_an_exception_of_an_instrument_is_ours_and_one_of_an_op_or_of_the_reference_is_not() -> None:
+    model = Olmo(preset("olmo1-tiny"))
+    ids = torch.tensor([[5, 6, 7]])
+
+    def raised(call: Callable[[], object]) -> Exception:
+        with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - whatever it raises is judged below
+            call()
+        return caught.value
+
+    def consumer(_: object) -> None:
+        raise RuntimeError("a consumer of this test, which is no instrument")
+
+    too_large, wrong_mask = ids + 1000, torch.ones(1, 9)
+    assert not is_ours(raised(lambda: record(model, lambda: model(too_large))))
+    assert not is_ours(raised(lambda: model(ids, wrong_mask)))
+    assert not is_ours(raised(lambda: record(model, lambda: model(ids), on_event=consumer)))
+    assert is_ours(raised(lambda: digest(torch.eye(3).to_sparse())))
