@@ -163,7 +163,7 @@ def _twin(subject: Subject) -> Subject:
 def shared_case(left: Subject, right: Subject, *, seed: int = 0) -> Case:
     """Random tokens that no side treats specially, in sizes that are nobody's own, longer than a short window."""
     sizes = left._dimensions() | right._dimensions()
-    longest = min(left.max_positions or 10**6, right.max_positions or 10**6)
+    longest = min(left.usable_positions or 10**6, right.usable_positions or 10**6)
     windows = [w for w in (s.setting("sliding_window", "window_size", "window") for s in (left, right)) if isinstance(w, int)]
     least = max([w + 3 for w in windows if 0 < w <= LONGEST - 3], default=0)
 

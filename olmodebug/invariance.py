@@ -201,7 +201,7 @@ def base_part(twin: Subject, case: Case, *, rows: slice | None = None, columns: 
 
 def drawn(twin: Subject, make: Callable[[Sizes], Pair], *, limit: float, least_batch: int = 1) -> Violation | None:
     """A violation on cases that Hypothesis draws, shrunk to the smallest; None when none of them breaks the rule."""
-    longest = min(24, twin.max_positions or 24)
+    longest = min(24, twin.usable_positions or 24)
 
     def broken(chosen: Sizes) -> bool:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .casts import cast
 from .records import Event, Where
 from .tracer import Recording, record
 
@@ -89,7 +90,7 @@ def traced(module: nn.Module, run: Callable[[], Any]) -> Recording:
 
 def with_unit_weights(module: nn.Module) -> nn.Module:
     """A copy in float64 with weights of one and no bias."""
-    twin = copy.deepcopy(module).double().eval()
+    twin = cast(copy.deepcopy(module), torch.float64).eval()
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             parameter.fill_(0.0 if "bias" in name else 1.0)

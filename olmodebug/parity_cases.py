@@ -38,7 +38,7 @@ def cases_of(subject: Subject, only: Sequence[str] = ()) -> list[ParityCase]:
     if subject.convention.attention_mask and length > 3:
         mask = tuple((0,) * (i % 3) + (1,) * (length - i % 3) for i in range(batch))
         found.append(ParityCase(name="padded", mode="forward", case=replace(plain, name="padded on the left", attention_mask=mask)))
-    longest = min(subject.max_positions or LONG * length, LONG * length)
+    longest = min(subject.usable_positions or LONG * length, LONG * length)
     if longest > length:
         found.append(ParityCase(name="long", mode="forward", case=Case(name="long", input_ids=subject.token_ids(1, longest, seed=12))))
     if subject.convention.cache and length > 3:

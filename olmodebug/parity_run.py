@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .bound import ROUNDOFF
 from .bundle import Writer, dtype_named
+from .casts import cast
 from .copies import digest
 from .execution import Execution, applied
 from .judge import Judgement, judge
@@ -175,7 +176,7 @@ def prepare(subject: Subject, execution: Execution, weights: str | None) -> None
                     parameter.copy_(parameter.to(dtype_named(weights)).to(parameter.dtype))
     if execution.attention is not None:
         set_attention(model, execution.attention)
-    model.to(device=torch.device(execution.device), dtype=dtype_named(execution.dtype))
+    cast(model, dtype_named(execution.dtype), device=torch.device(execution.device))
     if execution.compile:
         model.compile(backend=execution.compile)
 

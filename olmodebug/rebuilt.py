@@ -5,6 +5,7 @@ import inspect
 import torch
 from torch import nn
 
+from .casts import cast
 from .settle import settled
 from .subject import Subject, quiet
 
@@ -19,7 +20,7 @@ def rebuilt(subject: Subject, seed: int) -> nn.Module | None:
         return None
     with quiet(), settled(seed=seed):
         model = subject.remake(seed)
-    return model.to(device=subject.device, dtype=subject.dtype if uniform(subject.model) else None).eval()
+    return cast(model, subject.dtype if uniform(subject.model) else None, device=subject.device).eval()
 
 
 def materialised(subject: Subject, seed: int) -> nn.Module | None:

@@ -65,7 +65,7 @@ class Angles:
 def constant_case(twin: Subject, *, start: int = 0) -> Case:
     """One row of one token, over and over, as long as tells dimensions apart."""
     sizes = {size for p in [*twin.model.parameters(), *twin.model.buffers()] for size in p.shape}
-    longest = twin.max_positions or 10**6
+    longest = twin.usable_positions or 10**6
     seq = next((n for n in SEQ_LENS if n <= longest and n not in sizes), min(longest, 5))
     token = twin.token_ids(1, 1, seed=30)[0][0]
     positions = (tuple(range(start, start + seq)),) if start else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .casts import cast
 from .errors import SubjectError
 from .load import SubjectCodeError, candidates, load_attribute
 from .settle import settled
@@ -59,7 +60,7 @@ def resolve(job: Job) -> Subject:
         raise SubjectError(f"no such tokenizer file: {job.tokenizer}")
     built = _on_meta(job) if job.meta else _build(job)
     if not job.meta:
-        built.model.to(device=device_named(job.device), dtype=_dtype(job.dtype))
+        cast(built.model, _dtype(job.dtype), device=device_named(job.device))
     subject = from_model(
         built.model,
         spec=job.spec,

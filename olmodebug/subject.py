@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # no public name; without it no ids under a fake mode
 
+from .casts import cast
 from .convention import (
     LOSS_ATTRIBUTES,
     SETUP_NAMES,
@@ -50,6 +51,9 @@ HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
 
 BATCH_SIZES = (3, 5, 7, 2)
+# What is tried where no context length is declared: the last position where positions can be given, else a sequence.
+LENGTHS_TRIED = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8)
+LONGEST_TRIED = 512
 SEQ_LENS = (11, 13, 17, 19, 23, 7, 5)
 
 
@@ -81,6 +85,7 @@ class Subject:
     limit: float | None = None
     _last: list[tuple[Case, Tensor]] = field(default_factory=list)
     _twins: dict[tuple[object, ...], "Subject"] = field(default_factory=dict)
+    _usable: list[int | None] = field(default_factory=list)  # one for all twins
 
     @property
     def vocab_size(self) -> int:
@@ -105,6 +110,28 @@ class Subject:
         """The longest sequence that the config declares."""
         value = self.setting(*CONTEXT_NAMES)
         return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def usable_positions(self) -> int | None:
+        """The longest sequence that may be asked of the model: the declared one; where none is declared, the longest of a
+        few lengths that it runs. None where even the longest of these runs."""
+        if self.max_positions is not None or self.device.type == "meta":
+            return self.max_positions
+        if not self._usable:
+            self._usable.append(self._longest_that_runs())
+        return self._usable[0]
+
+    def _longest_that_runs(self) -> int | None:
+        far = self.convention.position_ids is not None
+        lengths = LENGTHS_TRIED if far else [n for n in LENGTHS_TRIED if n <= LONGEST_TRIED]
+        for length in lengths:
+            size = min(length, 4) if far else length
+            spots = (*range(size - 1), length - 1)
+            case = Case(name="how far", input_ids=self.token_ids(1, size), position_ids=(spots,) if far else None)
+            with settled(self.model, seed=self.seed), quiet(), suppress(Exception):
+                self.logits(case)
+                return None if length == lengths[0] else length
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,7 +173,7 @@ class Subject:
     def sizes(self) -> tuple[int, int]:
         """(batch, seq_len): primes that divide no dimension of the model, so that each is known by its size."""
         dimensions = self._dimensions()
-        longest = min(self.max_positions or 10**6, 10**6)
+        longest = min(self.usable_positions or 10**6, 10**6)
 
         def clash(number: int) -> int:
             return sum(size % number == 0 for size in dimensions)
@@ -269,7 +296,7 @@ class Subject:
         if attention is not None:
             set_attention(twin.model, attention)
         if any(p.dtype.is_floating_point for p in twin.model.parameters()):
-            twin.model.to(dtype)
+            cast(twin.model, dtype)
         if dtype == torch.float64 and hasattr(twin.model, "set_experts_implementation"):
             with suppress(Exception):  # transformers' grouped kernel takes no float64 on the CPU; not every class has another
                 twin.model.set_experts_implementation("eager")  # type: ignore[operator]

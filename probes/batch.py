@@ -95,7 +95,7 @@ def _pair(twin: Subject, batch: int, seq: int, change: str) -> Pair:
     left = Case(name="a batch", input_ids=first)
     right = Case(name=f"the other rows with other {change}", input_ids=others)
     counted = tuple(range(seq))
-    longest = twin.max_positions or 4096  # stretched, not shifted: a mere shift would not show with RoPE
+    longest = twin.usable_positions or 4096  # stretched, not shifted: a mere shift would not show with RoPE
     moved = tuple(range(0, 2 * seq, 2)) if longest >= 2 * seq else tuple(range(max(0, longest - seq), longest))
     if change == "positions":
         left = replace(left, position_ids=(counted,) * batch)

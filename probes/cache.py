@@ -92,7 +92,7 @@ def past_the_window(subject: Subject) -> Iterator[Finding]:
     window = subject.setting("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size")
     if not isinstance(window, int) or window < 1:
         not_applicable("its config declares no sliding window")
-    longest = subject.max_positions or 10**6
+    longest = subject.usable_positions or 10**6
     seq = max(window + 4, _length(subject)) if window <= LONGEST else 0
     if not seq or seq > longest:
         skip(f"a sequence longer than the window of {window} tokens is too long to be run here")

@@ -150,14 +150,17 @@ def dtype_round_trip(subject: Subject) -> Iterator[Finding]:
     if not before:
         not_applicable("the model has no buffers")
     saved = set(subject.model.state_dict())
-    cast = copy.deepcopy(subject.model).to(torch.bfloat16)
-    after = dict(cast.named_buffers())
-    wide = dict(copy.deepcopy(cast).to(subject.dtype).named_buffers())
+    with quiet():  # a complex buffer that is made real is told below
+        narrow = copy.deepcopy(subject.model).to(torch.bfloat16)
+        wide = dict(copy.deepcopy(narrow).to(subject.dtype).named_buffers())
+    after = dict(narrow.named_buffers())
     rounded = []
     for name, buffer in before.items():
         if name not in after or buffer.shape != after[name].shape:
             continue
-        if not buffer.is_floating_point():
+        if buffer.is_complex() and not wide[name].is_complex():
+            yield _imaginary_part_lost(subject, name, buffer)
+        elif not buffer.is_floating_point():
             if not torch.equal(buffer, wide[name]):
                 yield Found(
                     probe="",
@@ -190,6 +193,22 @@ def dtype_round_trip(subject: Subject) -> Iterator[Finding]:
         expected="float32 values",
         observed=f"bfloat16, off by {off:.2g} of {scale:.2g}",
         evidence={"condition": "model.to(torch.bfloat16)", "buffers": ", ".join(rounded[:4])},
+    )
+
+
+def _imaginary_part_lost(subject: Subject, name: str, buffer: torch.Tensor) -> Found:
+    where = attribute_place(subject.model, name)
+    return Found(
+        probe="",
+        severity="note" if hasattr(subject.model, "from_pretrained") else "warning",
+        message=f"model.to(bfloat16) makes the complex buffer {name} real: its imaginary part is thrown away",
+        where=where,
+        source=source_lines(where),
+        cause="nn.Module.to casts complex buffers to the real dtype that it is given, with a warning only",
+        fix="keep the model in float32 and use autocast or mixed precision, or make the table anew in _apply after a cast",
+        expected=f"{str(buffer.dtype).removeprefix('torch.')} values",
+        observed="real values",
+        evidence={"condition": "model.to(torch.bfloat16)"},
     )
 
 

@@ -64,7 +64,7 @@ def honoured(subject: Subject) -> Iterator[Finding]:
         not_applicable("forward takes no position_ids")
     twin = subject.twin()
     batch, seq = twin.sizes()
-    stretch = min(3, ((twin.max_positions or 4096) - 1) // max(1, seq - 1))
+    stretch = min(3, ((twin.usable_positions or 4096) - 1) // max(1, seq - 1))
     if stretch < 2 or seq < 3:
         not_applicable("its context is too short to stretch positions")
     ids = twin.token_ids(batch, seq, seed=8)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from olmodebug.casts import cast
 from olmodebug.explain import source_lines
 from olmodebug.invariance import run
 from olmodebug.load import SubjectCodeError
@@ -182,7 +183,7 @@ def _recorded(twin: Subject, case: Case, *, keep: bool = False) -> Recording:
 
 def _forced(subject: Subject, dtype: torch.dtype) -> Subject:
     twin = subject.fresh_twin(dtype=subject.dtype)
-    twin.model.to(dtype)
+    cast(twin.model, dtype)
     return twin
 
 

@@ -92,7 +92,7 @@ def relative_shift(subject: Subject) -> Iterator[Finding]:
     _rotated(subject)
     twin = subject.twin()
     seq = twin.sizes()[1]
-    longest = min(twin.max_positions or FURTHEST, FURTHEST)
+    longest = min(twin.usable_positions or FURTHEST, FURTHEST)
     moves = sorted({k for k in (1, 7, (longest - seq) // 2, longest - seq) if 0 < k <= longest - seq})
     if not moves:
         not_applicable("its context is too short to shift positions")
@@ -397,7 +397,7 @@ def _radians(table: Angles, angles: Tensor) -> Tensor:
 
 def _tables(twin: Subject, *, near: bool = False) -> list[tuple[list[int], Angles]]:
     """The tables of angles that a run uses, each with its positions: the first, and with position_ids the last too."""
-    longest = min(twin.max_positions or 2048, 1 << 17)
+    longest = min(twin.usable_positions or 2048, 1 << 17)
     case = constant_case(twin)
     seq, positions = case.seq_len, list(range(case.seq_len))
     plain = angle_tables(trace_case(twin, case), seq)

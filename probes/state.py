@@ -131,7 +131,7 @@ def _cases(twin: Subject, batch: int, seq: int) -> Iterator[Case]:
     """Calls to compare (plain, with positions, with other ones, with a mask), and calls of other sizes between them."""
     ids = twin.token_ids(batch, seq, seed=17)
     yield Case(name="a plain call", input_ids=ids)
-    longest = twin.max_positions or 4 * seq
+    longest = twin.usable_positions or 4 * seq
     counted, moved = (tuple(range(seq)),) * batch, (tuple(range(0, 2 * seq, 2)),) * batch  # a mere shift would not show with RoPE
     with_positions = bool(twin.convention.position_ids) and longest >= 2 * seq
     case = Case(name="a call with positions", input_ids=ids, position_ids=counted)

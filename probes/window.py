@@ -44,7 +44,7 @@ def receptive_field(subject: Subject) -> Iterator[Finding]:
     """
     window, kinds = _declared(subject)
     seq = max(window + 3, subject.sizes()[1])
-    if window > LONGEST or seq > (subject.max_positions or seq):
+    if window > LONGEST or seq > (subject.usable_positions or seq):
         skip(f"a sequence longer than the window of {window} tokens is too long to be run here")
     seen: set[tuple[str | None, int | None]] = set()
     for setting, twin in settings_of(subject, train=False):

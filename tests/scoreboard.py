@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.mutants.catalog import MUTANTS, NEUTRAL, Mutant, materialize
 
-CLEAN = ("hf_style", "nanogpt_style", "llama_style", "litgpt_style")
+CLEAN = ("hf_style", "nanogpt_style", "llama_style", "litgpt_style", "titan_style")
 PRESETS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny")
 WORKERS = 2
 

@@ -77,7 +77,7 @@ def test_hand_written_parallelism_that_is_right_stays_clean(wrap: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tp"])
 @pytest.mark.parametrize(
-    "spec", ["olmo1-tiny", "olmo2-tiny", "datadecide-tiny", "transformers:Olmo2ForCausalLM", "transformers:LlamaForCausalLM"]
+    "spec", ["olmo1-tiny", "olmo2-tiny", "transformers:OlmoForCausalLM", "transformers:Olmo2ForCausalLM", "transformers:LlamaForCausalLM"]
 )
 def test_every_strategy_takes_the_step_of_one_process(spec: str, strategy: str) -> None:
     expect_clean(step_on(spec, strategy=strategy))

@@ -119,7 +119,7 @@ def test_the_python_of_the_readme_runs(workspace: Path) -> None:
 
 @pytest.mark.slow
 def test_the_suite_of_the_readme_runs(workspace: Path) -> None:
-    command = [sys.executable, "-m", "pytest", *plugin(), "-q", "-rA", "test_model.py"]
+    command = [sys.executable, "-m", "pytest", *plugin(), "-v", "-rA", "test_model.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert "test_model[rope.relative-shift]" in done.stdout
     assert "PASSED test_model.py::test_no_future" in done.stdout
