@@ -15,7 +15,9 @@ PLAIN, SUBJECT, INSTRUMENT, PROBE, TOPIC, COMMAND = range(6)
 # An instrument is what is named nowhere here. Of layer 0 is what renderers may read: values, and text about them.
 LAYERS = {
     **dict.fromkeys(("errors", "units", "records", "report", "files", "guards.decode", "guards.signatures"), PLAIN),
-    **dict.fromkeys(("model", "presets", "subject", "load", "spec", "spec_text", "convention", "sources", "settle", "tiny"), SUBJECT),
+    **dict.fromkeys(
+        ("model", "presets", "subject", "load", "spec", "spec_text", "convention", "sources", "settle", "casts", "tiny"), SUBJECT
+    ),
     **dict.fromkeys(("probe", "examine"), PROBE),
     **dict.fromkeys(("api", "cli", "testing", "__main__", "__init__"), COMMAND),
 }
