@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -70,6 +71,7 @@ def samples(only: str = "") -> None:
         if done.returncode not in (0, 1):
             print(done.stderr)
         text = path.read_text(encoding="utf-8").replace(" " + shlex.join(option), "")  # what somebody would type
+        text = text.replace(f"{Path(find_spec('transformers').origin).parents[1]}/", "")  # where this machine keeps its packages
         path.write_text(text.replace(platform.platform(), f"{platform.system()} {platform.machine()}"), encoding="utf-8")
     draw()
 
