@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import check, parity, shapes, trace
+    from .footprint.api import memory
+    from .footprint.records import MemoryEstimate
     from .guarding import guard
-    from .memory_api import memory
-    from .memory_records import MemoryEstimate
     from .report import Finding, Report
     from .testing import ProbeFailure, parametrize_with_probes
 
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     if name == "guard":
         return importlib.import_module(".guarding", __name__).guard
     if name in ("memory", "MemoryEstimate"):
-        return getattr(importlib.import_module({"memory": ".memory_api"}.get(name, ".memory_records"), __name__), name)
+        return getattr(importlib.import_module({"memory": ".footprint.api"}.get(name, ".footprint.records"), __name__), name)
     if name in ("Finding", "Report"):
         return getattr(importlib.import_module(".report", __name__), name)
     if name in ("ProbeFailure", "parametrize_with_probes"):

@@ -16,10 +16,10 @@ from .load import SubjectCodeError
 from .probe import select, shipped_probes
 from .records import ShapeTree
 from .report import Finding, Outcome, Report, SubjectInfo, merge_by_root, plain
-from .shape_tree import shape_tree, tree_of_spec
 from .spec import Job, resolve
 from .subject import Subject, from_model
-from .tracer import Recording, record
+from .tracing.shape_tree import shape_tree, tree_of_spec
+from .tracing.tracer import Recording, record
 
 
 def check(

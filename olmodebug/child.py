@@ -19,9 +19,9 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     from .examine import Result, build, run_probe
     from .load import SubjectCodeError, load_file
     from .probe import probes_in, select, shipped_probes, with_own
+    from .relations.stored import pair_record, still_broken
     from .report import plain
     from .spec import Job
-    from .stored import pair_record, still_broken
 
     job = Job(**order["job"])
     try:

@@ -15,7 +15,7 @@ from .errors import SubjectError
 from .explain import explain
 from .load import SubjectCodeError
 from .probe import NotApplicable, Probe, Skipped
-from .repair import Found, RepairedSource
+from .relations.repair import Found, RepairedSource
 from .report import Finding, Outcome
 from .settle import settled
 from .sources import Sources, traceback_frames

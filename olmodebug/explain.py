@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .convention import NoLogits
-from .dims import dimension_names, named_shape
 from .load import SubjectCodeError
 from .records import Case, Where
-from .repair import Edit, Expressions, Found, expressions
+from .relations.repair import Edit, Expressions, Found, expressions
 from .report import Scalar, Severity, SourceLine
 from .sources import Sources, Spot, excerpt, short_path, traceback_frames
 from .subject import Subject, quiet
-from .tracer import Recording, record
+from .tracing.dims import dimension_names, named_shape
+from .tracing.tracer import Recording, record
 
 INDEX_OPS = ("index", "embedding", "index_select", "gather", "take", "index_put_", "_index_put_impl_", "nll_loss_forward")
 

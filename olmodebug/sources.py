@@ -20,7 +20,8 @@ from torch import nn
 OUTSIDE, NEAR, OWN = 0, 1, 2
 
 # Modules of this package whose exceptions are a subject's: the reference models, and the words about what a call gave.
-SUBJECTS = ("model", "architectures", "convention", "subject", "devices")
+SUBJECTS = ("model.py", "training/architectures.py", "convention.py", "subject.py", "devices.py")
+JUDGES = ("guards", "probes")  # folders whose exceptions are no instrument's: they raise in somebody else's name
 
 _PACKAGE = str(Path(__file__).parent)
 _PROBES = str(Path(__file__).parents[1] / "probes")  # where the shipped probes are in a checkout
@@ -149,7 +150,10 @@ def is_ours(error: BaseException) -> bool:
     is no part of a subject and of how it is called. What an op raises has torch's own frame innermost."""
     frames = traceback_frames(error.__traceback__)
     file = Path(frames[-1][0].f_code.co_filename) if frames else Path()
-    return str(file.parent) == _PACKAGE and file.stem not in SUBJECTS
+    if not file.is_relative_to(_PACKAGE):
+        return False
+    inside = file.relative_to(_PACKAGE)
+    return inside.parts[0] not in JUDGES and inside.as_posix() not in SUBJECTS
 
 
 def excerpt(file: str | None, line: int | None, *, around: int = 1) -> tuple[tuple[int, str], ...]:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .attends import QUERY_KEY
 from .records import Case
 from .subject import Subject, attention_choices, config_of, quiet
-from .tracer import record
+from .tracing.attends import QUERY_KEY
+from .tracing.tracer import record
 
 # Attributes by which models without a config switch choose torch's fused attention, after nanoGPT.
 FLASH_NAMES = ("flash", "use_flash", "use_sdpa", "use_flash_attn", "use_flash_attention")

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmodebug.dims import WIDTH_NAMES
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
-from olmodebug.repair import Found
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot
 from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
-from olmodebug.tracer import Recording, record
+from olmodebug.tracing.dims import WIDTH_NAMES
+from olmodebug.tracing.tracer import Recording, record
 
 # Published architectures that leave the scores unscaled.
 UNSCALED = ("gpt_neo", "t5", "mt5", "umt5")

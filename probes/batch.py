@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from olmodebug.invariance import Pair, Violation, base_part, crash, drawn, findings_of, limit_of, settings_of, smallest, violation
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import probe
 from olmodebug.records import Case, Rows
+from olmodebug.relations.invariance import Pair, Violation, base_part, crash, drawn, findings_of, limit_of, settings_of, smallest, violation
 from olmodebug.report import Finding
 from olmodebug.subject import HEAD_NAMES, Subject
 

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmodebug.chunks import NoCache, Parting, Runs, locate, pieces, run_chunks
 from olmodebug.compare import difference, roundings_limit
-from olmodebug.diagnose import Diagnosis, is_fused_attention, mask_added_as_number
 from olmodebug.examine import refused
 from olmodebug.explain import explain_run, place_of, source_lines
-from olmodebug.invariance import limit_of, run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference, Event
-from olmodebug.repair import Found
+from olmodebug.relations.chunks import NoCache, Parting, Runs, locate, pieces, run_chunks
+from olmodebug.relations.diagnose import Diagnosis, is_fused_attention, mask_added_as_number
+from olmodebug.relations.invariance import limit_of, run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding, Scalar
 from olmodebug.settle import settled
 from olmodebug.subject import Subject, attention_choices, own_code, rows_before_the_first_position
-from olmodebug.tracer import Recording
+from olmodebug.tracing.tracer import Recording
 
 # Widths of uneven chunks: a prompt, a second turn, one token, a third turn.
 UNEVEN = (4, 3, 1, 2, 1)

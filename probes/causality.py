@@ -6,16 +6,16 @@ from contextlib import suppress
 
 import torch
 
-from olmodebug.cases import Sizes
-from olmodebug.diagnose import Diagnosis
-from olmodebug.invariance import Pair, Violation, base_part, drawn, findings_of, limit_of, settings_of, smallest, violation
-from olmodebug.leaks import leaks, section
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Rows
+from olmodebug.relations.cases import Sizes
+from olmodebug.relations.diagnose import Diagnosis
+from olmodebug.relations.invariance import Pair, Violation, base_part, drawn, findings_of, limit_of, settings_of, smallest, violation
+from olmodebug.relations.leaks import leaks, section
 from olmodebug.report import Finding
 from olmodebug.subject import Subject
-from olmodebug.tracer import record
+from olmodebug.tracing.tracer import record
 
 # Projections to queries and keys under the names that people give them, and the norms on them.
 QUERY_KEY = re.compile(

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import run
 from olmodebug.probe import probe
 from olmodebug.records import Case, Where
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, attention_choices, own_code, quiet
 from olmodebug.switches import set_dropout
-from olmodebug.tracer import record
+from olmodebug.tracing.tracer import record
 
 RANDOM_OPS = ("bernoulli", "bernoulli_", "native_dropout", "rand_like", "randn_like", "rand", "randn", "uniform_", "normal_", "multinomial")
 

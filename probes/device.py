@@ -8,7 +8,7 @@ from olmodebug.devices import Stray, first_stray, plain_tensors
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import probe, skip
 from olmodebug.records import Case
-from olmodebug.repair import Found
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.subject import Subject, quiet

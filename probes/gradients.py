@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from olmodebug.double import KeepDouble
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import OWN, Spot
 from olmodebug.state import keeper
 from olmodebug.subject import Subject, own_code, quiet
-from olmodebug.tracer import Recording, record
+from olmodebug.tracing.tracer import Recording, record
 
 FD_TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path that is cut changes the slope by its whole share
 # A gradient times its weight in float64: below this there is nothing but rounding of sums of order one.

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olmodebug.births import Build, watch_build
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import run
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.tracing.births import Build, watch_build
 from olmodebug.weights import RESIDUAL, Weight, shared_std, weights_of
 
 # The least relative gap that is called another std: truncation at 2 or 3 sigma moves a std by 12 % and 1.4 %.

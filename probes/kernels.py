@@ -7,20 +7,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from olmodebug.attends import Attends, attentions
-from olmodebug.blocks import blocks_of
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import limit_of, run
+from olmodebug.footprint.blocks import blocks_of
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference, Where
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import limit_of, run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.subject import Subject, own_code, quiet
 from olmodebug.switches import TRAINED_SCORE, attention_twins, checkpointing_twin, score_growth, with_grown_scores
-from olmodebug.tracer import record
+from olmodebug.tracing.attends import Attends, attentions
+from olmodebug.tracing.tracer import record
 
 # Where the two kernels order their sums differently, float32 parts inside included.
 GRADIENT_LIMIT = 1e-4

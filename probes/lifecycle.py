@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from olmodebug.compare import difference
 from olmodebug.explain import source_lines
-from olmodebug.invariance import run
 from olmodebug.load import SubjectCodeError
 from olmodebug.members import attribute_place, equal, not_saved, parameter, shared, tie_place, why_not_saved
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.rebuilt import CannotBuild, materialised, rebuilt
 from olmodebug.records import Case, Difference, Where
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, config_of, quiet
 from olmodebug.switches import set_dropout

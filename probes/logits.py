@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import run
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, attention_choices, quiet
-from olmodebug.tracer import record
+from olmodebug.tracing.tracer import record
 
 
 @probe()

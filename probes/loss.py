@@ -13,11 +13,11 @@ from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
-from olmodebug.repair import Found
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.subject import Subject, own_code, quiet
-from olmodebug.tracer import Recording, record
+from olmodebug.tracing.tracer import Recording, record
 
 IGNORED = -100
 # Losses are computed in float32 in most models, also where the model itself is in float64.

@@ -8,10 +8,10 @@ from torch import Tensor
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Event
-from olmodebug.repair import Found
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, quiet
-from olmodebug.tracer import Recording, record
+from olmodebug.tracing.tracer import Recording, record
 
 SETTINGS = ("hidden_act", "activation_function", "hidden_activation", "activation", "act_fn", "mlp_hidden_act")
 TOP_NAMES = ("num_experts_per_tok", "n_experts_per_token", "num_experts_per_token", "n_expert_per_token", "moe_top_k", "top_k")

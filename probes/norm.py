@@ -6,11 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from olmodebug.blocks import blocks_of, final_norm, hidden_of, silence_branches
 from olmodebug.compare import difference, roundings_limit
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import run
-from olmodebug.norms import (
+from olmodebug.footprint.blocks import blocks_of, final_norm, hidden_of, silence_branches
+from olmodebug.probe import not_applicable, probe
+from olmodebug.records import Case, Where
+from olmodebug.relations.invariance import run
+from olmodebug.relations.repair import Found
+from olmodebug.report import Finding
+from olmodebug.subject import Subject, quiet
+from olmodebug.tracing.norms import (
     FUSED,
     NormCall,
     acts_as_norm,
@@ -22,13 +27,8 @@ from olmodebug.norms import (
     unit_rms,
     with_unit_weights,
 )
-from olmodebug.probe import not_applicable, probe
-from olmodebug.records import Case, Where
-from olmodebug.repair import Found
-from olmodebug.report import Finding
-from olmodebug.stream import ends_in_norm, is_block, is_norm_of_input, is_scaled, is_weighted, last_add, last_call_place, stream_of
-from olmodebug.subject import Subject, quiet
-from olmodebug.tracer import Recording, record
+from olmodebug.tracing.stream import ends_in_norm, is_block, is_norm_of_input, is_scaled, is_weighted, last_add, last_call_place, stream_of
+from olmodebug.tracing.tracer import Recording, record
 
 EPS_NAMES = (
     "rms_norm_eps",

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from olmodebug.compare import difference
-from olmodebug.diagnose import Diagnosis, diagnose
 from olmodebug.explain import source_lines
-from olmodebug.invariance import limit_of
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case
-from olmodebug.relation import Part, localise, model_sizes
-from olmodebug.repair import Found
+from olmodebug.relations.diagnose import Diagnosis, diagnose
+from olmodebug.relations.invariance import limit_of
+from olmodebug.relations.relation import Part, localise, model_sizes
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, quiet
 

@@ -6,19 +6,19 @@ from dataclasses import replace
 import torch
 
 from olmodebug.compare import difference
-from olmodebug.diagnose import Diagnosis, is_fused_attention, mask_added_as_number, mask_operand_edits
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import Pair, Violation, base_part, crash, findings_of, limit_of, run, settings_of, smallest, violation
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Rows, Where
-from olmodebug.relation import Culprit
-from olmodebug.repair import Found
+from olmodebug.relations.diagnose import Diagnosis, is_fused_attention, mask_added_as_number, mask_operand_edits
+from olmodebug.relations.invariance import Pair, Violation, base_part, crash, findings_of, limit_of, run, settings_of, smallest, violation
+from olmodebug.relations.relation import Culprit
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject, quiet
-from olmodebug.tracer import Recording, record
+from olmodebug.tracing.tracer import Recording, record
 
 
 @probe()

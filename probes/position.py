@@ -12,15 +12,15 @@ import torch
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import crash, limit_of, run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Where
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import crash, limit_of, run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject, quiet, rows_before_the_first_position
-from olmodebug.tracer import record
+from olmodebug.tracing.tracer import record
 
 # A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.
 MOST_LOGITS = 40_000_000

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from olmodebug.casts import cast
 from olmodebug.explain import source_lines
-from olmodebug.invariance import run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Event
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.subject import Subject, own_code, quiet
-from olmodebug.tracer import Recording, record
+from olmodebug.tracing.tracer import Recording, record
 
 LOW = ("bfloat16", "float16")
 MOVES = (

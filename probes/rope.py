@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from olmodebug.compare import difference, roundings_limit
-from olmodebug.diagnose import Diagnosis
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import limit_of, run
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
-from olmodebug.repair import Found
+from olmodebug.relations.diagnose import Diagnosis
+from olmodebug.relations.invariance import limit_of, run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.rotation import Angles, Scores, angle_tables, attentions, constant_case, maker, table_factor, trace_case, varies
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject
-from olmodebug.tracer import Recording
+from olmodebug.tracing.rotation import Angles, Scores, angle_tables, attentions, constant_case, maker, table_factor, trace_case, varies
+from olmodebug.tracing.tracer import Recording
 
 # Rounding of angles grows with the position: float32 angles at position p are off by p * 6e-8 radians, and scores with them.
 FLOAT32 = roundings_limit({"float32"})

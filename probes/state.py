@@ -9,16 +9,16 @@ from torch import Tensor
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import run
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import probe
 from olmodebug.records import Case, Where
-from olmodebug.repair import Found
+from olmodebug.relations.invariance import run
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.state import keeper
 from olmodebug.subject import Subject, own_code, quiet
-from olmodebug.tracer import record
+from olmodebug.tracing.tracer import record
 
 COMPARED = 4  # the first calls of the list are compared with a fresh model's; the others come between them
 

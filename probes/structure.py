@@ -10,7 +10,7 @@ from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Where
-from olmodebug.repair import Found
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject

@@ -11,12 +11,12 @@ from torch import nn
 
 from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import crash, run
 from olmodebug.load import SubjectCodeError
 from olmodebug.members import attribute_place
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
-from olmodebug.repair import Found, expressions
+from olmodebug.relations.invariance import crash, run
+from olmodebug.relations.repair import Found, expressions
 from olmodebug.report import Finding
 from olmodebug.sources import OWN, Spot
 from olmodebug.subject import VOCAB_NAMES, Subject

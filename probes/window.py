@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from olmodebug.diagnose import Diagnosis, is_fused_attention
 from olmodebug.explain import place_of, source_lines
-from olmodebug.invariance import settings_of
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case
-from olmodebug.repair import Found
+from olmodebug.relations.diagnose import Diagnosis, is_fused_attention
+from olmodebug.relations.invariance import settings_of
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.rotation import maker, trace_case
 from olmodebug.subject import Subject
-from olmodebug.tracer import Recording
+from olmodebug.tracing.rotation import maker, trace_case
+from olmodebug.tracing.tracer import Recording
 
 LONGEST = 256
 # A score this far below the best of its row is masked, whatever constant the mask uses.

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olmodebug.allocator import (
+from olmodebug.errors import UsageError
+from olmodebug.footprint.allocator import (
     MIB,
     AllocatorSettings,
     CachingAllocator,
@@ -14,7 +15,6 @@ from olmodebug.allocator import (
     settings_from,
     settings_of,
 )
-from olmodebug.errors import UsageError
 
 
 @pytest.mark.parametrize(("size", "block"), [(1, 512), (512, 512), (513, 1024), (1000, 1024), (MIB, MIB), (MIB + 1, MIB + 512)])

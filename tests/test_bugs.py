@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from olmodebug.examine import Result, build, run_probe
-from olmodebug.invariance import findings_of, limit_of, violation
 from olmodebug.probe import shipped_probes
+from olmodebug.relations.invariance import findings_of, limit_of, violation
 from olmodebug.report import Finding
 from olmodebug.spec import Job
 from olmodebug.subject import Subject

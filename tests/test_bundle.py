@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmodebug.bundle import EVENTS, HEAD, BundleError, Writer, read_bundle
+from olmodebug.executions.bundle import EVENTS, HEAD, BundleError, Writer, read_bundle
 
 
 def written(folder: Path, *, budget: int = 1 << 20) -> Path:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from olmodebug.architectures import HybridForCausalLM, gpt_neox, hybrid
-from olmodebug.checkpoint import save_checkpoint
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
+from olmodebug.training.architectures import HybridForCausalLM, gpt_neox, hybrid
+from olmodebug.training.checkpoint import save_checkpoint
 
 
 @pytest.mark.parametrize(

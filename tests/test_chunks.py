@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from olmodebug.chunks import Chunk, NoCache, aligned, locate, pieces, run_chunks
 from olmodebug.records import Case
+from olmodebug.relations.chunks import Chunk, NoCache, aligned, locate, pieces, run_chunks
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject
 from tests.mutants.catalog import CLEAN, MUTANTS, materialize

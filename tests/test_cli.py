@@ -379,7 +379,7 @@ def test_a_death_inside_a_probe_costs_that_probe_alone(run: Callable[..., Ran]) 
         """
         from olmodebug.probe import probe
         from olmodebug.records import Case
-        from olmodebug.invariance import run
+        from olmodebug.relations.invariance import run
 
         def call(subject, rows, columns):
             run(subject.twin(), Case(name="", input_ids=subject.token_ids(rows, columns)))

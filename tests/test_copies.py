@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from olmodebug.copies import Copies, Storages, digest, largest_magnitude
-from olmodebug.rank_record import digest as rank_digest
+from olmodebug.ranks.record import digest as rank_digest
+from olmodebug.tracing.copies import Copies, Storages, digest, largest_magnitude
 
 
 def test_two_tensors_have_one_number_exactly_where_they_share_memory() -> None:

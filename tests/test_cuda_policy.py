@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmodebug.cuda_policy import attention_kernel, autocast_lists, cuda_policies, no_packed_sequences
-from olmodebug.fake_model import fake_mode
-from olmodebug.gpus import GPUS
+from olmodebug.footprint.cuda_policy import attention_kernel, autocast_lists, cuda_policies, no_packed_sequences
+from olmodebug.footprint.fake_model import fake_mode
+from olmodebug.footprint.gpus import GPUS
 
 A = torch.ones(4, 4)
 

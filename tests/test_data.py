@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from olmodebug.corpus import shipped_documents
-from olmodebug.data import TEXT_PIECE_CHARACTERS, Problems, Split, find_files, read_documents
 from olmodebug.errors import UsageError
+from olmodebug.training.corpus import shipped_documents
+from olmodebug.training.data import TEXT_PIECE_CHARACTERS, Problems, Split, find_files, read_documents
 
 TEXTS = ["one", "two zwei", "drei"]
 

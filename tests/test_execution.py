@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from olmodebug.errors import UsageError
-from olmodebug.execution import Execution, applied, defaults, parse
+from olmodebug.executions.execution import Execution, applied, defaults, parse
 
 
 def test_the_parts_of_an_execution_stand_in_any_order() -> None:

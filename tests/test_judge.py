@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from olmodebug.bound import ALPHA, LAMBDA, contraction, factor, limit
-from olmodebug.judge import LOW_POLICY, TF32_POLICY, Judgement, agree, expect, judge, judgement_of
+from olmodebug.executions.bound import ALPHA, LAMBDA, contraction, factor, limit
+from olmodebug.executions.judge import LOW_POLICY, TF32_POLICY, Judgement, agree, expect, judge, judgement_of
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from olmodebug.api import check
-from olmodebug.leaks import Leaks, leaks
+from olmodebug.relations.leaks import Leaks, leaks
 from olmodebug.render.layout import console
 from olmodebug.render.leaks import leaks_view
 from olmodebug.report import from_json, plain

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmodebug.derivative import underived
-from olmodebug.lift import departures
+from olmodebug.executions.derivative import underived
+from olmodebug.executions.lift import departures
 from olmodebug.model import OlmoMLP
 from olmodebug.records import Case
 from olmodebug.spec import Job, resolve

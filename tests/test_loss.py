@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import olmodebug.loss
-from olmodebug.loss import linear_cross_entropy, nll_sum
+import olmodebug.training.loss
+from olmodebug.training.loss import linear_cross_entropy, nll_sum
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("rows", [1, 3, 37])
 def test_value_and_gradients_equal_the_plain_loss(dtype: torch.dtype, limit: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(olmodebug.loss, "CHUNK_ROWS_CPU", rows)
+    monkeypatch.setattr(olmodebug.training.loss, "CHUNK_ROWS_CPU", rows)
     torch.manual_seed(0)
     states = (3 * torch.randn(37, 8)).to(dtype).requires_grad_()
     weight = torch.randn(53, 8).to(dtype).requires_grad_()

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 import olmodebug
-from olmodebug.allocator import AllocatorSettings
-from olmodebug.dry_run import Prepared, token_ids, trace_fake
-from olmodebug.gpus import GPUS
-from olmodebug.memory_estimate import estimate
-from olmodebug.memory_fit import largest, what_ifs
+from olmodebug.footprint.allocator import AllocatorSettings
+from olmodebug.footprint.dry_run import Prepared, token_ids, trace_fake
+from olmodebug.footprint.estimate import estimate
+from olmodebug.footprint.fit import largest, what_ifs
+from olmodebug.footprint.gpus import GPUS
+from olmodebug.footprint.training_step import StepPlan, make_optimizer, step
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
 from olmodebug.spec import Job
 from olmodebug.subject import from_model
-from olmodebug.training_step import StepPlan, make_optimizer, step
 
 MIB = 1 << 20
 PLAN = StepPlan(batch_size=64, seq_len=64)

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from olmodebug.device_memory import device_memory
 from olmodebug.errors import UsageError
-from olmodebug.gpus import GPUS, bytes_from, gpu_named
-from olmodebug.memory_history import aligned, peak_of_history
-from olmodebug.memory_oom import explain_out_of_memory, is_out_of_memory, reason_of, requested_bytes
-from olmodebug.peak_owner import owner
-from olmodebug.scratch import scratch_bytes
-from olmodebug.short_training import overflow_text
-from olmodebug.storage_trace import ACTIVATIONS, LOGITS, LOSS, OPTIMIZER_STATE, PARAMETERS, Allocation, StorageTrace
-from olmodebug.training_step import StepPlan
+from olmodebug.footprint.device_memory import device_memory
+from olmodebug.footprint.gpus import GPUS, bytes_from, gpu_named
+from olmodebug.footprint.history import aligned, peak_of_history
+from olmodebug.footprint.oom import explain_out_of_memory, is_out_of_memory, reason_of, requested_bytes
+from olmodebug.footprint.peak_owner import owner
+from olmodebug.footprint.scratch import scratch_bytes
+from olmodebug.footprint.short_training import overflow_text
+from olmodebug.footprint.storage_trace import ACTIVATIONS, LOGITS, LOSS, OPTIMIZER_STATE, PARAMETERS, Allocation, StorageTrace
+from olmodebug.footprint.training_step import StepPlan
 
 MIB = 1 << 20
 

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 import olmodebug
-from olmodebug.chrome_trace import chrome_trace
-from olmodebug.memory_section import compare, section
+from olmodebug.footprint.chrome_trace import chrome_trace
+from olmodebug.footprint.section import compare, section
 from olmodebug.render.memory import memory_view
 from olmodebug.report import read
 

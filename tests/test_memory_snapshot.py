@@ -10,7 +10,7 @@ import pytest
 import olmodebug
 from olmodebug.cli import main
 from olmodebug.errors import ReportError
-from olmodebug.memory_snapshot import read_snapshot, snapshot_section
+from olmodebug.footprint.snapshot import read_snapshot, snapshot_section
 
 from .snapshots import MIB, snapshot, write
 from .test_memory_section import drawn

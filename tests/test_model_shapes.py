@@ -8,7 +8,7 @@ import torch
 
 import olmodebug.model as model_file
 from olmodebug.model import Olmo, OlmoConfig
-from olmodebug.tracer import record
+from olmodebug.tracing.tracer import record
 
 SOURCE = Path(model_file.__file__)
 COMMENT = re.compile(r"  # \[([0-9A-Z, *]+)\]$")

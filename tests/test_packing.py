@@ -5,8 +5,8 @@ from itertools import islice
 import pytest
 
 from olmodebug.errors import UsageError
-from olmodebug.packing import Packing, windows
-from olmodebug.tokenization import Encoder
+from olmodebug.training.packing import Packing, windows
+from olmodebug.training.tokenization import Encoder
 
 
 class Numbers:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import olmodebug.report
-from olmodebug.bundle import Bundle, Writer, read_bundle
 from olmodebug.environment import environment
-from olmodebug.execution import parse
-from olmodebug.parity_cases import cases_of
-from olmodebug.parity_compare import compare
-from olmodebug.parity_findings import findings
-from olmodebug.parity_run import Options, run_parity
+from olmodebug.executions.bundle import Bundle, Writer, read_bundle
+from olmodebug.executions.cases import cases_of
+from olmodebug.executions.compare import compare
+from olmodebug.executions.execution import parse
+from olmodebug.executions.findings import findings
+from olmodebug.executions.run import Options, run_parity
 from olmodebug.report import plain
 from olmodebug.spec import Job, resolve
 

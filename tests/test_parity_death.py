@@ -1,6 +1,6 @@
 """A run that died: the op that ran, the bad index and its bound, from the journal alone."""
 
-from olmodebug.parity_death import arguments_text, bad_index, death_finding, replayed
+from olmodebug.executions.death import arguments_text, bad_index, death_finding, replayed
 from olmodebug.process import Death
 from olmodebug.records import Where
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from olmodebug.head import find_head
-from olmodebug.perplexity import Side, measure, pieces
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject
+from olmodebug.training.head import find_head
+from olmodebug.training.perplexity import Side, measure, pieces
 
 
 @pytest.fixture(scope="module")

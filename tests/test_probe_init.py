@@ -6,11 +6,11 @@ import pytest
 import torch
 from olmodebug.probes.init import finite_weights
 
-from olmodebug.births import watch_build
 from olmodebug.convention import Convention
 from olmodebug.load import load_file
 from olmodebug.sources import Sources
 from olmodebug.subject import Subject
+from olmodebug.tracing.births import watch_build
 from tests.mutants.catalog import CLEAN, MUTANTS
 from tests.scoreboard import findings_on, judge
 

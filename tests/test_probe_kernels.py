@@ -12,7 +12,7 @@ from torch import nn
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import from_model
 from olmodebug.switches import attention_twins
-from olmodebug.tracer import record
+from olmodebug.tracing.tracer import record
 from tests.mutants.catalog import CLEAN, MUTANTS
 from tests.scoreboard import findings_on, judge
 

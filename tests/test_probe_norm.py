@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from olmodebug.norms import acts_as_norm, norm_calls, unit_rms, with_unit_weights
-from olmodebug.tracer import record
+from olmodebug.tracing.norms import acts_as_norm, norm_calls, unit_rms, with_unit_weights
+from olmodebug.tracing.tracer import record
 from tests.mutants.catalog import CLEAN, MUTANTS, NEUTRAL, materialize
 from tests.scoreboard import findings_on, judge
 

@@ -18,10 +18,10 @@ from olmodebug.cli import main
 from olmodebug.commands.ranks import STRATEGIES
 from olmodebug.compare import roundings_limit
 from olmodebug.errors import ReportError, UsageError
-from olmodebug.parallel import STRATEGIES as parallel_strategies
-from olmodebug.rank_compare import compare_ranks, first_unlike_collectives, gather, join, unlike_replicas
-from olmodebug.rank_record import Collective, RankWriter, digest, plain_name, read_records
-from olmodebug.ranks import RankOrder, compare_step
+from olmodebug.ranks.compare import compare_ranks, first_unlike_collectives, gather, join, unlike_replicas
+from olmodebug.ranks.parallel import STRATEGIES as parallel_strategies
+from olmodebug.ranks.record import Collective, RankWriter, digest, plain_name, read_records
+from olmodebug.ranks.run import RankOrder, compare_step
 from olmodebug.render.ranks import ranks_view
 from olmodebug.report import Report
 from olmodebug.store import Run

@@ -6,9 +6,9 @@ from torch import nn
 
 from olmodebug.errors import UsageError
 from olmodebug.model import Olmo
-from olmodebug.optimizer import kinds, make_optimizers, zero_residual_outputs
 from olmodebug.presets import PRESETS, preset
-from olmodebug.recipe import LADDER, OURS, SHORT, recipe
+from olmodebug.training.optimizer import kinds, make_optimizers, zero_residual_outputs
+from olmodebug.training.recipe import LADDER, OURS, SHORT, recipe
 
 # DataDecide's table: name, batch, rate to two digits, warmup steps. 1B: the launcher computed 2.24e-3 from the nominal size.
 PUBLISHED = {

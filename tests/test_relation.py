@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from olmodebug.compare import difference
-from olmodebug.relation import Culprit, Part, first_break, localise, model_sizes
-from olmodebug.tracer import record
+from olmodebug.relations.relation import Culprit, Part, first_break, localise, model_sizes
+from olmodebug.tracing.tracer import record
 
 HERE = Path(__file__)
 BATCH, SEQ, CUT, ROW = 3, 11, 6, 1

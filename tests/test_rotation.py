@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from olmodebug.rotation import angle_tables, attentions, constant_case, maker, table_factor, trace_case, varies
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject
+from olmodebug.tracing.rotation import angle_tables, attentions, constant_case, maker, table_factor, trace_case, varies
 from tests.mutants.catalog import CLEAN
 
 ROTARY = [

@@ -15,8 +15,8 @@ from olmodebug.records import ModuleShape, ShapeTree
 from olmodebug.render.layout import console
 from olmodebug.render.shapes import shapes_view
 from olmodebug.report import plain
-from olmodebug.shape_tree import folded, tree_of_spec
 from olmodebug.spec import Job
+from olmodebug.tracing.shape_tree import folded, tree_of_spec
 
 
 def _row(tree, path):  # type: ignore[no-untyped-def]
@@ -118,7 +118,7 @@ def test_a_model_too_large_to_allocate_is_not_allocated_for_its_shapes(monkeypat
         encoding="utf-8",
     )
     assert tree_of_spec(Job(spec=f"{file}:Model")).device == "cpu"
-    monkeypatch.setattr("olmodebug.shape_tree.MOST_BYTES", 1000)
+    monkeypatch.setattr("olmodebug.tracing.shape_tree.MOST_BYTES", 1000)
     with pytest.raises(SubjectError, match="18.2 KiB are not allocated"):
         tree_of_spec(Job(spec=f"{file}:Model"))
 

@@ -13,11 +13,11 @@ from torch import nn
 
 import olmodebug.model
 import olmodebug.subject
-from olmodebug.copies import digest
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
 from olmodebug.sources import NEAR, OUTSIDE, OWN, Sources, Spot, excerpt, is_ours, short_path
-from olmodebug.tracer import record
+from olmodebug.tracing.copies import digest
+from olmodebug.tracing.tracer import record
 
 HERE = str(Path(__file__).resolve())
 

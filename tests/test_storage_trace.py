@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from olmodebug.dry_run import Prepared, trace_fake, trace_real, trace_steps
-from olmodebug.gpus import GPUS
-from olmodebug.memory_confirm import real_subject
-from olmodebug.memory_estimate import estimate, peak_of
+from olmodebug.footprint.confirm import real_subject
+from olmodebug.footprint.dry_run import Prepared, trace_fake, trace_real, trace_steps
+from olmodebug.footprint.estimate import estimate, peak_of
+from olmodebug.footprint.gpus import GPUS
+from olmodebug.footprint.storage_trace import ACTIVATIONS, AUTOCAST, GRADIENTS, KV_CACHE, LOGITS, OPTIMIZER_STATE, PARAMETERS
+from olmodebug.footprint.training_step import StepPlan, make_optimizer, step
 from olmodebug.spec import Job
-from olmodebug.storage_trace import ACTIVATIONS, AUTOCAST, GRADIENTS, KV_CACHE, LOGITS, OPTIMIZER_STATE, PARAMETERS
 from olmodebug.subject import from_model
-from olmodebug.training_step import StepPlan, make_optimizer, step
 
 TINY = {"batch_size": 3, "seq_len": 17}
 

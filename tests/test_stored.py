@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from olmodebug.examine import run_probe
 from olmodebug.probe import select, shipped_probes
-from olmodebug.stored import pair_record, still_broken
+from olmodebug.relations.stored import pair_record, still_broken
 from olmodebug.subject import Subject, from_model
 
 

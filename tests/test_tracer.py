@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
 from olmodebug.records import Event
-from olmodebug.tracer import Moment, record
+from olmodebug.tracing.tracer import Moment, record
 
 HERE = Path(__file__)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from olmodebug.trainer import Told, _learning, _skipped, _touched
+from olmodebug.training.trainer import Told, _learning, _skipped, _touched
 
 DATA = {"vocab_size": 1000, "unigram_perplexity": 300.0}
 

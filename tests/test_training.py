@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olmodebug.dataset import Dataset, open_dataset
-from olmodebug.diagnose_step import diagnose
 from olmodebug.errors import UsageError
-from olmodebug.head import find_head
-from olmodebug.recipe import OURS, Recipe
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject, from_model
-from olmodebug.training import Ending, Options, batch_loss, train
+from olmodebug.training.dataset import Dataset, open_dataset
+from olmodebug.training.diagnose_step import diagnose
+from olmodebug.training.head import find_head
+from olmodebug.training.loop import Ending, Options, batch_loss, train
+from olmodebug.training.recipe import OURS, Recipe
 
 RECIPE = dataclasses.replace(OURS, steps=8, batch_size=2, seq_len=16, warmup_steps=2)
 

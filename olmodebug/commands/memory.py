@@ -10,7 +10,7 @@ from ..errors import UsageError
 from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
 
 if TYPE_CHECKING:
-    from ..memory_run import MemoryOrder
+    from ..footprint.run import MemoryOrder
     from ..report import Report
 
 SNAPSHOTS = (".pickle", ".pkl")
@@ -73,8 +73,8 @@ def memory(arguments: argparse.Namespace) -> int:
     must_be_writable(arguments.chrome_trace, option="--chrome-trace")
     report = _report(arguments)
     if arguments.chrome_trace:
-        from ..chrome_trace import chrome_trace
         from ..files import write_whole
+        from ..footprint.chrome_trace import chrome_trace
 
         write_whole(Path(arguments.chrome_trace), chrome_trace(report.sections["memory"]))
     return deliver(arguments, report)
@@ -91,7 +91,7 @@ def _report(arguments: argparse.Namespace) -> "Report":
 
 
 def _compared(arguments: argparse.Namespace) -> "Report":
-    from ..memory_section import compare, section
+    from ..footprint.section import compare, section
     from ..store import load_report
 
     sections = []
@@ -105,7 +105,7 @@ def _compared(arguments: argparse.Namespace) -> "Report":
 
 
 def _snapshot(arguments: argparse.Namespace) -> "Report":
-    from ..memory_snapshot import snapshot_section
+    from ..footprint.snapshot import snapshot_section
 
     return _read(arguments, "memory.snapshot-read", snapshot_section(Path(arguments.subject[0])))
 
@@ -138,7 +138,7 @@ def _read(arguments: argparse.Namespace, probe: str, body: "dict[str, Any]") -> 
 
 
 def _predicted(arguments: argparse.Namespace) -> "Report":
-    from ..memory_run import MemoryFault, run_memory
+    from ..footprint.run import MemoryFault, run_memory
     from ..store import new_run
 
     order = _order(arguments)
@@ -160,9 +160,9 @@ def _predicted(arguments: argparse.Namespace) -> "Report":
 def _order(arguments: argparse.Namespace) -> "MemoryOrder":
     import shlex
 
-    from ..allocator import VARIABLES, settings_from
-    from ..gpus import DEFAULT_GPU, bytes_from, gpu_named
-    from ..memory_run import MemoryOrder
+    from ..footprint.allocator import VARIABLES, settings_from
+    from ..footprint.gpus import DEFAULT_GPU, bytes_from, gpu_named
+    from ..footprint.run import MemoryOrder
     from ..spec_text import parse_config
 
     cuda = arguments.device == "cuda"

@@ -11,7 +11,7 @@ from .ranks import add_ranks, compare_ranks
 from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
 
 if TYPE_CHECKING:
-    from ..parity_check import Side
+    from ..executions.check import Side
     from ..report import Report
 
 FORMS = "device, dtype, attention, compile and flags with commas, as in cpu,bfloat16,sdpa or SUBJECT@cpu,float32,eager"
@@ -73,7 +73,7 @@ def parity_report(arguments: argparse.Namespace) -> "Report":
     if run.problem:
         say(f"olmodebug: {run.problem}")
     if bundles:
-        from ..parity_check import compare_bundles
+        from ..executions.check import compare_bundles
 
         if len(bundles) != 2:
             raise UsageError("one bundle alone has nothing to be compared with; give two")
@@ -89,8 +89,8 @@ def parity_report(arguments: argparse.Namespace) -> "Report":
 
 
 def _executed(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[Report, dict[str, Any]]":
-    from ..execution import Execution, defaults, parse
-    from ..parity_check import ParityOrder, Side, check_parity
+    from ..executions.check import ParityOrder, Side, check_parity
+    from ..executions.execution import Execution, defaults, parse
     from ..spec_text import parse_config
     from ..supervise import InternalFault
 
@@ -138,8 +138,8 @@ def _executed(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[R
 
 def _held_against(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[Report, dict[str, Any]]":
     """Two implementations on the same weights, whatever their weights and modules are called."""
-    from ..against import Order, against
-    from ..parity_check import git_source
+    from ..executions.check import git_source
+    from ..implementations.against import Order, against
     from ..spec_text import parse_config
     from ..supervise import InternalFault
 
@@ -178,7 +178,7 @@ def _held_against(arguments: argparse.Namespace, run: Any, command: str) -> "tup
 
 
 def _side(job: Mapping[str, Any], execution: Any, run: Any) -> "Side":
-    from ..parity_check import Side, git_source
+    from ..executions.check import Side, git_source
 
     spec = str(job["spec"])
     if spec.startswith("git:"):

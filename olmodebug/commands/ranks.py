@@ -22,7 +22,7 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 
 def compare_ranks(arguments: argparse.Namespace) -> int:
     """Run the comparison that `--ranks` asks for."""
-    from ..ranks import RankOrder, compare_step, order_record
+    from ..ranks.run import RankOrder, compare_step, order_record
     from ..spec_text import parse_config
     from ..store import new_run
 

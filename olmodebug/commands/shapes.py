@@ -29,4 +29,4 @@ def shapes(arguments: argparse.Namespace) -> int:
         timeout_seconds=arguments.timeout,
         command=shlex.join(["olmodebug", *arguments.argv]),
     )
-    return deliver(arguments, run_check(order, module="olmodebug.shape_child"))
+    return deliver(arguments, run_check(order, module="olmodebug.tracing.shape_child"))

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from .shared import Commands, add_command, add_output, add_subject, check_output, deliver, say
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..training.recipe import Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace) -> int:
     from ..render.training import Live
     from ..store import new_run
     from ..supervise import InternalFault
-    from ..trainer import TrainOrder, run_training
+    from ..training.trainer import TrainOrder, run_training
 
     check_output(arguments)
     run = new_run(Path.cwd())
@@ -123,14 +123,14 @@ def _job(arguments: argparse.Namespace, spec: str) -> dict[str, Any]:
 
 
 def _compared() -> tuple[str, ...]:
-    return ("olmo1-4M", "olmodebug.architectures:gpt_neox", "olmodebug.architectures:hybrid")
+    return ("olmo1-4M", "olmodebug.training.architectures:gpt_neox", "olmodebug.training.architectures:hybrid")
 
 
 def _recipe(arguments: argparse.Namespace) -> "Recipe":
     """The recipe with what the command line changes of it; the warmup keeps its share of the steps."""
     from dataclasses import replace
 
-    from ..recipe import recipe
+    from ..training.recipe import recipe
 
     chosen = recipe(arguments.recipe)
     if arguments.steps:

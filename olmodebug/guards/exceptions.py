@@ -17,11 +17,11 @@ from ..convention import Convention
 from ..explain import Explanation, explain_run, operands
 from ..load import SubjectCodeError
 from ..records import Case, Where
-from ..repair import Edit
+from ..relations.repair import Edit
 from ..report import Finding, Scalar
 from ..sources import Sources, Spot, traceback_frames
 from ..subject import Subject, quiet
-from ..tracer import Recording, record
+from ..tracing.tracer import Recording, record
 from . import place
 from .excerpts import lines_at
 from .place import Place

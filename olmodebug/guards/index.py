@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dims import WIDTH_NAMES
 from ..records import TensorInfo
-from ..repair import expressions
+from ..relations.repair import expressions
 from ..report import Finding, Scalar
 from ..sources import short_path
 from ..subject import VOCAB_NAMES
+from ..tracing.dims import WIDTH_NAMES
 from .excerpts import lines_at
 from .place import Place
 

@@ -10,9 +10,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from olmodebug.implementations.comparison import compare
+from olmodebug.implementations.equivalent import config_for
+
 from olmodebug.environment import environment
-from olmodebug.equivalent import config_for
-from olmodebug.implementations import compare
 from olmodebug.report import Report
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject

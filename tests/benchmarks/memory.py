@@ -32,9 +32,9 @@ told(tensors=found.tensors.expected, reserved=found.reserved.expected)
 MEMTRACKER = """
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
-from olmodebug.dry_run import Prepared, token_ids
+from olmodebug.footprint.dry_run import Prepared, token_ids
 from olmodebug.spec import Job
-from olmodebug.training_step import StepPlan, make_optimizer, step
+from olmodebug.footprint.training_step import StepPlan, make_optimizer, step
 plan = StepPlan(batch_size=batch, seq_len=seq_len, precision="bf16-amp")
 ready = Prepared(Job(spec=spec), torch.float32)
 peak = 0

@@ -17,7 +17,7 @@ from pathlib import Path
 PLAIN = """
 import sys, time, torch
 from olmodebug.spec import Job, resolve
-from olmodebug.parity_cases import cases_of
+from olmodebug.executions.cases import cases_of
 subject = resolve(Job(spec=sys.argv[1], whole=True))
 subject.model.to(torch.bfloat16)
 case = next(c for c in cases_of(subject) if c.name == sys.argv[2]).case

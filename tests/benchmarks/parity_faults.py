@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmodebug.derivative import underived
-from olmodebug.judge import judge
-from olmodebug.lift import departures
-from olmodebug.parity_compare import argument_differences, corresponding_ops, paired_ops
-from olmodebug.parity_run import scalars
-from olmodebug.recording import Moment
+from olmodebug.executions.compare import argument_differences, corresponding_ops, paired_ops
+from olmodebug.executions.derivative import underived
+from olmodebug.executions.judge import judge
+from olmodebug.executions.lift import departures
+from olmodebug.executions.replay import expect
+from olmodebug.executions.run import scalars
 from olmodebug.records import Case, Event
-from olmodebug.replay import expect
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject
-from olmodebug.tracer import record
+from olmodebug.tracing.recording import Moment
+from olmodebug.tracing.tracer import record
 
 from .parity_fault_list import DEVICE, GENERATIONS, MODEL, NORMED, RMS, DeviceFault, ModelFault
 from .parity_peers import PEERS

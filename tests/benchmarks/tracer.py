@@ -19,7 +19,7 @@ import torch
 
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
-from olmodebug.tracer import record
+from olmodebug.tracing.tracer import record
 
 ROUNDS = 3
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from olmodebug.checkpoint import hugging_face_config
-from olmodebug.head import find_head
-from olmodebug.optimizer import make_optimizers
 from olmodebug.presets import preset
-from olmodebug.recipe import SHORT
 from olmodebug.subject import from_model
-from olmodebug.training import batch_loss
+from olmodebug.training.checkpoint import hugging_face_config
+from olmodebug.training.head import find_head
+from olmodebug.training.loop import batch_loss
+from olmodebug.training.optimizer import make_optimizers
+from olmodebug.training.recipe import SHORT
 
 RATE = 1e-3
 

@@ -1,0 +1,147 @@
+"""`python -m olmodebug.executions.child`: one execution of a subject in a process that may die of it, written to a bundle."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from ..serve import Tell, serve
+
+MOST_DERIVED = 40_000_000  # parameters of a model whose float64 copy is made beside it
+DEVICE_ERRORS = ("CUDA error", "HIP error", "device-side assert", "illegal memory access", "AcceleratorError")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to allocate")
+
+
+def run(message: dict[str, Any], tell: Tell) -> None:
+    """Build the subject, run it on the cases under judgement, and write its bundle."""
+    import torch
+
+    from ..environment import environment
+    from ..errors import OlmodebugError
+    from ..explain import explain
+    from ..load import SubjectCodeError
+    from ..report import plain
+    from ..spec import Job, resolve
+    from .bundle import BundleError, Writer
+    from .cases import cases_of
+    from .execution import Execution
+    from .run import Options, run_parity
+
+    execution = Execution(**{**message["execution"], "flags": tuple(message["execution"]["flags"])})
+    tell("start", step="build")
+    try:
+        _device(execution.device)
+        subject = resolve(Job(**message["job"]))
+        cases = cases_of(subject, tuple(message["only"]))
+        writer = Writer(folder=Path(message["bundle"]), budget_bytes=message["budget_bytes"])
+        head = {"execution": {**message["execution"]}, "words": execution.words, "weights": message["weights"]}
+        head |= {"job": message["job"], "subject": plain(subject.info())}
+        head |= {"environment": plain(environment(seed=subject.seed, command=message["command"], device=execution.device))}
+        head |= {"machine": {"platform": platform.platform(), "threads": torch.get_num_threads()}}
+        writer.open(head)
+    except OlmodebugError as error:
+        tell("unusable", text=str(error))
+        return
+    except SubjectCodeError as error:
+        tell("finding", value=plain(explain(error).finding()), step="build")
+        return
+    tell("head", value=head)
+    options = Options(judged=message["judged"], repeat=message["repeat"])
+    try:
+        if message["derivative"]:
+            tell("start", step="derivative")
+            tell("underived", values=None if (wrong := _underived(subject)) is None else [plain(item) for item in wrong])
+        if message["reference"] is not None:
+            tell("start", step="module by module in float64")
+            tell("departures", values=_departures(message["reference"], message["job"]))
+        run_parity(subject, execution, cases, writer, tell=tell, options=options, weights=message["weights"])
+        writer.close()
+    except BundleError as error:
+        tell("unusable", text=str(error))
+    except OlmodebugError as error:
+        tell("unusable", text=str(error))
+    except Exception as error:
+        text = str(error).strip()
+        if any(word in f"{type(error).__name__}: {text}" for word in DEVICE_ERRORS):
+            tell("died", of="device", text=text.partition("\n")[0])
+        elif isinstance(error, MemoryError) or any(word in text for word in OUT_OF_MEMORY):
+            tell("died", of="memory", text=text.partition("\n")[0])
+        elif (theirs := _finding(error, subject)) is not None:
+            tell("finding", value=plain(theirs), step="run")
+        else:
+            raise
+    else:
+        used = _peak_bytes()
+        tell("done", peak_bytes=used)
+
+
+def _finding(error: Exception, subject: Any) -> Any:
+    """What the subject's own code raised, as a finding; None when it is not theirs."""
+    from ..explain import place_of, source_lines
+    from ..report import Finding
+    from ..sources import Sources, is_ours
+
+    spot = Sources(subject.model).spot_of(error)
+    if spot is None or is_ours(error):
+        return None
+    where = place_of(spot)
+    text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return Finding(
+        probe="parity.runs", severity="error", message=f"this execution raises {text}", where=where, source=source_lines(where), raised=text
+    )
+
+
+def _underived(subject: Any) -> list[Any] | None:
+    """Custom backwards that are not the derivative of their forward, asked of a float64 copy of a model that is small enough;
+    None where there can be no such copy."""
+    from ..records import Case
+    from .derivative import underived
+
+    if sum(p.numel() for p in subject.model.parameters()) > MOST_DERIVED:
+        return None
+    twin = subject.fresh_twin()
+    if str(twin.dtype) != "torch.float64":
+        return None
+    batch, length = twin.sizes()
+    return underived(twin, Case(name="a batch", input_ids=twin.token_ids(batch, length, seed=13)))
+
+
+def _departures(reference: dict[str, Any], own: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Modules that do not compute what the other subject's module of that name computes, both in float64; None where that
+    cannot be asked: too large, or no module shares its name."""
+    from ..records import Case
+    from ..report import plain
+    from .lift import departures
+
+    left, right = (resolve_job(values) for values in (reference, own))
+    names = [{name for name, _ in side.model.named_modules() if name} for side in (left, right)]
+    if sum(p.numel() for p in right.model.parameters()) > MOST_DERIVED or not names[0] & names[1]:
+        return None
+    batch, length = right.sizes()
+    case = Case(name="a batch", input_ids=right.token_ids(batch, length, seed=13))
+    found = departures(left.fresh_twin(), right.fresh_twin(), case)
+    return [
+        {"module": d.module, "kind": d.kind, "where": plain(d.where), "what": d.what, "gap": min(d.gap.max_abs, 1e300) if d.gap else None}
+        for d in found
+    ]
+
+
+def resolve_job(values: dict[str, Any]) -> Any:
+    from ..spec import Job, resolve
+
+    return resolve(Job(**values))
+
+
+def _device(name: str) -> None:
+    from ..spec import device_named
+
+    device_named(name)
+
+
+def _peak_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    serve(run)

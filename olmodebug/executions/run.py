@@ -1,0 +1,358 @@
+"""One execution of a subject, op by op under judgement, written to a bundle.
+
+Every op is replayed in float64 on the inputs that it really had, before it runs, and judged when it has run; only what is
+needed later is kept: outputs of the blocks, logits, loss and gradients, and the inputs of ops that failed. So the peak is the
+model, its gradients and one op.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.utils._pytree import tree_leaves
+
+from ..casts import cast
+from ..records import Event, ModuleCall
+from ..settle import settled
+from ..subject import Subject, quiet, set_attention
+from ..tracing.copies import digest
+from ..tracing.recording import Moment
+from ..tracing.tracer import record
+from .bound import ROUNDOFF
+from .bundle import Writer, dtype_named
+from .cases import ParityCase, learning_rule
+from .execution import Execution, applied
+from .judge import Judgement, judge
+from .replay import Expected, expect, is_arithmetic, op_name
+
+Tell = Callable[..., None]
+REPRO_BYTES = 64 << 20  # of inputs of one failed op
+MOST_REPROS = 8
+JOURNALLED_INTEGERS = 4096  # indices that go to the parent before the op runs, so that it can replay a device assert
+NOISE_RUNS = 3
+PROJECTED = 128  # numbers of a tensor that is too large to keep
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """How thoroughly a run is looked at. `judged` is off for the float64 side, whose own roundings nobody asks about."""
+
+    judged: bool = True
+    journal: bool = True
+    repeat: bool = True
+    replace: Callable[[int, list[Tensor]], None] | None = None  # what a device with a fault would do to an op's outputs
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What looks at every op: told before and after it runs."""
+
+    writer: Writer
+    tell: Tell
+    options: Options
+    declared: frozenset[str]
+    case: str = ""
+    count: int = 0
+    offset: int = 0
+    repros: int = 0
+    expected: Expected | None = None
+    func: Any = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    digests: list[int] = field(default_factory=list)
+
+    def before(self, event: Event, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self.func = func
+        if func.namespace == "profiler":  # marks that optimizers leave for the profiler
+            return
+        if self.options.journal:
+            self.tell("op", case=self.case, **place(event), arguments=described(func, args, kwargs))
+        self.expected = expect(func, args, kwargs) if self.options.judged else None
+
+    def after(self, moment: Moment) -> None:
+        event = moment.event
+        if self.func.namespace == "profiler":
+            return
+        line = {"i": self.count, "case": self.case, **place(event)}
+        line |= {"in": [str(t) for t in event.inputs], "out": [str(t) for t in event.outputs], "parameters": list(event.parameters)}
+        line["scalars"] = scalars(moment.arguments)
+        line["digest"] = [digest(t) for t in moment.outputs]
+        self.digests.append(hash(tuple(line["digest"])))
+        if self.expected is not None:
+            found = judge(self.expected, moment.outputs, declared=self.declared)
+            line["judged"] = judgement_fields(found)
+            line["does"] = self.expected.kind
+            if found.verdict in ("diverged", "range", "explained") and self.repros < MOST_REPROS:
+                line["repro"] = self._keep(moment, found)
+        self.writer.event("op", **line)
+        self.count += 1
+
+    def left(self, call: ModuleCall, outputs: list[Tensor]) -> None:
+        floats = [t for t in outputs if t.is_floating_point()]
+        line: dict[str, Any] = {"case": self.case, "module": call.module, "class": call.kind, "depth": call.depth}
+        line |= {"first": self.offset + call.first_event, "last": self.offset + call.last_event, "out": [str(t) for t in call.outputs]}
+        if floats:
+            key = f"{self.case}/{call.module}/{call.first_event}"
+            line["sample"] = sample(floats[0])
+            line["norm"] = finite_number(floats[0].detach().double().norm())
+            line["key"] = key if call.depth <= 1 and self.writer.tensor(key, floats[0]) else None
+        self.writer.event("call", **line)
+
+    def _keep(self, moment: Moment, found: Judgement) -> dict[str, Any] | None:
+        """The inputs of an op that failed, for a script that shows it alone."""
+        tensors = {name: value for name, value in moment.arguments.items() if isinstance(value, Tensor)}
+        size = sum(t.numel() * t.element_size() for t in [*tensors.values(), *moment.outputs])
+        if size > REPRO_BYTES or not tensors:
+            return None
+        prefix = f"repro/{self.count}"
+        named = [*tensors.items(), *((f"out{i}", t) for i, t in enumerate(moment.outputs))]
+        if not all(self.writer.tensor(f"{prefix}/{name}", t) for name, t in named):
+            return None
+        self.repros += 1
+        rest = {name: plain_argument(v) for name, v in moment.arguments.items() if name not in tensors}
+        return {"prefix": prefix, "op": str(self.func), "tensors": sorted(tensors), "arguments": rest, "output": found.output}
+
+
+def run_parity(
+    subject: Subject,
+    execution: Execution,
+    cases: list[ParityCase],
+    writer: Writer,
+    *,
+    tell: Tell,
+    options: Options,
+    weights: str | None = None,
+) -> None:
+    """Run a subject on the cases and write the bundle's events; raises what the subject raises.
+
+    `weights` is the dtype that parameters are rounded to first, so that two executions start from the same numbers.
+    """
+    prepare(subject, execution, weights)
+    watch = _Watch(writer, tell, options, execution.declared)
+    writer.event("weights", digests={name: digest(_as(p, weights)) for name, p in subject.model.named_parameters()})
+    with applied(execution), settled(subject.model, seed=subject.seed), quiet():
+        subject.model.eval()  # dropout is random, and nothing to compare
+        for case in cases:
+            watch.case = case.name
+            writer.event("case", name=case.name, mode=case.mode, batch=case.case.batch_size, seq=case.case.seq_len)
+            tell("start", step=case.name)
+            _one(subject, execution, case, watch, weights)
+
+
+def _one(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch, weights: str | None) -> None:
+    watch.offset = watch.count
+    model, writer = subject.model, watch.writer
+    once = (lambda: _gradients(subject, case)) if case.mode == "step" else (lambda: _forward(subject, case))
+    run = (lambda: _step(subject, execution, case, weights)) if case.mode == "step" else once
+    if execution.compile:
+        result = run()  # compiled code runs no op that could be seen
+    else:
+        first = len(watch.digests)
+        before = _digests(subject, once) if watch.options.repeat else []
+        replace = watch.options.replace
+        result = record(model, run, before=watch.before, on_event=watch.after, on_call=watch.left, log=False, replace=replace).result
+        unequal = next((i for i, (a, b) in enumerate(zip(before, watch.digests[first:], strict=False)) if a != b), None)
+        if unequal is not None:
+            writer.event("nondeterministic", case=case.name, i=first + unequal)
+    if watch.options.judged and case.mode == "forward" and not execution.compile:
+        writer.event("noise", case=case.name, sigma=noise(subject, execution, case, result["logits"]))
+    for name, tensor in result.items():
+        key = f"{case.name}/{name}"
+        line: dict[str, Any] = {"case": case.name, "name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)[6:]}
+        line |= {"digest": digest(tensor), "norm": finite_number(tensor.detach().double().norm()), "sample": sample(tensor)}
+        writer.event("result", **line, key=key if writer.tensor(key, tensor) else None)
+
+
+def prepare(subject: Subject, execution: Execution, weights: str | None) -> None:
+    """Bring a subject, built in float32 on the CPU, into the execution's dtype, device, attention and compilation."""
+    model = subject.model
+    if weights is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dtype.is_floating_point:
+                    parameter.copy_(parameter.to(dtype_named(weights)).to(parameter.dtype))
+    if execution.attention is not None:
+        set_attention(model, execution.attention)
+    cast(model, dtype_named(execution.dtype), device=torch.device(execution.device))
+    if execution.compile:
+        model.compile(backend=execution.compile)
+
+
+def _forward(subject: Subject, case: ParityCase) -> dict[str, Tensor]:
+    with torch.no_grad():
+        if case.mode == "decode":
+            return {"logits": _decoded(subject, case)}
+        return {"logits": subject.call(case.case).logits}
+
+
+def _decoded(subject: Subject, case: ParityCase) -> Tensor:
+    """Logits of all but the last two tokens at once, then of the last two one by one with the cache."""
+    from dataclasses import replace
+
+    rows = case.case.input_ids
+    length = case.case.seq_len
+    cut = max(1, length - 2)
+    parts, cache = [], None
+    for start, stop in [(0, cut), *((i, i + 1) for i in range(cut, length))]:
+        piece = replace(case.case, input_ids=tuple(row[start:stop] for row in rows), labels=None)
+        output = subject.call(piece, cache=cache, use_cache=True)
+        cache = output.cache
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
+def _gradients(subject: Subject, case: ParityCase) -> dict[str, Tensor]:
+    """Loss and backward: loss, logits and every gradient."""
+    model = subject.model
+    for parameter in model.parameters():
+        parameter.grad = None
+    output = subject.call(case.case)
+    loss = output.loss
+    if loss is None:
+        labels = torch.tensor(case.case.labels, device=output.logits.device)
+        logits, targets = output.logits[:, :-1], labels[:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+    loss.backward()
+    results = {"loss": loss.detach(), "logits": output.logits.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            results[f"gradient/{name}"] = parameter.grad
+    return results
+
+
+def _step(subject: Subject, execution: Execution, case: ParityCase, weights: str | None) -> dict[str, Tensor]:
+    """Loss, backward and one optimizer step."""
+    results = _gradients(subject, case)
+    learning_rule(subject.model, weights or execution.dtype).step()
+    for name, parameter in subject.model.named_parameters():
+        results[f"stepped/{name}"] = parameter.detach()
+    return results
+
+
+def noise(subject: Subject, execution: Execution, case: ParityCase, logits: Tensor) -> list[float | str]:
+    """How much one more rounding at every op moves the logits, as a root mean square for each position, over NOISE_RUNS runs.
+
+    Every result of arithmetic is moved by up to one unit roundoff, at random.
+    """
+    unit = ROUNDOFF[dtype_named(execution.dtype)]
+    total = torch.zeros(logits.shape[:2], dtype=torch.float64)
+    for seed in range(NOISE_RUNS):
+        generator = torch.Generator().manual_seed(seed)
+        fresh: list[bool] = []
+
+        def before(event: Event, func: Any, args: Any, kwargs: Any, fresh: list[bool] = fresh) -> None:
+            fresh.append(is_arithmetic(func))
+
+        def shake(index: int, outputs: list[Tensor], fresh: list[bool] = fresh, generator: torch.Generator = generator) -> None:
+            if not fresh[-1]:
+                return
+            for output in outputs:
+                if output.is_floating_point():
+                    move = (2 * torch.rand(output.shape, generator=generator) - 1) * unit
+                    output.mul_(1 + move.to(output.device))
+
+        moved = record(subject.model, lambda: _forward(subject, case), before=before, replace=shake, log=False).result["logits"]
+        total += (moved.double() - logits.double()).square().mean(-1).cpu()
+    return [finite_number(v) for v in (total / NOISE_RUNS).sqrt().flatten().tolist()]
+
+
+def _digests(subject: Subject, run: Callable[[], Any]) -> list[int]:
+    """Checksums of every op's outputs, of a run that nobody judges."""
+    seen: list[int] = []
+
+    def note(moment: Moment) -> None:
+        if not moment.event.op.startswith("_record_function"):
+            seen.append(hash(tuple(digest(t) for t in moment.outputs)))
+
+    record(subject.model, run, on_event=note, log=False)
+    return seen
+
+
+# What an event says of its op
+
+
+def place(event: Event) -> dict[str, Any]:
+    where = event.where
+    return {
+        "op": event.op,
+        "module": where.module,
+        "function": where.function,
+        "file": where.file,
+        "line": where.line,
+        "phase": event.phase,
+    }
+
+
+def described(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of an op as JSON: shapes of tensors, the numbers of small integer tensors, everything else as it is."""
+    schema = func._schema
+    named = [(spec.name, value) for spec, value in zip(schema.arguments, args, strict=False)] + list(kwargs.items())
+    return [{"name": name, **_described(value)} for name, value in named] + [{"name": "", "op": op_name(func), "overload": str(func)}]
+
+
+def _described(value: Any) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        known: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype)[6:]}
+        integers = value.dtype in (torch.int64, torch.int32) and value.device.type != "meta"
+        if integers and 0 < value.numel() <= JOURNALLED_INTEGERS:
+            known["values"] = value.detach().flatten().tolist()
+        return known
+    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        return {"items": [_described(item) for item in value]}
+    return {"value": plain_argument(value)}
+
+
+def plain_argument(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain_argument(item) for item in value]
+    return str(value)
+
+
+def scalars(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are no tensors: eps, scale, dtype, is_causal."""
+    return {name: plain_argument(v) for name, v in arguments.items() if not any(isinstance(t, Tensor) for t in tree_leaves(v))}
+
+
+def judgement_fields(found: Judgement) -> dict[str, Any]:
+    """A judgement as JSON; what is right says little."""
+    values: dict[str, Any] = {"verdict": found.verdict, "margin": finite_number(found.margin)}
+    if found.roundoff is not None:
+        values["roundoff"] = finite_number(found.roundoff)
+    if not found.derived:
+        values["derived"] = False
+    if found.reason and found.verdict in ("unverified", "range", "diverged"):
+        values["reason"] = found.reason
+    if found.policy:
+        values["policy"] = found.policy
+    if found.verdict in ("diverged", "range", "explained"):
+        values |= {name: finite_number(getattr(found, name)) for name in ("observed", "exact", "limit")}
+        values |= {"index": list(found.index), "mismatched": found.mismatched, "total": found.total, "output": found.output}
+    return values
+
+
+def finite_number(value: Any) -> float | str:
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def sample(tensor: Tensor) -> list[float | str]:
+    """A few elements at fixed places, to measure drift where the whole tensor was not kept."""
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > PROJECTED:
+        generator = torch.Generator().manual_seed(flat.numel())
+        flat = flat[torch.randint(flat.numel(), (PROJECTED,), generator=generator).to(flat.device)]
+    return [finite_number(v) for v in flat.double().tolist()]
+
+
+def _as(parameter: Tensor, weights: str | None) -> Tensor:
+    return parameter.detach() if weights is None else parameter.detach().to(dtype_named(weights))
+
+
+__all__ = ["Options", "described", "prepare", "run_parity", "scalars"]

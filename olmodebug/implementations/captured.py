@@ -1,0 +1,413 @@
+"""Named causes that are tried where two implementations part: on the tensors that were captured there.
+
+Each shows two things on the captured values: that the subject's tensor is what one rule gives on the inputs that both
+sides have, and that the reference's is what another rule gives on the same inputs. So the difference between the rules is
+the difference between the runs, and it vanishes with the reference's rule.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..compare import difference
+from ..sources import Spot
+from ..tracing.norms import NormCall, norm_calls
+from .aligned import Aligned, traced
+from .anchors import Columns, Graph, columns_of, same
+from .hypotheses import Cause
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu with tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu of sigmoid (x * sigmoid(1.702 x))": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "squared relu": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "no activation": lambda x: x,
+}
+GROUPS = 8  # of tensors that are a constant times the reference's, tried by running
+NEAR = 40  # how many ops behind the parting a tensor may lie to be looked at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parting:
+    """Where two runs part: the first node of each that the other does not have, and the two graphs."""
+
+    aligned: Aligned
+    left: Graph
+    right: Graph
+    node: int
+    other: int | None
+
+    @property
+    def limit(self) -> float:
+        return self.aligned.limit
+
+    def near(self, graph: Graph, start: int | None) -> Iterator[int]:
+        """Nodes that went astray, from the first on."""
+        if start is None:
+            return
+        for index in range(start, min(start + NEAR, len(graph.nodes))):
+            node = graph.nodes[index]
+            if node.data and not node.good and node.columns is not None:
+                yield index
+
+    def spot(self, index: int) -> Spot | None:
+        return self.left.recording.spots[self.left.nodes[index].event]
+
+
+def activation(parting: Parting) -> Cause | None:
+    """Another activation function."""
+    left, right = parting.left, parting.right
+    found: dict[str, tuple[str, int]] = {}
+    inputs = [i for i in left.nodes[parting.node].inputs if left.nodes[i].anchor is not None]
+    for source in inputs:
+        x = left.nodes[source].tensor.double()
+        given = _columns(left, x)
+        if given is None:
+            continue
+        results = {name: _columns(left, rule(x)) for name, rule in ACTIVATIONS.items()}
+        found.clear()
+        for side, graph, start in (("left", left, parting.node), ("right", right, parting.other)):
+            for index in parting.near(graph, start):
+                held = graph.nodes[index].columns
+                names = [n for n, r in results.items() if r is not None and held is not None and same(r, held, parting.limit)]
+                if names and side not in found:
+                    found[side] = (names[0], index)
+        if set(found) == {"left", "right"} and found["left"][0] != found["right"][0]:
+            mine, theirs = found["left"], found["right"]
+            return Cause(
+                name="activation",
+                text=f"the activation is {mine[0]} where the reference's is {theirs[0]}; applied to the same captured input, each gives exactly its side's output",
+                fix=f"use {theirs[0]}",
+                spot=parting.spot(mine[1]),
+                module=left.event(mine[1]).where.module,
+            )
+    return None
+
+
+def factor(parting: Parting) -> Cause | None:
+    """A constant factor: the scale of the scores, of the embeddings, of the logits. With it taken out, the logits agree."""
+    for group, ratio in _scaled_groups(parting):
+        if _agrees_without(parting, group, ratio):
+            return _factor_cause(parting, group[0], ratio)
+    return None
+
+
+def _scaled_groups(parting: Parting) -> Iterator[tuple[list[int], float]]:
+    """Tensors of one function that are one constant times a tensor of the reference, the first in the run first."""
+    left, right = parting.left, parting.right
+    stray = list(_strays(right, parting.other))
+    groups: dict[tuple[str | None, float], list[int]] = {}
+    ratios: dict[int, float] = {}
+    for index in _strays(left, parting.node):
+        read = [a for source in left.nodes[index].inputs if (a := left.nodes[source].anchor) is not None]
+        ratio = next((r for other in [*stray, *read] if (r := _ratio(left, index, right, other, parting.limit))), None)
+        if ratio is not None:
+            ratios[index] = ratio
+    for other in stray:  # what the reference multiplies and the subject leaves as it is
+        for source in right.nodes[other].inputs:
+            twin = right.nodes[source].anchor
+            if twin is not None and twin not in ratios and (ratio := _ratio(left, twin, right, other, parting.limit)):
+                ratios[twin] = ratio
+    bare = {i for i in ratios if left.nodes[i].anchor is not None}  # of these the last is the nearest to where the factor is missing
+    for index, ratio in sorted(ratios.items()):
+        if not any(abs(ratios.get(source, 0.0) / ratio - 1) < parting.limit for source in _made_of(left, index)):
+            groups.setdefault((left.event(index).where.function, float(f"{ratio:.4g}")), []).append(index)
+    for group in sorted(groups.values(), key=lambda g: (g[0] in bare, -g[0] if g[0] in bare else g[0]))[:GROUPS]:
+        yield group, ratios[group[0]]
+
+
+def _made_of(graph: Graph, index: int, depth: int = 4) -> Iterator[int]:
+    """The tensors that a tensor is made of, a few ops back."""
+    if depth:
+        for source in graph.nodes[index].inputs:
+            yield source
+            yield from _made_of(graph, source, depth - 1)
+
+
+def _strays(graph: Graph, start: int | None) -> Iterator[int]:
+    last = len(graph.nodes) if start is None else min(start + NEAR, len(graph.nodes))
+    for index, node in enumerate(graph.nodes[:last]):
+        if node.anchor is None and node.leads and node.columns is not None and node.columns.positioned:
+            yield index
+
+
+def _ratio(left: Graph, index: int, right: Graph, other: int, limit: float) -> float | None:
+    mine, theirs = left.nodes[index].columns, right.nodes[other].columns
+    if mine is None or theirs is None or mine.matrix.shape != theirs.matrix.shape or left.nodes[index].data != right.nodes[other].data:
+        return None
+    ratio = mine.scale / theirs.scale
+    if abs(ratio - 1) < 10 * limit:
+        return None
+    scaled = Columns(projection=mine.projection / ratio, matrix=mine.matrix / ratio, scale=theirs.scale, positioned=mine.positioned)
+    return ratio if same(scaled, theirs, limit) else None
+
+
+def _agrees_without(parting: Parting, group: list[int], ratio: float) -> bool:
+    """Whether the logits agree when every tensor made at these lines, in every layer, is divided by the factor."""
+    keys = _repeated(parting.left)
+    wanted = {keys[parting.left.nodes[i].event] for i in group}
+    events = {index for index, key in keys.items() if key in wanted}
+
+    def change(index: int, outputs: list[Tensor]) -> None:
+        if index in events:
+            for output in outputs:
+                output.div_(ratio)
+
+    changed = traced(parting.aligned.left.subject, parting.aligned.case, change=change)
+    return parting.aligned.gap(changed.recording.result) is None
+
+
+def _repeated(graph: Graph) -> dict[int, tuple[object, ...]]:
+    """What makes an op the same op in every layer: its place, its module without the layer's number, and its turn there."""
+    turns: dict[tuple[object, ...], int] = {}
+    found: dict[int, tuple[object, ...]] = {}
+    for event in graph.recording.events:
+        place = (event.op, event.where.function, event.where.line)
+        turn = turns[(*place, event.where.module)] = turns.get((*place, event.where.module), -1) + 1
+        found[event.index] = (*place, re.sub(r"\d+", "#", event.where.module), turn)
+    return found
+
+
+def _factor_cause(parting: Parting, index: int, ratio: float) -> Cause:
+    shape = parting.left.nodes[index].tensor.shape
+    seq = parting.left.seq
+    scores = len(shape) >= 2 and shape[-2:] == (seq, seq)
+    what = "the attention scores are" if scores else "the tensor here is"
+    details = ""
+    layout = parting.aligned.left.layout
+    query = next((t for s, t in parting.aligned.weights.items() if s.endswith(".q.weight")), None)
+    if scores and layout.heads and query is not None:
+        width = query.shape[0] // layout.heads
+        mine = _as_power(ratio / math.sqrt(width), width, query.shape[1])
+        details = f" (its scale is {mine} if the reference's is 1/sqrt(head_dim {width}))"
+    return Cause(
+        name="scale" if scores else "constant factor",
+        text=f"{what} {ratio:.6g} times the reference's, in every element{details}; divided by it, the logits agree",
+        fix="scale the scores by 1/sqrt(head_dim), once"
+        if scores
+        else f"multiply by {1 / ratio:.6g}, or leave the factor out on both sides",
+        spot=parting.spot(index),
+        module=parting.left.event(index).where.module,
+        op=parting.left.event(index).op,
+        evidence={"factor": ratio},
+    )
+
+
+def _as_power(value: float, width: int, hidden: int) -> str:
+    known = {
+        "1": 1.0, f"1/head_dim {width}": 1 / width, f"1/sqrt(hidden_size {hidden})": hidden**-0.5, f"1/hidden_size {hidden}": 1 / hidden,
+        f"sqrt(head_dim {width})": width**0.5,
+    }  # fmt: skip
+    return next((name for name, number in known.items() if abs(value / number - 1) < 1e-4), f"{value:.6g}")
+
+
+def eps(parting: Parting) -> Cause | None:
+    """The eps of a norm."""
+    mine, theirs = norm_calls(parting.left.recording), norm_calls(parting.right.recording)
+    if len(mine) != len(theirs):
+        return None
+    for number, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+        if _equal_eps(one, other):
+            continue
+        if one.width != other.width or not _near_parting(parting, one) or not _explained_by_eps(parting, number, other.eps):
+            return None
+        return eps_cause(one, other, "with the reference's eps on the same captured input, the norm gives the reference's output")
+    return None
+
+
+def eps_cause(one: NormCall, other: NormCall, shown: str) -> Cause:
+    return Cause(
+        name="eps",
+        text=f"the {one.kind} adds eps {one.eps:.3g} where the reference adds {other.eps:.3g}; {shown}",
+        fix=f"take eps from the configuration: {other.eps:.3g}",
+        module=one.where.module,
+        evidence={"eps": one.eps, "reference_eps": other.eps},
+    )
+
+
+def differing_eps(aligned: Aligned) -> tuple[NormCall, NormCall] | None:
+    """The first pair of norms with another eps, whether or not these inputs show it; None where the two lists differ in length."""
+    left, right = aligned.graphs()
+    mine, theirs = norm_calls(left.recording), norm_calls(right.recording)
+    if len(mine) != len(theirs):
+        return None
+    for one, other in zip(mine, theirs, strict=True):
+        if one.width == other.width and one.kind == other.kind and not _equal_eps(one, other):
+            return one, other
+    return None
+
+
+def _equal_eps(one: NormCall, other: NormCall) -> bool:
+    return abs(one.eps - other.eps) <= 1e-3 * max(abs(one.eps), abs(other.eps))  # float32 keeps 1e-5 to seven places
+
+
+def _near_parting(parting: Parting, call: NormCall) -> bool:
+    where = parting.left.event(parting.node).where
+    return call.where.module == where.module and call.where.function == where.function
+
+
+def _explained_by_eps(parting: Parting, number: int, wanted: float) -> bool:
+    """Whether the norm of the subject's own input with the reference's eps is a tensor of the reference."""
+    left, right = parting.left, parting.right
+    sources = _inputs_of_norm(parting)
+    outputs = [right.nodes[i].columns for i in parting.near(right, parting.other)]
+    for x in sources:
+        centred = x - x.mean(-1, keepdim=True)
+        for value in (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + wanted),
+            centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + wanted),
+        ):
+            for weighted in _weighted(parting, value):
+                made = _columns(left, weighted)
+                if made is not None and any(held is not None and same(made, held, parting.limit) for held in outputs):
+                    return True
+    return False
+
+
+def _inputs_of_norm(parting: Parting) -> list[Tensor]:
+    """Tensors that both sides have, from which the parting's function starts."""
+    graph, queue = parting.left, [parting.node]
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    while queue and len(seen) < 24:
+        index = queue.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        if graph.nodes[index].anchor is not None:
+            tensor = graph.nodes[index].tensor
+            if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[-1] > 1:
+                found.append(tensor.double())
+        queue += graph.nodes[index].inputs
+    return found
+
+
+def _weighted(parting: Parting, value: Tensor) -> Iterator[Tensor]:
+    """A normalised tensor, alone and times every norm weight of its width (plus its bias, where there is one)."""
+    yield value
+    for slot, weight in parting.aligned.weights.items():
+        if weight.ndim == 1 and weight.shape[0] == value.shape[-1] and slot.endswith("weight"):
+            bias = parting.aligned.weights.get(slot.removesuffix("weight") + "bias")
+            yield value * weight + (bias if bias is not None and bias.shape == weight.shape else 0)
+
+
+def softcap(parting: Parting) -> Cause | None:
+    """A softcap that one side has and the other has not."""
+    for mine, theirs, start, other, words in (
+        (parting.left, parting.right, parting.node, parting.other, "misses a softcap that the reference has"),
+        (parting.right, parting.left, parting.other, parting.node, "has a softcap that the reference has not"),
+    ):
+        for index in parting.near(theirs, other):
+            if theirs.event(index).op != "tanh":
+                continue
+            inside = theirs.recording.kept[theirs.nodes[index].event].inputs[0].double()
+            for raw in [
+                i
+                for i, n in enumerate(mine.nodes)
+                if n.data and n.columns is not None and n.columns.positioned and n.tensor.numel() == inside.numel()
+            ]:
+                held = mine.nodes[raw].columns
+                columns = _columns(theirs, inside)
+                assert held is not None
+                if columns is None or columns.matrix.shape != held.matrix.shape:
+                    continue
+                cap = held.scale / columns.scale
+                scaled = Columns(
+                    projection=columns.projection * cap,
+                    matrix=columns.matrix * cap,
+                    scale=columns.scale * cap,
+                    positioned=columns.positioned,
+                )
+                capped = _columns(theirs, cap * torch.tanh(inside))
+                if cap > 1 and same(scaled, held, parting.limit) and capped is not None and _is_there(theirs, capped, parting.limit):
+                    at = parting.node if start is not None and mine is parting.left else index
+                    return Cause(
+                        name="softcap",
+                        text=f"the subject {words}: {cap:.6g} * tanh(x / {cap:.6g}); applied to the captured tensor, it gives the other side's",
+                        fix="apply the softcap that the configuration states, on every path",
+                        spot=parting.spot(at),
+                        module=parting.left.event(at).where.module,
+                        evidence={"softcap": cap},
+                    )
+    return None
+
+
+def _is_there(graph: Graph, columns: Columns, limit: float) -> bool:
+    return any(n.columns is not None and same(columns, n.columns, limit) for n in graph.nodes)
+
+
+def visible_keys(parting: Parting) -> Cause | None:
+    """Another set of keys that a query may look at: a window, a mask that is not causal."""
+    mine, theirs = _softmaxes(parting.left), _softmaxes(parting.right)
+    for one, other in zip(mine, theirs, strict=False):
+        p, q = parting.left.nodes[one].tensor.double(), parting.right.nodes[other].tensor.double()
+        if p.numel() != q.numel():
+            return None
+        p, q = p.reshape(-1, parting.left.seq, parting.left.seq), q.reshape(-1, parting.left.seq, parting.left.seq)
+        if difference(p, q, relative_limit=parting.limit) is None:
+            continue
+        seen, wanted = p > 0, q > 0
+        if torch.equal(seen, wanted) or not _same_scores(p, q, parting.limit):
+            return None
+        return Cause(
+            name="window" if _window(seen) and _window(wanted) else "mask",
+            text=f"a query sees {_words(seen)} where the reference lets it see {_words(wanted)}; among the keys that both see, the weights stand in the same proportion",
+            fix="let a query see itself and the keys before it, of a window the last W with itself: key > query - W",
+            spot=parting.spot(parting.node),
+            module=parting.left.event(one).where.module,
+            evidence={"visible_pairs": int(seen.sum()), "reference_visible_pairs": int(wanted.sum())},
+        )
+    return None
+
+
+def _softmaxes(graph: Graph) -> list[int]:
+    seq = graph.seq
+    return [
+        i
+        for i, n in enumerate(graph.nodes)
+        if graph.event(i).op in ("_softmax", "_safe_softmax", "softmax") and n.leads and n.tensor.shape[-2:] == (seq, seq)
+    ]
+
+
+def _same_scores(p: Tensor, q: Tensor, limit: float) -> bool:
+    """Whether the two differ only by which keys count: the share of every key that both see, among those that both see."""
+    both = (p > 0) & (q > 0)
+    a, b = torch.where(both, p, 0.0), torch.where(both, q, 0.0)
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    return difference(torch.nan_to_num(a), torch.nan_to_num(b), relative_limit=limit) is None
+
+
+def _window(seen: Tensor) -> int | None:
+    """The most keys that a late query sees, itself the last of them; None where nothing is cut off or it sees ahead."""
+    causal = not bool(seen.triu(1).any())
+    return int(seen[0, -1].sum()) if causal and not bool(seen[0, -1, 0]) else None
+
+
+def _words(seen: Tensor) -> str:
+    if bool(seen.triu(1).any()):
+        ahead = int((seen[0, 0].nonzero().max()).item())
+        return f"{ahead} keys ahead of itself" if ahead else "keys ahead of itself"
+    window = _window(seen)
+    return f"the last {window} keys" if window else "all keys up to itself"
+
+
+def _columns(graph: Graph, tensor: Tensor) -> Columns | None:
+    return columns_of(tensor, batch=graph.batch, seq=graph.seq)
+
+
+ON_TENSORS: dict[str, Callable[[Parting], Cause | None]] = {
+    "eps of a norm": eps,
+    "activation (gelu, gelu with tanh, silu, relu)": activation,
+    "visible keys (causal mask, window)": visible_keys,
+    "softcap": softcap,
+    "a constant factor (scale)": factor,
+}

@@ -1,0 +1,72 @@
+"""`python -m olmodebug.implementations.child`: compare a subject with a reference, in a process that may die of either."""
+
+from pathlib import Path
+from typing import Any
+
+from ..serve import Tell, serve
+
+BUILD_SUBJECT, BUILD_REFERENCE, COMPARE = "building the subject", "building the reference", "comparing the two"
+
+
+def run(order: dict[str, Any], tell: Tell) -> None:
+    """Build both sides of an order and tell the report on them, or why there is none."""
+    from ..environment import environment
+    from ..errors import OlmodebugError, SubjectError
+    from ..explain import explain
+    from ..load import SubjectCodeError
+    from ..report import Finding, Outcome, Report, SubjectInfo, plain
+    from ..spec import Job, resolve
+    from .comparison import OUTPUTS, compare
+    from .mapping import read_map
+
+    job, seed = Job(**order["job"]), int(order["job"]["seed"])
+    step = BUILD_SUBJECT
+    try:
+        tell("start", step=step)
+        stated = read_map(Path(order["map"])) if order["map"] else None
+        subject = resolve(job)
+        step = BUILD_REFERENCE
+        tell("start", step=step)
+        reference = resolve(_reference_job(order, subject))
+        step = COMPARE
+        tell("start", step=step)
+        report = compare(subject, reference, stated=stated, seed=seed, command=order["command"])
+    except OlmodebugError as error:
+        tell("unusable", text=str(error))
+        return
+    except SubjectCodeError as error:
+        cause = error.__cause__ or error
+        if step == BUILD_REFERENCE or (error.subject is not None and error.subject.spec == order["reference"] != job.spec):
+            problem = SubjectError(f"the reference {order['reference']} does not run: {type(cause).__name__}: {cause}")
+            tell("unusable", text=str(problem))
+            return
+        explained = explain(error).finding()
+        report = Report(
+            subject=SubjectInfo(spec=job.spec),
+            environment=environment(seed=seed, command=order["command"]),
+            outcomes=(Outcome(probe=OUTPUTS, status="failed"),),
+            findings=(Finding(**{name: getattr(explained, name) for name in Finding.__dataclass_fields__}),),
+        )
+    tell("report", value=plain(report))
+
+
+def _reference_job(order: dict[str, Any], subject: Any) -> Any:
+    """A transformers class gets the sizes of the subject, unless its config is stated."""
+    from ..spec import Job
+    from .equivalent import config_for
+
+    spec, config = order["reference"], dict(order["reference_config"])
+    if spec.startswith("transformers:"):
+        from ..errors import SubjectError
+        from ..tiny import causal_lm_class
+
+        try:
+            kind, _ = causal_lm_class(spec.partition(":")[2])
+        except ValueError as error:
+            raise SubjectError(f"--reference: {error}") from None
+        config = {**config_for(kind, subject), **config}
+    return Job(spec=spec, config=config, seed=order["job"]["seed"], download=order["job"]["download"])
+
+
+if __name__ == "__main__":
+    serve(run)

@@ -1,0 +1,363 @@
+"""Does this implementation compute what that one computes? The first place where it does not, and why.
+
+Both get the same weights and the same tokens; logits, loss and every gradient are compared in float64. Where they differ,
+tensors of both runs are matched by value and the first op is named whose inputs the reference has and whose result it
+has not; then named causes are tried, and the one with which the difference vanishes is reported.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compare import difference
+from ..environment import environment
+from ..records import Difference, Where
+from ..report import Finding, Outcome, Report, merge_by_root
+from ..sources import Spot, short_path
+from ..subject import Subject
+from .aligned import Aligned, Side, align
+from .anchors import Graph, first_bad, last_leading, positions_first
+from .backward import GradientGap, gradient_gap
+from .captured import ON_TENSORS, Parting, differing_eps, eps_cause
+from .hypotheses import ON_WEIGHTS, Cause
+from .turned import ON_ROTATION
+from .wiring import ON_WIRING, caller, weights_read
+
+OUTPUTS, GRADIENTS, WEIGHTS, ARGUMENTS = "parity.outputs", "parity.gradients", "parity.weights", "parity.arguments"
+# A cause that only moves values shows later than it acts: where they meet. These ops are where it acts.
+DIVIDES = ("split", "split_with_sizes", "chunk", "unbind", "slice", "select", "narrow")
+GROWS = ("expand", "repeat", "repeat_interleave", "index_select", "index", "cat")
+UPSTREAM = {"qkv order": DIVIDES, "fused projection order": DIVIDES, "fused gate and up order": DIVIDES, "GQA order": GROWS}
+
+
+@dataclass(slots=True, kw_only=True)
+class Verdict:
+    """What the comparison of the outputs found: the difference, where it starts, why, and what was tried in vain."""
+
+    gap: Difference
+    where: Where
+    cause: Cause | None
+    tried: list[tuple[str, bool]] = field(default_factory=list)
+
+
+def compare(left: Subject, right: Subject, *, stated: Mapping[str, str] | None = None, seed: int = 0, command: str = "") -> Report:
+    """The report on a subject against a reference: findings, and `sections["implementations"]`.
+
+    SubjectError where the two do not fit (another vocabulary, other sizes, weights without a counterpart).
+    """
+    began = time.perf_counter()
+    aligned = align(left, right, stated=stated, seed=seed)
+    findings = [*_tied_apart(aligned)]
+    gap = aligned.gap()
+    tried: list[tuple[str, bool]] = []
+    gradients: GradientGap | None = None
+    if gap is not None:
+        verdict = locate(aligned, gap)
+        tried = verdict.tried
+        findings.append(_output_finding(aligned, verdict))
+    else:
+        findings += _argument_findings(aligned)
+        gradients = gradient_gap(aligned)
+        findings += _gradient_findings(aligned, gradients, findings)
+    probes = (WEIGHTS, OUTPUTS) + ((ARGUMENTS, GRADIENTS) if gap is None else ())
+    failed = {f.probe for f in findings if f.severity == "error"}
+    return Report(
+        subject=left.info(),
+        environment=environment(seed=seed, command=command),
+        outcomes=tuple(Outcome(probe=name, status="failed" if name in failed else "passed") for name in probes)
+        + (() if gap is None else (Outcome(probe=GRADIENTS, status="skipped", reason="the outputs differ already"),)),
+        findings=merge_by_root(findings),
+        sections={"implementations": _section(aligned, gap, gradients, tried)},
+        seconds=time.perf_counter() - began,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def locate(aligned: Aligned, gap: Difference) -> Verdict:
+    """Where the subject leaves the reference, and the cause with which the difference vanishes."""
+    left, right = aligned.graphs()
+    mine, theirs = first_bad(left), first_bad(right)
+    start = mine[0] if mine else last_leading(left)
+    tried: list[tuple[str, bool]] = []
+    cause = _tried(((name, partial(h, aligned)) for name, h in ON_WEIGHTS.items()), tried)
+    if cause is None and aligned.others:  # a way that looked worse may be the right one with the fault undone
+        cause = _on_other_ways(aligned)
+    if cause is None:
+        parting = Parting(aligned=aligned, left=left, right=right, node=start, other=theirs[0] if theirs else None)
+        captured = {**ON_ROTATION, **ON_TENSORS, **ON_WIRING}
+        cause = _tried(((name, partial(h, parting)) for name, h in captured.items()), tried)
+    return Verdict(gap=gap, where=_place(aligned, left, start, cause), cause=cause, tried=tried)
+
+
+def _tried(hypotheses: Iterable[tuple[str, Callable[[], Cause | None]]], tried: list[tuple[str, bool]]) -> Cause | None:
+    """The first cause that is established; `tried` takes the names of all that were looked at."""
+    for name, look in hypotheses:
+        cause = look()
+        tried.append((name, cause is not None))
+        if cause is not None:
+            return cause
+    return None
+
+
+def _on_other_ways(aligned: Aligned) -> Cause | None:
+    try:
+        for other in aligned.others:
+            other.load()
+            cause = _tried(((name, partial(h, other)) for name, h in ON_WEIGHTS.items()), [])
+            if cause is not None:
+                aligned.by_value = other.by_value
+                return cause
+    finally:
+        aligned.load()
+    return None
+
+
+def _place(aligned: Aligned, left: Graph, node: int, cause: Cause | None) -> Where:
+    """The function and line of the subject's own file."""
+    if cause is not None and cause.spot is not None:
+        return _where(cause.module or "", cause.spot, cause.op)
+    ops = UPSTREAM.get(cause.name) if cause is not None else None
+    if ops is not None:
+        found = _upstream(left, node, ops)
+        if found is None and cause is not None and cause.name == "qkv order":  # projections of their own: where the function calls them
+            used = [i for i, slot in weights_read(left, aligned.left.layout) if slot.split(".")[-2] in ("q", "k", "v") and i < node]
+            spot, module = caller(left, left.nodes[used[-1]].event) if used else (None, "")
+            if spot is not None:
+                return _where(module, spot, left.event(used[-1]).op)
+        node = node if found is None else found
+    elif not aligned.left.pairs and not aligned.right.pairs:
+        node = _where_order_changed(aligned, node)
+    event = left.event(node)
+    where = event.where
+    if where.file is None:
+        spot, module = caller(left, left.nodes[node].event)
+        if spot is not None:
+            return _where(module, spot, event.op)
+    return where
+
+
+def _upstream(graph: Graph, node: int, ops: tuple[str, ...]) -> int | None:
+    """The op before a node in the same module that divides or repeats what it reads: the first that divides, the last that repeats."""
+    queue, seen, found = [node], set[int](), list[int]()
+    module = graph.event(node).where.module
+    while queue:
+        index = queue.pop()
+        if index in seen or not graph.nodes[index].data:
+            continue
+        seen.add(index)
+        event = graph.event(index)
+        grown = event.op not in GROWS or any(o.shape and _numel(o.shape) > _numel(i.shape) for o in event.outputs for i in event.inputs[:1])
+        if index != node and event.op in ops and grown and event.where.file is not None and event.where.module == module:
+            found.append(index)
+        if index == node or not event.parameters:
+            queue += graph.nodes[index].inputs
+    if not found:
+        return None
+    return min(found) if ops is DIVIDES else max(found)
+
+
+def _where_order_changed(aligned: Aligned, node: int) -> int:
+    """A node that has the right numbers in another order than the reference, and feeds the first wrong one: there the fault is."""
+    left, right = aligned.graphs()
+    found, queue, seen = node, list(left.nodes[node].inputs), set[int]()
+    module = left.event(node).where.module
+    while queue:
+        index = queue.pop()
+        held = left.nodes[index]
+        if index in seen or held.anchor is None or not held.data or left.event(index).where.module != module:
+            continue
+        seen.add(index)
+        mine = positions_first(held.tensor, batch=left.batch, seq=left.seq)
+        theirs = positions_first(right.nodes[held.anchor].tensor, batch=right.batch, seq=right.seq)
+        if mine is None or theirs is None or mine.shape != theirs.shape:  # a head that stands there more than once, say
+            queue += held.inputs
+            continue
+        if difference(mine, theirs, relative_limit=aligned.limit) is not None:
+            found = min(found, index)
+            queue += held.inputs
+    return found
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _where(module: str, spot: Spot, op: str | None) -> Where:
+    return Where(module=module, function=spot.function, file=short_path(spot.file), line=spot.line, op=op)
+
+
+def _output_finding(aligned: Aligned, verdict: Verdict) -> Finding:
+    gap, cause = verdict.gap, verdict.cause
+    left, right = aligned.left.subject.spec, aligned.right.subject.spec
+    place = verdict.where
+    start = f"; up to `{place.function}` every tensor of the reference is there" if place.function else ""
+    return Finding(
+        probe=OUTPUTS,
+        severity="error",
+        message=f"with the same weights and tokens the logits of {left} and {right} differ by {gap.max_abs:.3g} (of {gap.scale:.3g}){start}",
+        cause=cause.text if cause else None,
+        fix=cause.fix if cause else None,
+        where=place,
+        expected=f"logits within {aligned.limit:.2g} of their largest magnitude",
+        observed=f"{gap.mismatched} of {gap.total} differ, the largest by {gap.relative:.3g} of it",
+        evidence={
+            "max_abs": gap.max_abs,
+            "relative": gap.relative,
+            "limit": aligned.limit,
+            **({"cause": cause.name, **cause.evidence} if cause else {}),
+        },
+        ruled_out=tuple(name for name, vanished in verdict.tried if not vanished),
+        case=aligned.case,
+    )
+
+
+def _argument_findings(aligned: Aligned) -> list[Finding]:
+    """Arguments that differ although these values hardly show it."""
+    pair = differing_eps(aligned)
+    if pair is None:
+        return []
+    one, other = pair
+    cause = eps_cause(one, other, "on the weights of this comparison the outputs still agree, on small activations they do not")
+    return [
+        Finding(
+            probe=ARGUMENTS,
+            severity="error",
+            message=f"the norm at `{one.where.module}` has eps {one.eps:.3g}, the reference's has {other.eps:.3g}",
+            cause=cause.text,
+            fix=cause.fix,
+            where=one.where,
+            evidence={"cause": "eps", "eps": one.eps, "reference_eps": other.eps},
+            case=aligned.case,
+        )
+    ]
+
+
+def _tied_apart(aligned: Aligned) -> list[Finding]:
+    """One side shares a parameter between embedding and head, the other keeps two."""
+    tied = ["head.weight" in side.layout.tied for side in (aligned.left, aligned.right)]
+    if tied[0] == tied[1] or "head.weight" not in aligned.weights:
+        return []
+    words = ("shares one parameter", "keeps two")
+    mine, theirs = (words[0], words[1]) if tied[0] else (words[1], words[0])
+    return [
+        Finding(
+            probe=WEIGHTS,
+            severity="error",
+            message=f"for embedding and head {aligned.left.subject.spec} {mine}, {aligned.right.subject.spec} {theirs}",
+            cause=f"the subject {'ties' if tied[0] else 'does not tie'} its head to the embedding, the reference {'does not' if tied[0] else 'does'}",
+            fix="tie both or none: `lm_head.weight = embed_tokens.weight` makes it one parameter, copying its data does not",
+            where=Where(module=_head_module(aligned.left)),
+            evidence={"cause": "tied head"},
+        )
+    ]
+
+
+def _head_module(side: Side) -> str:
+    piece = side.layout.slots.get("head.weight")
+    return piece.parameter.rpartition(".")[0] if piece else ""
+
+
+def _gradient_findings(aligned: Aligned, gradients: GradientGap, so_far: list[Finding]) -> list[Finding]:
+    found = []
+    if gradients.own is not None:
+        found.append(
+            Finding(
+                probe=GRADIENTS,
+                severity="error",
+                message=f"logits agree, the loss that the subject returns is {gradients.own[0]:.6g}, no mean cross-entropy of them ({gradients.own[1]:.6g})",
+                expected="the mean cross-entropy, as the reference returns it, of labels that are shifted inside or come shifted",
+                evidence={"loss": gradients.own[0], "cross_entropy": gradients.own[1]},
+                case=aligned.case,
+            )
+        )
+    tied = {"embed.weight", "head.weight"} if any(f.probe == WEIGHTS for f in so_far) else set()
+    slots = [slot for slot in gradients.differing if slot not in tied]
+    if slots:
+        names = [aligned.left.layout.slots[s].parameter for s in slots]
+        shown = ", ".join(dict.fromkeys(names[:3])) + (f" and {len(set(names)) - 3} more" if len(set(names)) > 3 else "")
+        worst = gradients.differing[slots[0]]
+        found.append(
+            Finding(
+                probe=GRADIENTS,
+                severity="error",
+                message=f"logits agree, gradients do not: {len(slots)} of {gradients.compared}, the last of them on the way forward {shown}",
+                cause=gradients.cause,
+                fix="let the gradient through: without detach(), .data, no_grad or a backward of its own" if gradients.cause else None,
+                where=_where(gradients.module, gradients.spot, None) if gradients.spot else Where(module=names[0].rpartition(".")[0]),
+                expected="the gradients of the reference, mapped by the weights",
+                observed=f"{names[0]} differs by {worst.max_abs:.3g} of {worst.scale:.3g}",
+                evidence={
+                    "differing": len(slots),
+                    "compared": gradients.compared,
+                    **({"cause": "gradient stopped"} if gradients.cause else {}),
+                },
+                case=aligned.case,
+            )
+        )
+    return found
+
+
+def _section(aligned: Aligned, gap: Difference | None, gradients: GradientGap | None, tried: list[tuple[str, bool]]) -> dict[str, Any]:
+    measured = _largest(aligned.left_logits, aligned.right_logits)
+    graphs = aligned.graphs()
+    return {
+        "reference": aligned.right.subject.spec,
+        "case": aligned.case.name,
+        "limit": aligned.limit,
+        "logits": {"largest_difference": measured[0], "largest_magnitude": measured[1], "agree": gap is None},
+        "gradients": None
+        if gradients is None
+        else {
+            "compared": gradients.compared,
+            "differing": len(gradients.differing),
+            "largest_relative_difference": gradients.largest,
+            "loss": gradients.losses[0],
+            "reference_loss": gradients.losses[1],
+        },
+        "mapping": [
+            {"slot": slot, "subject": str(piece), "reference": str(aligned.right.layout.slots[slot])}
+            for slot, piece in aligned.left.layout.slots.items()
+        ],
+        "settled_by_value": list(aligned.by_value),
+        "tensors": {
+            "subject": sum(n.data and n.leads for n in graphs[0].nodes),
+            "subject_found": sum(n.data and n.leads and n.anchor is not None for n in graphs[0].nodes),
+            "reference": sum(n.data and n.leads for n in graphs[1].nodes),
+            "reference_found": sum(n.data and n.leads and n.anchor is not None for n in graphs[1].nodes),
+        },
+        "layers": _by_weight(aligned, graphs),
+        "tried": [{"cause": name, "vanishes": vanished} for name, vanished in tried],
+    }
+
+
+def _by_weight(aligned: Aligned, graphs: tuple[Graph, Graph]) -> list[dict[str, Any]]:
+    """How far the two runs are apart behind each matrix that both read once, in the order of the model: drift, no verdict."""
+    sides = []
+    for graph, side in zip(graphs, (aligned.left, aligned.right), strict=True):
+        uses = [(i, slot) for i, slot in weights_read(graph, side.layout) if aligned.weights.get(slot, torch.zeros(0)).ndim == 2]
+        sides.append({slot: i for i, slot in uses if sum(s == slot for _, s in uses) == 1})
+    found = []
+    for slot, index in sides[0].items():
+        other = sides[1].get(slot)
+        if other is None:
+            continue
+        a, b = (positions_first(g.value(i), batch=g.batch, seq=g.seq) for g, i in zip(graphs, (index, other), strict=True))
+        if a is None or b is None or a.shape != b.shape:
+            continue
+        gap = float((a.double() - b.double()).abs().max()) / max(float(a.abs().max()), float(b.abs().max()), 1e-300)
+        module = aligned.left.layout.slots[slot].parameter.rpartition(".")[0]
+        found.append({"module": module, "difference": gap})
+    return found
+
+
+def _largest(left: Tensor, right: Tensor) -> tuple[float, float]:
+    return float((left.double() - right.double()).abs().max()), float(torch.maximum(left.abs(), right.abs()).max())

@@ -1,0 +1,470 @@
+"""Which numbers of one model are which numbers of another: weights matched by names, shapes and, where these leave a choice, by value.
+
+Every parameter is read as one or more *slots*, `3.q.weight` or `head.weight`, each oriented `[out, in]`: a fused projection
+holds several slots in some of its rows, a Conv1D holds its slot transposed, a tied head holds two slots at once. Two models
+fit where they fill the same slots with the same shapes. What names and shapes do not settle, the order of a fused
+projection with an unknown name, the order of the rotated pairs, is a *choice*, for the caller to try by value.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SubjectError, UsageError
+from ..subject import HEAD_NAMES, Subject
+
+KEY_VALUE_HEAD_NAMES = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "n_query_groups", "kv_n_heads", "n_head_kv")
+
+# The last names of parameters' modules, by what they do: Hugging Face, Meta, ai2-olmo, OLMo-core, GPT-NeoX, nanoGPT, litgpt.
+EMBED = (
+    "embed_tokens wte tok_embeddings embeddings embed_in embedding token_embedding token_embedding_table word_embeddings tok_emb emb embed"
+)
+POSITION = "wpe embed_positions position_embedding position_embedding_table pos_emb position_embeddings pos_embedding"
+HEAD = "lm_head output embed_out head unembed out_head"
+FINAL_NORM = "norm ln_f final_layer_norm final_layernorm final_norm norm_f ln_final"
+Q = "q_proj wq w_q query to_q W_q W_query q"
+K = "k_proj wk w_k key to_k W_k W_key k"
+V = "v_proj wv w_v value to_v W_v W_value v"
+QKV = "c_attn qkv qkv_proj Wqkv query_key_value att_proj in_proj W_pack"
+O = "o_proj wo out_proj attn_out to_out W_o"  # noqa: E741
+GATE = "gate_proj w1 w_gate fc_1"
+UP = "up_proj w3 c_fc dense_h_to_4h fc1 fc_in w_up fc_2 fc"
+GATE_UP = "gate_up_proj ff_proj w12 gate_up w13 wi"
+DOWN = "down_proj w2 dense_4h_to_h fc2 fc_out w_down"
+NORM1 = "ln_1 input_layernorm attention_norm attn_norm norm1 norm_1 ln1 ln_attn"
+NORM2 = "ln_2 post_attention_layernorm ffn_norm ff_norm feed_forward_norm norm2 norm_2 ln2 ln_mlp"
+Q_NORM, K_NORM = "q_norm query_norm q_layernorm", "k_norm key_norm k_layernorm"
+INSIDE = "w_out c_proj proj dense out"  # after attention or after the feed-forward: the module around it says which
+
+ROLES: dict[str, str] = {
+    name: role
+    for role, names in {
+        "embed": EMBED, "position": POSITION, "q": Q, "k": K, "v": V, "qkv": QKV, "o": O, "gate": GATE, "up": UP, "gate_up": GATE_UP,
+        "down": DOWN, "norm1": NORM1, "norm2": NORM2, "q_norm": Q_NORM, "k_norm": K_NORM, "inside": INSIDE,
+        "post_norm2": "post_feedforward_layernorm", "pre_norm2": "pre_feedforward_layernorm", "router": "router",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+OUTSIDE = {**dict.fromkeys(EMBED.split(), "embed"), **dict.fromkeys(POSITION.split(), "position"), **dict.fromkeys(HEAD.split(), "head"),
+           **dict.fromkeys(FINAL_NORM.split(), "norm"), "ff_out": "head", "w_out": "head"}  # fmt: skip
+
+# The order of the rows of fused projections under names whose checkpoints are known, the first being the usual one.
+QKV_ORDERS = ("q;k;v", "per head q,k,v")
+GATE_UP_ORDERS = ("gate;up", "up;gate", "gate,up interleaved")
+KNOWN_ORDERS = {"c_attn": "q;k;v", "att_proj": "q;k;v", "qkv_proj": "q;k;v", "query_key_value": "per head q,k,v", "ff_proj": "up;gate", "gate_up_proj": "gate;up"}  # fmt: skip
+# Whose rows of q and k are known to be in the order of rotate-half; Meta's own keys come in interleaved order.
+HALF_ROTATED = ("q_proj", "w_q", "att_proj", "query_key_value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Where a slot lies: rows of a parameter (None: all of it), read transposed or not."""
+
+    parameter: str
+    rows: tuple[int, ...] | None = None
+    transposed: bool = False
+    order: str | None = None  # of the fused projection that it is a part of
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        whole = tensors[self.parameter]
+        whole = whole.T if self.transposed else whole
+        return whole if self.rows is None else whole[torch.tensor(self.rows)]
+
+    def write(self, tensors: Mapping[str, Tensor], value: Tensor) -> None:
+        whole = tensors[self.parameter]
+        whole = whole.T if self.transposed else whole
+        if self.rows is None:
+            whole.copy_(value)
+        else:
+            whole[torch.tensor(self.rows)] = value.to(whole.dtype)
+
+    def __str__(self) -> str:
+        text = self.parameter + ("ᵀ" if self.transposed else "")
+        if self.rows is None:
+            return text
+        first, last = self.rows[0], self.rows[-1]
+        even = self.rows == tuple(range(first, last + 1))
+        return f"{text}[{first}:{last + 1}]" if even else f"{text}[{len(self.rows)} rows from {first}, {self.order}]"
+
+
+@dataclass(slots=True, kw_only=True)
+class Layout:
+    """The slots of one model. `choices` are fused parameters whose order of rows the name does not settle."""
+
+    subject: Subject
+    slots: dict[str, Piece]
+    tied: dict[str, str] = field(default_factory=dict)  # slot -> the slot whose parameter it shares
+    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    leaves: dict[str, str] = field(default_factory=dict)  # slot -> last name of its module
+    heads: int | None = None
+    key_value_heads: int | None = None
+
+    def shape(self, slot: str) -> tuple[int, ...]:
+        return tuple(self.slots[slot].read(parameters_of(self.subject.model)).shape)
+
+    def read(self) -> dict[str, Tensor]:
+        """The model's weights by slot."""
+        tensors = parameters_of(self.subject.model)
+        return {slot: piece.read(tensors).detach().clone() for slot, piece in self.slots.items()}
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """The gradients by slot, None where a parameter got none."""
+        tensors = {name: p.grad for name, p in self.subject.model.named_parameters() if p.grad is not None}
+        return {slot: piece.read(tensors) if piece.parameter in tensors else None for slot, piece in self.slots.items()}
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Write weights by slot into the model."""
+        tensors = parameters_of(self.subject.model)
+        with torch.no_grad():
+            for slot, piece in self.slots.items():
+                if slot in weights:
+                    piece.write(tensors, weights[slot])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairing:
+    """Two layouts that fill the same slots, and what was settled by value."""
+
+    left: Layout
+    right: Layout
+    pairs_on: str | None = None  # the side, "left" or "right", whose q and k rows stand in interleaved order
+    by_value: tuple[str, ...] = ()
+
+    def lines(self) -> list[dict[str, str]]:
+        """One line a slot, for the report."""
+        return [{"slot": slot, "subject": str(self.left.slots[slot]), "reference": str(self.right.slots[slot])} for slot in self.left.slots]
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None) -> Layout:
+    """The slots that a model's parameters fill; SubjectError where a fused projection cannot be divided."""
+    model = subject.model
+    heads = subject.setting(*HEAD_NAMES)
+    key_value = subject.setting(*KEY_VALUE_HEAD_NAMES)
+    heads = heads if isinstance(heads, int) else None
+    key_value = key_value if isinstance(key_value, int) and not isinstance(key_value, bool) else heads
+    layout = Layout(subject=subject, slots={}, heads=heads, key_value_heads=key_value)
+    roles = {name: role_of(name) for name, _ in model.named_parameters()}
+    _settle_norms(roles)
+    conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    widths = _output_widths(model, roles, conv1d)
+    fused: dict[str, tuple[str, ...]] = {}
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        layer, kind, suffix = role
+        prefix = "" if layer is None else f"{layer}."
+        transposed = name.rpartition(".")[0] in conv1d and parameter.ndim == 2
+        leaf = _leaf(name)
+        parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(kind)
+        if parts is None:
+            _add(layout, f"{prefix}{kind}.{suffix}", Piece(parameter=name, transposed=transposed), leaf)
+            continue
+        size = parameter.shape[-1] if transposed else parameter.shape[0]
+        known = KNOWN_ORDERS.get(leaf)
+        options = tuple(dict.fromkeys((*((known,) if known else ()), *(QKV_ORDERS if kind == "qkv" else GATE_UP_ORDERS))))
+        if known is None and leaf not in fused:
+            fused[leaf] = options
+        order = (orders or {}).get(leaf, options[0])
+        rows = fused_rows(kind, size, order, heads=heads, key_value=key_value, query_rows=widths.get(layer))
+        if rows is None:
+            raise SubjectError(
+                f"{subject.spec}: {name} has {size} rows, which cannot be divided into {', '.join(parts)}; state it with --map"
+            )
+        for part, chosen in zip(parts, rows, strict=True):
+            piece = Piece(parameter=name, rows=tuple(chosen), transposed=transposed, order=order)
+            _add(layout, f"{prefix}{part}.{suffix}", piece, leaf)
+    layout.choices = fused
+    _tied_slots(layout)
+    return layout
+
+
+def role_of(name: str) -> tuple[str | None, str, str]:
+    """(layer, role, `weight` or `bias`) of a parameter's name; the role of an unknown name is the name itself, without the layer."""
+    parts = name.split(".")
+    suffix = parts[-1] if parts[-1] in ("weight", "bias") else "weight"
+    path = parts[:-1] if parts[-1] in ("weight", "bias") else parts
+    index = next((i for i, part in enumerate(path) if part.isdigit()), None)
+    if index is None:
+        known = next((OUTSIDE[part] for part in reversed(path) if part in OUTSIDE), None)
+        if "lm_head" in path[:-1] and path[-1] == "norm":
+            known = "norm"
+        return None, known or ".".join(path), suffix
+    layer, inner = path[index], path[index + 1 :]
+    leaf = inner[-1] if inner else ""
+    if leaf in ("in_proj_weight", "in_proj_bias"):
+        return layer, "qkv", leaf.removeprefix("in_proj_")
+    around = ".".join(inner[:-1]).lower()
+    attention, feed = "att" in around, any(word in around for word in ("mlp", "ff", "feed", "ffn"))
+    role = ROLES.get(leaf)
+    expert = "".join(f"expert{part}." for part in inner[:-1] if part.isdigit())
+    if leaf == "ff_out" or (role == "inside" and feed):
+        role = "down"
+    elif role == "inside" and attention:
+        role = "o"
+    elif role == "gate" and leaf == "gate" and not expert:
+        role = None
+    if role is None or role == "inside":
+        return layer, expert + ".".join(inner), suffix
+    return layer, expert + role, suffix
+
+
+def _settle_norms(roles: dict[str, tuple[str | None, str, str]]) -> None:
+    """Names of norms mean different things in Llama and in OLMo 2: with one before the attention or without."""
+    kinds = {role[1] for role in roles.values()}
+    renamed: dict[str, str] = {}
+    if "post_norm2" in kinds and "norm1" not in kinds:  # OLMo 2: after the attention, after the feed-forward
+        renamed = {"norm2": "norm1", "post_norm2": "norm2"}
+    elif "pre_norm2" in kinds:  # Gemma 2: around both
+        renamed = {"norm2": "post_norm1", "pre_norm2": "norm2"}
+    gated = any(kind.endswith("gate") for kind in kinds) or "gate_up" in kinds
+    if not gated and "up" not in kinds:
+        renamed["gate"] = "up"
+    for name, (layer, kind, suffix) in roles.items():
+        roles[name] = (layer, renamed.get(kind, kind), suffix)
+
+
+def fused_rows(
+    kind: str, size: int, order: str, *, heads: int | None, key_value: int | None, query_rows: int | None
+) -> list[list[int]] | None:
+    """The rows of q, k, v or of gate, up in a fused projection of this order; None where it cannot be divided."""
+    if kind == "gate_up":
+        if size % 2:
+            return None
+        half = size // 2
+        if order.endswith("interleaved"):
+            return [list(range(0, size, 2)), list(range(1, size, 2))]
+        first, second = list(range(half)), list(range(half, size))
+        return [first, second] if order == "gate;up" else [second, first]
+    if heads is None:
+        queries = size // 3 if query_rows is None else query_rows
+    else:
+        groups = key_value or heads
+        if size % (heads + 2 * groups):
+            return None
+        queries = size // (heads + 2 * groups) * heads
+    keys, rest = divmod(size - queries, 2)
+    if rest or keys <= 0:
+        return None
+    if order.startswith("per head"):
+        if heads is None or heads != (key_value or heads):
+            return None if heads is None else _per_group(size, heads, key_value or heads)
+        return _per_group(size, heads, heads)
+    starts = {"q": queries, "k": keys, "v": keys}
+    found, at = {}, 0
+    for part in order.split(";"):
+        found[part] = list(range(at, at + starts[part]))
+        at += starts[part]
+    return [found["q"], found["k"], found["v"]]
+
+
+def _per_group(size: int, heads: int, groups: int) -> list[list[int]] | None:
+    """Each key/value head's rows stand together: its queries, its key, its value."""
+    width, rest = divmod(size, heads + 2 * groups)
+    if rest:
+        return None
+    each = heads // groups
+    q, k, v = [], [], []
+    for group in range(groups):
+        start = group * (each + 2) * width
+        q += list(range(start, start + each * width))
+        k += list(range(start + each * width, start + (each + 1) * width))
+        v += list(range(start + (each + 1) * width, start + (each + 2) * width))
+    return [q, k, v]
+
+
+def _output_widths(model: nn.Module, roles: Mapping[str, tuple[str | None, str, str]], conv1d: set[str]) -> dict[str | None, int]:
+    """By layer, how many numbers its attention's output projection reads: as many as there are rows of q."""
+    widths = {}
+    for name, parameter in model.named_parameters():
+        layer, kind, suffix = roles[name]
+        if kind == "o" and suffix == "weight":
+            widths[layer] = parameter.shape[0] if name.rpartition(".")[0] in conv1d else parameter.shape[-1]
+    return widths
+
+
+def _leaf(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in ("weight", "bias")]
+    return parts[-1].removesuffix("_weight").removesuffix("_bias") if parts else name
+
+
+def _add(layout: Layout, slot: str, piece: Piece, leaf: str) -> None:
+    base, count = slot, 2
+    while slot in layout.slots:
+        slot, count = f"{base}#{count}", count + 1
+    layout.slots[slot] = piece
+    layout.leaves[slot] = leaf
+
+
+def _tied_slots(layout: Layout) -> None:
+    """A head that shares the embedding's parameter fills its own slot too."""
+    model = layout.subject.model
+    owner = {id(p): name for name, p in model.named_parameters()}
+    by_name = {piece.parameter: slot for slot, piece in layout.slots.items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = owner[id(parameter)]
+        if first == name or first not in by_name:
+            continue
+        layer, kind, suffix = role_of(name)
+        slot = kind + "." + suffix if layer is None else f"{layer}.{kind}.{suffix}"
+        held = by_name[first]
+        if slot == held or slot in layout.slots:
+            continue
+        layout.slots[slot] = layout.slots[held]
+        layout.leaves[slot] = _leaf(name)
+        layout.tied[slot] = held
+    # ai2-olmo has no parameter for a tied head at all: it multiplies with the embedding.
+    if "head.weight" not in layout.slots and "embed.weight" in layout.slots:
+        layout.slots["head.weight"] = layout.slots["embed.weight"]
+        layout.tied["head.weight"] = "embed.weight"
+    if layout.tied.get("embed.weight") == "head.weight":  # registered in the other order
+        del layout.tied["embed.weight"]
+        layout.tied["head.weight"] = "embed.weight"
+
+
+def fit(left: Layout, right: Layout, *, stated: Mapping[str, str] | None = None) -> tuple[Layout, Layout]:
+    """Both layouts over the slots that they share, unknown names matched by shape; SubjectError says what does not fit.
+
+    `stated` maps parameters of the left to parameters of the right, or to `name[start:stop]`.
+    """
+    left, right = _with_stated(left, right, stated or {})
+    same = {piece.parameter for piece in left.slots.values()} & {piece.parameter for piece in right.slots.values()}
+    whole = {p for p in same if tuple(parameters_of(left.subject.model)[p].shape) == tuple(parameters_of(right.subject.model)[p].shape)}
+    if not stated and whole == set(parameters_of(left.subject.model)) == set(parameters_of(right.subject.model)):
+        right = _same_slots(left, right)
+    for slot in [s for s in left.slots if s not in right.slots]:
+        near = [s for s in right.slots if s not in left.slots and _alike(s, slot) and right.shape(s) == left.shape(slot)]
+        if len(near) == 1:
+            right.slots[slot] = right.slots.pop(near[0])
+            right.leaves[slot] = right.leaves.pop(near[0], slot)
+    missing = [s for s in left.slots if s not in right.slots], [s for s in right.slots if s not in left.slots]
+    for mine, other, lacking in ((left, right, missing[0]), (right, left, missing[1])):
+        if lacking:
+            names = ", ".join(dict.fromkeys(mine.slots[s].parameter for s in lacking[:4]))
+            more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
+            raise SubjectError(f"no counterpart in {other.subject.spec} for {names}{more} of {mine.subject.spec}; state it with --map FILE")
+    for slot in left.slots:
+        a, b = left.shape(slot), right.shape(slot)
+        if a != b and not _square_transposed(a, b):
+            raise SubjectError(
+                f"the sizes differ: {left.slots[slot]} of {left.subject.spec} is {list(a)}, "
+                f"{right.slots[slot]} of {right.subject.spec} is {list(b)}; build both from the same sizes (--config, --reference-config)"
+            )
+        if a != b:
+            right.slots[slot] = replace(right.slots[slot], transposed=not right.slots[slot].transposed)
+    return left, right
+
+
+def _same_slots(left: Layout, right: Layout) -> Layout:
+    """The same names and shapes on both sides need no reading of names: the right side gets the left side's slots."""
+    return replace(right, slots=dict(left.slots), leaves=dict(left.leaves), choices={})
+
+
+def _with_stated(left: Layout, right: Layout, stated: Mapping[str, str]) -> tuple[Layout, Layout]:
+    if not stated:
+        return left, right
+    slots_left, slots_right = dict(left.slots), dict(right.slots)
+    mine, theirs = parameters_of(left.subject.model), parameters_of(right.subject.model)
+    given_left, given_right = set(), set()
+    for number, (name, target) in enumerate(stated.items()):
+        piece_left, piece_right = _stated_piece(name, mine, left), _stated_piece(target, theirs, right)
+        given_left.add(piece_left.parameter)
+        given_right.add(piece_right.parameter)
+        slots_left[f"stated{number}"], slots_right[f"stated{number}"] = piece_left, piece_right
+    drop_left = [s for s, p in slots_left.items() if p.parameter in given_left and not s.startswith("stated")]
+    drop_right = [s for s, p in slots_right.items() if p.parameter in given_right and not s.startswith("stated")]
+    for slot in drop_left:
+        del slots_left[slot]
+    for slot in drop_right:
+        del slots_right[slot]
+    return replace(left, slots=slots_left), replace(right, slots=slots_right)
+
+
+def _stated_piece(text: str, known: Mapping[str, Tensor], layout: Layout) -> Piece:
+    match = re.fullmatch(r"(?P<name>[^\[\]]+?)(?P<turned>\.T)?(?:\[(?P<start>\d*):(?P<stop>\d*)(?::(?P<step>\d+))?\])?", text.strip())
+    if match is None or match["name"] not in known:
+        raise UsageError(f"--map: {layout.subject.spec} has no parameter {text!r}; write its name, name[start:stop] or name.T")
+    turned = match["turned"] is not None
+    size = known[match["name"]].shape[1 if turned else 0]
+    rows = None
+    if match["start"] is not None:
+        rows = tuple(range(int(match["start"] or 0), min(int(match["stop"] or size), size), int(match["step"] or 1)))
+    return Piece(parameter=match["name"], rows=rows, transposed=turned)
+
+
+def read_map(path: Path) -> dict[str, str]:
+    """The file of --map: a JSON object, name of the subject's parameter -> name or `name[start:stop]` of the reference's."""
+    try:
+        body: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--map {path}: {error}") from None
+    if not isinstance(body, dict) or not all(isinstance(v, str) for v in body.values()):
+        raise UsageError(f"--map {path}: expected a JSON object of names")
+    return body
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two unknown slots can be one: the same layer, and weight with weight."""
+    layers = [s.partition(".")[0] if s.partition(".")[0].isdigit() else "" for s in (one, other)]
+    return layers[0] == layers[1] and one.rpartition(".")[2] == other.rpartition(".")[2]
+
+
+def _square_transposed(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return len(a) == 2 and a == b[::-1]
+
+
+def choices(left: Layout, right: Layout) -> Iterator[tuple[dict[str, str], dict[str, str], str | None]]:
+    """What names and shapes leave open, the usual first: (orders of the left, orders of the right, whose q and k are in pairs)."""
+    ways_left = [dict(zip(left.choices, way, strict=True)) for way in itertools.product(*left.choices.values())]
+    ways_right = [dict(zip(right.choices, way, strict=True)) for way in itertools.product(*right.choices.values())]
+    for pairs_on in rotated_choices(left, right):
+        for a in ways_left:
+            for b in ways_right:
+                yield a, b, pairs_on
+
+
+def rotated_choices(left: Layout, right: Layout) -> tuple[str | None, ...]:
+    """Whether q and k may need their rows reordered: Meta's and unknown names say nothing about the order of their pairs."""
+    slot = next((s for s in left.slots if s.endswith("q.weight")), None)
+    if slot is None or slot not in right.leaves or left.heads is None:
+        return (None,)
+    mine, theirs = left.leaves.get(slot, ""), right.leaves[slot]
+    if mine == theirs:
+        return (None,)
+    free = [side for side, leaf in (("left", mine), ("right", theirs)) if leaf not in HALF_ROTATED]
+    return (None, *free)
+
+
+def in_pairs(weights: Mapping[str, Tensor], layout: Layout, *, back: bool = False) -> dict[str, Tensor]:
+    """Weights with the rows of every q and k (and their biases and norms) taken from two halves to interleaved pairs."""
+    changed = dict(weights)
+    for slot, tensor in weights.items():
+        kind = slot.split(".")[-2] if "." in slot else ""
+        heads = {"q": layout.heads, "k": layout.key_value_heads, "q_norm": layout.heads, "k_norm": layout.key_value_heads}.get(kind)
+        if heads is None:
+            continue
+        width = _head_width(weights, slot, layout)
+        if width is None or width % 2 or tensor.shape[0] % width:
+            continue
+        order = torch.arange(width).view(2, width // 2).T.reshape(-1)
+        order = order.argsort() if back else order
+        rows = torch.cat([order + width * i for i in range(tensor.shape[0] // width)])
+        changed[slot] = tensor[rows]
+    return changed
+
+
+def _head_width(weights: Mapping[str, Tensor], slot: str, layout: Layout) -> int | None:
+    layer = slot.partition(".")[0]
+    query = weights.get(f"{layer}.q.weight")
+    if query is None or not layout.heads or query.shape[0] % layout.heads:
+        return None
+    return query.shape[0] // layout.heads

@@ -1,0 +1,235 @@
+"""Named causes about q and k before the scores: the angles that they are turned by, and where their norm stands."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..settle import settled
+from ..tracing.norms import norm_calls
+from ..tracing.rotation import Angles, angle_tables
+from .aligned import Aligned, traced
+from .anchors import Graph, columns_of, same
+from .captured import Parting
+from .hypotheses import Cause
+from .wiring import weights_read
+
+# Two float32 angles at position 66 may differ by this much where the frequencies are the same rounded otherwise.
+TABLE_LIMIT = 1e-4
+
+
+def angles(parting: Parting) -> Cause | None:
+    """Another theta, exponent or scaling of RoPE: with the reference's cosines and sines the difference vanishes."""
+    aligned = parting.aligned
+    seq = parting.left.seq
+    mine, theirs = angle_tables(parting.left.recording, seq), angle_tables(parting.right.recording, seq)
+    if len(mine) != len(theirs) or not mine or any(a.cos.shape != b.cos.shape for a, b in zip(mine, theirs, strict=True)):
+        return None
+    differing = [
+        (a, b) for a, b in zip(mine, theirs, strict=True) if float((a.cos - b.cos).abs().max() + (a.sin - b.sin).abs().max()) > TABLE_LIMIT
+    ]
+    if not differing:
+        return None
+    with settled(aligned.left.subject.model), _tables_in_buffers(aligned.left.subject.model, mine, theirs, seq):
+        grafted = traced(aligned.left.subject, aligned.case, change=_substitute(mine, theirs, seq))
+    if aligned.gap(grafted.recording.result) is not None:
+        return None
+    one, other = differing[0]
+    name, text, fix = _described(aligned, one, other)
+    return Cause(
+        name=name,
+        text=f"{text}; with the reference's cosines and sines in place, the logits agree",
+        fix=fix,
+        spot=one.spot,
+        module=one.where.module,
+        op=one.where.op,
+    )
+
+
+def _described(aligned: Aligned, one: Angles, other: Angles) -> tuple[str, str, str]:
+    mine, theirs = one.frequencies, other.frequencies
+    pairs = len(mine)
+    bases = [_base(mine), _base(theirs)]
+    if bases[0] is not None and bases[1] is not None:
+        width = 2 * pairs
+        head = _head_dim(aligned)
+        for wide, which in ((head, "head_dim"), (2 * width, "twice the rotated width")):
+            if wide and wide != width and abs(bases[0] ** (wide / width) / bases[1] - 1) < 1e-3:
+                text = f"the exponent of the RoPE frequencies is divided by {which} {wide} where the reference divides by the rotated width {width}"
+                return "RoPE exponent", text, f"divide by the rotated width: theta ** (-2i / {width})"
+        text = f"RoPE's theta is {bases[0]:.6g} where the reference's is {bases[1]:.6g}"
+        return "RoPE theta", text, f"take theta from the configuration: {bases[1]:.6g}"
+    ratio = mine / theirs
+    if float((ratio / ratio[0] - 1).abs().max()) < 1e-4:
+        text = f"every RoPE frequency is {float(ratio[0]):.6g} times the reference's"
+        return "RoPE scaling", text, "apply the scaling of the configuration to the frequencies, once"
+    text = "the RoPE frequencies are scaled otherwise than the reference's: " + ", ".join(
+        f"pair {i}: {float(mine[i]):.4g} for {float(theirs[i]):.4g}" for i in range(pairs) if abs(float(mine[i] / theirs[i]) - 1) > 1e-4
+    )
+    return "RoPE scaling", text, "apply the scaling of the configuration (YaRN, linear) to the layers that it names"
+
+
+def _base(frequencies: Tensor) -> float | None:
+    """theta, where the frequencies are theta ** (-i / pairs); None where they are no such series."""
+    pairs = len(frequencies)
+    if pairs < 2 or abs(float(frequencies[0]) - 1) > 1e-4 or bool((frequencies <= 0).any()):
+        return None
+    slopes = -frequencies[1:].log() / torch.arange(1, pairs, dtype=frequencies.dtype)
+    if float((slopes / slopes[0] - 1).abs().max()) > 1e-3:
+        return None
+    return math.exp(float(slopes[0]) * pairs)
+
+
+def _head_dim(aligned: Aligned) -> int | None:
+    query = next((t for s, t in aligned.weights.items() if s.endswith(".q.weight")), None)
+    heads = aligned.left.layout.heads
+    return None if query is None or not heads else query.shape[0] // heads
+
+
+def _substitute(mine: list[Angles], theirs: list[Angles], seq: int) -> Callable[[int, list[Tensor]], None]:
+    """A writer that turns every tensor made of our cosines and sines into the same one of theirs."""
+    known, wanted = _stacked(mine), _stacked(theirs)
+
+    def change(index: int, outputs: list[Tensor]) -> None:
+        for output in outputs:
+            tensor = torch.view_as_real(output) if output.is_complex() else output
+            if tensor.is_floating_point() and tensor.numel() <= seq * 4096:
+                _exchange(tensor, known, wanted, seq)
+
+    return change
+
+
+def _stacked(tables: list[Angles]) -> Tensor:
+    """`[seq_len, columns]`: cosines, sines and negative sines of all tables, without those that do not move."""
+    return torch.cat([part for t in tables for part in (t.cos, t.sin, -t.sin)], dim=1)
+
+
+def _exchange(tensor: Tensor, known: Tensor, wanted: Tensor, seq: int) -> bool:
+    """Write the wanted column for the known one, where all columns of the tensor are known; whether it was done."""
+    axis = next((d for d, size in enumerate(tensor.shape) if size == seq), None)
+    if axis is None or tensor.numel() == 0:
+        return False
+    moved = tensor.movedim(axis, 0)
+    flat = moved.reshape(seq, -1).double()
+    gaps = (flat.T[:, None, :] - known.T[None]).abs().amax(-1)
+    nearest = gaps.min(1)
+    if float(nearest.values.max()) > TABLE_LIMIT or float((flat - flat[:1]).abs().max()) == 0:
+        return False
+    moved.copy_(wanted[:, nearest.indices].reshape(moved.shape).to(tensor.dtype))
+    return True
+
+
+class _tables_in_buffers:  # noqa: N801 - a context manager, named as one reads it
+    """Tables that the model keeps in buffers hold the reference's values inside the block, for the first positions."""
+
+    def __init__(self, model: nn.Module, mine: list[Angles], theirs: list[Angles], seq: int) -> None:
+        self.known, self.wanted, self.seq, self.saved = _stacked(mine), _stacked(theirs), seq, list[tuple[Tensor, Tensor]]()
+        self.model = model
+
+    def __enter__(self) -> None:
+        for buffer in self.model.buffers():
+            tensor = torch.view_as_real(buffer) if buffer.is_complex() else buffer
+            axis = next((d for d, size in enumerate(tensor.shape) if size >= self.seq), None)
+            if not tensor.is_floating_point() or axis is None or tensor.ndim < 2:
+                continue
+            before = tensor.clone()
+            if _exchange(tensor.narrow(axis, 0, self.seq), self.known, self.wanted, self.seq):
+                self.saved.append((tensor, before))
+
+    def __exit__(self, *_: object) -> None:
+        for tensor, before in self.saved:
+            tensor.copy_(before)
+
+
+def norm_of_queries(parting: Parting) -> Cause | None:
+    """QK-norm before or after RoPE, over all heads at once or over each."""
+    aligned, left, right = parting.aligned, parting.left, parting.right
+    layer = next((s.partition(".")[0] for s in aligned.weights if s.endswith("q_norm.weight")), None)
+    tables = angle_tables(right.recording, right.seq)
+    heads = aligned.right.layout.heads
+    if layer is None or not tables or not heads:
+        return None
+    weight = aligned.weights[f"{layer}.q_norm.weight"]
+    uses = [i for i, slot in weights_read(right, aligned.right.layout) if slot == f"{layer}.q.weight"]
+    calls = norm_calls(right.recording)
+    if not uses or not calls:
+        return None
+    projected = next((i for i in range(uses[-1], min(uses[-1] + 12, len(right.nodes))) if _wide(right, i, aligned)), None)
+    if projected is None:
+        return None
+    x = right.nodes[projected].tensor.double().reshape(right.batch, right.seq, -1)
+    eps = next((c.eps for c in calls if c.width in (weight.shape[0], x.shape[-1], x.shape[-1] // heads)), calls[0].eps)
+    results = dict(_rules(x, weight, heads, tables[0], eps))
+    names: list[str] = []
+    for graph in (left, right):
+        held = [n.columns for n in graph.nodes if n.data and n.columns is not None]
+        fits = [
+            name
+            for name, value in results.items()
+            if (c := columns_of(value, batch=graph.batch, seq=graph.seq)) and any(same(c, h, parting.limit) for h in held)
+        ]
+        if not fits:
+            return None
+        names.append(fits[0])
+    if names[0] == names[1]:
+        return None
+    order = names[0].partition(",")[0] != names[1].partition(",")[0]
+    return Cause(
+        name="QK-norm order" if order else "QK-norm width",
+        text=f"q and k are made by: {names[0]}; in the reference by: {names[1]}; each rule applied to the same captured projection gives exactly its side's tensor",
+        fix=f"do as the reference does: {names[1]}",
+        spot=parting.spot(parting.node),
+        module=left.event(parting.node).where.module,
+    )
+
+
+def _wide(graph: Graph, index: int, aligned: Aligned) -> bool:
+    node = graph.nodes[index]
+    width = next(t.shape[0] for s, t in aligned.weights.items() if s.endswith(".q.weight"))
+    return node.data and node.tensor.numel() == graph.batch * graph.seq * width
+
+
+def _rules(x: Tensor, weight: Tensor, heads: int, table: Angles, eps: float) -> Iterator[tuple[str, Tensor]]:
+    """q after norm and RoPE, by the order of the two, the width of the norm and the style of the rotation, `[batch, seq, heads, width]`."""
+    batch, seq, size = x.shape
+    width = size // heads
+
+    def norm_all(t: Tensor) -> Tensor:
+        flat = t.reshape(batch, seq, size)
+        return (flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)).view(batch, seq, heads, width) * _by_head(
+            weight, heads, width
+        )
+
+    def norm_each(t: Tensor) -> Tensor:
+        return t * torch.rsqrt(t.square().mean(-1, keepdim=True) + eps) * _by_head(weight, heads, width)
+
+    split = x.view(batch, seq, heads, width)
+    for style, rope in (("halves", _halves), ("pairs", _pairs)):
+        for words, norm in (("over all heads at once", norm_all), ("over each head", norm_each)):
+            yield f"norm before RoPE, {words}" + ("" if style == "halves" else ", in pairs"), rope(norm(split), table)
+            yield f"RoPE before norm, {words}" + ("" if style == "halves" else ", in pairs"), norm(rope(split, table))
+
+
+def _by_head(weight: Tensor, heads: int, width: int) -> Tensor:
+    return weight.view(heads, width) if weight.shape[0] == heads * width else weight
+
+
+def _halves(x: Tensor, table: Angles) -> Tensor:
+    n = table.cos.shape[1]
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    cos, sin = table.cos[None, :, None], table.sin[None, :, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def _pairs(x: Tensor, table: Angles) -> Tensor:
+    n = table.cos.shape[1]
+    a, b, rest = x[..., : 2 * n : 2], x[..., 1 : 2 * n : 2], x[..., 2 * n :]
+    cos, sin = table.cos[None, :, None], table.sin[None, :, None]
+    return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2), rest], dim=-1)
+
+
+ON_ROTATION: dict[str, Callable[[Parting], Cause | None]] = {
+    "theta, exponent or scaling of RoPE": angles,
+    "norm of q and k before or after RoPE, over a head or over all": norm_of_queries,
+}

@@ -1,0 +1,198 @@
+"""Which tensor or weight an op of the subject takes where the reference takes another: established on captured values."""
+
+import inspect
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..sources import Spot
+from .anchors import Graph, same
+from .captured import Parting, _columns
+from .hypotheses import Cause
+from .mapping import Layout
+
+ADDS = ("add", "add_")
+
+
+def weights_read(graph: Graph, layout: Layout) -> list[tuple[int, str]]:
+    """Every use of a weight on the way to the logits, in order: the node and the slot (the first of a fused one)."""
+    slot_of: dict[str, str] = {}
+    for slot, piece in layout.slots.items():
+        slot_of.setdefault(piece.parameter, slot)
+    found = []
+    for index, node in enumerate(graph.nodes):
+        if node.data and node.leads and node.output == 0:
+            found += [(index, slot_of[name]) for name in graph.event(index).parameters if name in slot_of]
+    return found
+
+
+def other_weight(parting: Parting) -> Cause | None:
+    """The same input, another weight: a norm used twice, a projection in another's place."""
+    aligned = parting.aligned
+    mine = [(i, s) for i, s in weights_read(parting.left, aligned.left.layout) if i >= parting.node][:1]
+    theirs = [(i, s) for i, s in weights_read(parting.right, aligned.right.layout) if parting.other is not None and i >= parting.other][:1]
+    if not mine or not theirs:
+        return None
+    (index, slot), (other, wanted) = mine[0], theirs[0]
+    a, b = aligned.weights.get(slot), aligned.weights.get(wanted)
+    if slot == wanted or a is None or b is None or a.shape != b.shape or a.ndim != 1:
+        return None
+    left, right = parting.left.nodes[index].tensor.double(), parting.right.nodes[other].tensor.double()
+    if left.shape[-1] != a.shape[0] or right.shape[-1] != b.shape[0]:
+        return None
+    bias_a, bias_b = _bias(parting, slot), _bias(parting, wanted)
+    one, two = _columns(parting.left, (left - bias_a) / a), _columns(parting.right, (right - bias_b) / b)
+    if one is None or two is None or not same(one, two, 100 * parting.limit / float(min(a.abs().min(), b.abs().min()))):
+        return None
+    never = wanted not in {s for _, s in weights_read(parting.left, aligned.left.layout)}
+    name, used = aligned.left.layout.slots[wanted].parameter, aligned.left.layout.slots[slot].parameter
+    tail = f"; {name} is never read" if never else ""
+    spot, module = _user(parting, index, used)
+    return Cause(
+        name="weight used twice" if never else "another weight",
+        text=f"{used} is applied where the reference applies {name}, to the same tensor{tail}; with its weight the outputs agree",
+        fix=f"use {name} here",
+        spot=spot,
+        module=module,
+    )
+
+
+def _user(parting: Parting, node: int, parameter: str) -> tuple[Spot | None, str]:
+    """The line that uses a parameter: that calls the module which holds it, or that hands it to a plain function."""
+    graph, model = parting.left, parting.aligned.left.subject.model
+    module = graph.event(node).where.module
+    owner = model.get_submodule(module)
+    if not any(True for _ in owner.children()):
+        return caller(graph, graph.nodes[node].event)
+    code = getattr(type(owner).forward, "__code__", None)
+    if code is None:
+        return graph.recording.spots[graph.nodes[node].event], module
+    leaf = parameter.removeprefix(f"{module}.").split(".")[0]
+    lines = inspect.getsourcelines(code)[0]
+    named = [number for number, text in enumerate(lines) if re.search(rf"\b{re.escape(leaf)}\b", text)]
+    line = code.co_firstlineno + (named[-1] if named else 0)
+    return Spot(code, 0, line), module
+
+
+def _bias(parting: Parting, slot: str) -> Tensor | float:
+    bias = parting.aligned.weights.get(slot.removesuffix("weight") + "bias")
+    return 0.0 if bias is None or bias.ndim != 1 else bias
+
+
+def missing_norm(parting: Parting) -> Cause | None:
+    """A norm whose weight is never read: its consumer takes the tensor before it."""
+    aligned = parting.aligned
+    read = {slot for _, slot in weights_read(parting.left, aligned.left.layout)}
+    wanted = weights_read(parting.right, aligned.right.layout)
+    skipped = [(i, s) for i, s in wanted if s not in read and aligned.weights[s].ndim == 1 and "norm" in s]
+    for node, slot in skipped:
+        source = _consumer_reads_input(parting, node)
+        if source is None:
+            continue
+        name = aligned.left.layout.slots[slot].parameter
+        what = "the final norm" if slot.startswith("norm.") else f"the norm of {name}"
+        return Cause(
+            name="final norm missing" if slot.startswith("norm.") else "norm missing",
+            text=f"{what} is left out: {name} is never read, and what the reference normalises goes on as it is",
+            fix=f"apply the norm of {name} before the next projection",
+            spot=_function_that_should(parting, source),
+            module=parting.left.event(source).where.module,
+        )
+    return None
+
+
+def _consumer_reads_input(parting: Parting, norm: int) -> int | None:
+    """The subject's parting node, where it takes the very tensor that the reference's norm starts from."""
+    right = parting.right
+    origins: set[int] = set()
+    seen: set[int] = set()
+    queue = [norm]
+    while queue:
+        index = queue.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        if right.nodes[index].anchor is not None and index != norm:
+            origins.add(index)
+            continue
+        queue += right.nodes[index].inputs
+    for source in parting.left.nodes[parting.node].inputs:
+        anchor = parting.left.nodes[source].anchor
+        if anchor is not None and any(_equal(right, anchor, o, parting.limit) for o in origins):
+            return parting.node
+    return None
+
+
+def _equal(graph: Graph, one: int, other: int, limit: float) -> bool:
+    a, b = graph.nodes[one].columns, graph.nodes[other].columns
+    return one == other or (a is not None and b is not None and same(a, b, limit))
+
+
+def _function_that_should(parting: Parting, node: int) -> Spot | None:
+    """The function that made the tensor which goes on without its norm: where the norm belongs."""
+    graph = parting.left
+    for source in graph.nodes[node].inputs:
+        current = source
+        while (
+            graph.event(current).op in ("view", "_unsafe_view", "t", "expand", "clone", "transpose", "slice", "index")
+            and graph.nodes[current].inputs
+        ):
+            current = graph.nodes[current].inputs[0]
+        found, _ = caller(graph, graph.nodes[current].event)
+        if found is not None:
+            return found
+    return None
+
+
+def caller(graph: Graph, event: int) -> tuple[Spot | None, str]:
+    """The line that called the innermost module around an op, and the module that the line is in."""
+    calls = [c for c in graph.recording.kept_calls if c.first_event <= event <= c.last_event]
+    calls.sort(key=lambda c: c.last_event - c.first_event)
+    inner = next((c for c in calls if c.spot is not None), None)
+    if inner is None:
+        return graph.recording.spots[event], graph.recording.events[event].where.module
+    return inner.spot, inner.module.rpartition(".")[0]
+
+
+def other_sum(parting: Parting) -> Cause | None:
+    """A residual: one operand of a sum is another tensor than in the reference."""
+    left, right = parting.left, parting.right
+    if left.event(parting.node).op not in ADDS:
+        return None
+    mine = [left.nodes[i].anchor for i in left.nodes[parting.node].inputs]
+    for other in parting.near(right, parting.other):
+        if right.event(other).op not in ADDS or len(right.nodes[other].inputs) != 2 or len(mine) != 2 or None in mine:
+            continue
+        theirs = right.nodes[other].inputs
+        for place in (0, 1):
+            for at in (0, 1):
+                shared = mine[place]
+                assert shared is not None
+                if not _equal(right, shared, theirs[at], parting.limit):
+                    continue
+                held = right.nodes[theirs[1 - at]]
+                taken = right.event(mine[1 - place])  # type: ignore[arg-type]
+                wanted = right.event(theirs[1 - at])
+                value = right.nodes[theirs[at]].tensor.double() + held.tensor.double()
+                if value.shape != right.nodes[other].tensor.shape or not torch.isfinite(value).all():
+                    continue
+                return Cause(
+                    name="residual",
+                    text=(
+                        f"the sum takes what `{taken.where.module or 'the model'}` made ({taken.op}) where the reference takes what "
+                        f"`{wanted.where.module or 'the model'}` made ({wanted.op}); the other operand is the same"
+                    ),
+                    fix="keep the residual as it was before the norm, and add to that",
+                    spot=parting.spot(parting.node),
+                    module=left.event(parting.node).where.module,
+                )
+    return None
+
+
+ON_WIRING: dict[str, Callable[[Parting], Cause | None]] = {
+    "another weight in its place": other_weight,
+    "a norm left out": missing_norm,
+    "another tensor in a sum (residual)": other_sum,
+}

@@ -1,0 +1,1 @@
+"""One training step on many processes against the same step in one."""

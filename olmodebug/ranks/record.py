@@ -1,0 +1,187 @@
+"""What one rank saw in one training step: events as JSON lines with digests, and the tensors behind them while they fit.
+
+A digest says whether two ranks hold the same bits without moving a tensor, so the records of a thousand ranks can be
+compared on one machine; the tensors say what the ranks hold together.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import ReportError
+from ..records import Where
+from ..tracing.copies import bytes_of
+
+VERSION = 1
+MOST_TENSOR_BYTES = 512 * 2**20  # of one rank; larger runs are compared by digest only
+STAGES = ("data", "start", "forward", "loss", "gradient", "norm", "step", "state")
+
+# Prefixes that wrappers put before a module's own path.
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankEvent:
+    """One tensor of one rank. `placements` are DTensor's words, one a mesh dimension (`shard:0`, `replicate`, `partial`);
+    empty for a plain tensor, whose layout has to be found. `key` names the tensor in the record's file."""
+
+    stage: str
+    name: str
+    digest: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    placements: tuple[str, ...] = ()
+    where: Where = field(default_factory=Where)
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """One call of a collective: its op, the shape it was given, and the line of the user's own code, where there is one."""
+
+    op: str
+    shape: tuple[int, ...] = ()
+    where: Where = field(default_factory=Where)
+
+
+class RankWriter:
+    """Writes one rank's record; every event is on disk before the next begins."""
+
+    def __init__(self, folder: Path, *, rank: int, world: int, coordinate: tuple[int, ...] = (), mesh: tuple[int, ...] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank-{rank:05d}"
+        self.tensors: dict[str, Tensor] = {}
+        self.bytes = 0
+        self.lines = self.path.with_suffix(".jsonl").open("w", encoding="utf-8")
+        self._write({"version": VERSION, "rank": rank, "world": world, "coordinate": list(coordinate), "mesh": list(mesh)})
+
+    def tensor(self, stage: str, name: str, value: Tensor, *, where: Where | None = None) -> None:
+        """Note a tensor: its local part, and how that part lies in the whole where it is a DTensor."""
+        placements = tuple(_word(p) for p in getattr(value, "placements", ()))
+        local = value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]
+        local = local.detach().cpu().contiguous()
+        key = None
+        if self.bytes + local.nbytes <= MOST_TENSOR_BYTES:
+            key = f"{stage}/{name}/{len(self.tensors)}"
+            self.tensors[key] = local.clone()
+            self.bytes += local.nbytes
+        event = RankEvent(
+            stage=stage,
+            name=name,
+            digest=digest(local),
+            shape=tuple(local.shape),
+            dtype=str(local.dtype).removeprefix("torch."),
+            placements=placements,
+            where=where or Where(),
+            key=key,
+        )
+        self._write(asdict(event))
+
+    def collective(self, call: Collective) -> None:
+        """Note a collective before it starts, so that a hang shows where it waits."""
+        self._write({"stage": "collective", **asdict(call)})
+
+    def close(self) -> None:
+        """Put the tensors on disk."""
+        save_file(self.tensors, self.path.with_suffix(".safetensors"))
+        self.lines.close()
+
+    def _write(self, body: dict[str, Any]) -> None:
+        self.lines.write(json.dumps(body) + "\n")
+        self.lines.flush()
+
+
+@dataclass(slots=True, kw_only=True)
+class RankRecord:
+    """A record that is read back: `events` stream from disk, tensors are loaded when they are asked for."""
+
+    path: Path
+    rank: int
+    world: int
+    coordinate: tuple[int, ...]
+    mesh: tuple[int, ...]
+    _tensors: dict[str, Tensor] | None = None
+
+    def events(self) -> Iterator[RankEvent]:
+        """Its tensors in the order they were noted."""
+        for body in self._lines():
+            if body["stage"] != "collective":
+                values = {**body, "shape": tuple(body["shape"]), "placements": tuple(body["placements"]), "where": Where(**body["where"])}
+                yield RankEvent(**values)
+
+    def collectives(self) -> Iterator[Collective]:
+        """Its collectives in the order they were started."""
+        for body in self._lines():
+            if body["stage"] == "collective":
+                yield Collective(op=body["op"], shape=tuple(body["shape"]), where=Where(**body["where"]))
+
+    def load(self, event: RankEvent) -> Tensor | None:
+        """The tensor of an event; None where the record was too large to keep it."""
+        if event.key is None:
+            return None
+        if self._tensors is None:
+            file = self.path.with_suffix(".safetensors")
+            self._tensors = load_file(file) if file.is_file() else {}
+        return self._tensors.get(event.key)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        with self.path.with_suffix(".jsonl").open(encoding="utf-8") as lines:
+            next(lines)
+            for number, line in enumerate(lines, start=2):
+                try:
+                    yield json.loads(line)
+                except ValueError:  # a process that was killed leaves half a line, always the last
+                    if next(lines, None) is not None:
+                        raise ReportError(f"{self.path.name}.jsonl is damaged at line {number}") from None
+                    return
+
+
+def read_records(folder: Path) -> list[RankRecord]:
+    """The records of a folder by rank. ReportError when there is none, or one is of another version."""
+    found = []
+    for file in sorted(folder.glob("rank-*.jsonl")):
+        with file.open(encoding="utf-8") as lines:
+            first = lines.readline()
+        try:
+            head = json.loads(first)
+        except ValueError:
+            raise ReportError(f"{file.name} holds no record of a rank") from None
+        if head.get("version") != VERSION:
+            raise ReportError(f"{file.name}: expected version {VERSION} of the record, observed {head.get('version')}")
+        found.append(
+            RankRecord(
+                path=file.with_suffix(""),
+                rank=head["rank"],
+                world=head["world"],
+                coordinate=tuple(head["coordinate"]),
+                mesh=tuple(head["mesh"]),
+            )
+        )
+    if not found:
+        raise ReportError(f"no record of a rank in {folder}")
+    return found
+
+
+def digest(tensor: Tensor) -> str:
+    """A digest of the bytes in their order, the shape and the dtype: a permutation or a transpose changes it."""
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return hashlib.blake2b(head + bytes_of(tensor).tobytes(), digest_size=12).hexdigest()
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's path without what wrappers put before it."""
+    for wrapper in WRAPPERS:
+        name = name.removeprefix(wrapper) if name.startswith(wrapper) else name.replace(f".{wrapper}", ".")
+    return "" if name + "." in WRAPPERS else name
+
+
+def _word(placement: Any) -> str:
+    if placement.is_shard():
+        return f"shard:{placement.dim}"
+    return "replicate" if placement.is_replicate() else "partial"

@@ -1,0 +1,235 @@
+"""The same training step in one process and on several ranks: the parent that starts them, and the report on both.
+
+A rank that raises, dies or waits in a collective that the others never call is a finding that names it.
+"""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import OlmodebugError, UsageError
+from ..process import Child, Death, innermost, last_line, run_child
+from ..records import Where
+from ..report import Environment, Finding, Outcome, Report, SubjectInfo, plain, with_reproduction
+from ..store import Run
+
+COMPLETES, MATCH = "ranks.step-completes", "ranks.collectives-match"
+GRACE_SECONDS = 15.0  # what the other ranks are given to tell why they stop, once one has
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOrder:
+    """What to run: the job that makes the subject, on how many ranks, spread how. `patience_seconds` is how long a
+    collective may wait for the other ranks."""
+
+    job: Mapping[str, Any]
+    ranks: int = 2
+    strategy: str = "ddp"
+    launch: str | None = None
+    timeout_seconds: float = 300.0
+    patience_seconds: float = 60.0
+    command: str = ""
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What one rank told, and how it ended."""
+
+    number: int
+    step: str = "starting"
+    raised: dict[str, Any] | None = None
+    death: Death | None = None
+    unusable: str | None = None
+    fault: str | None = None
+    abandoned: bool = False
+    ended_at: float = field(default=0.0)
+
+    @property
+    def ended_well(self) -> bool:
+        return self.death is None and self.raised is None
+
+
+class _Abandoned(Exception):
+    """Another rank has ended the run; there is nothing to wait for."""
+
+
+def compare_step(order: RankOrder, run: Run, progress: Callable[[str, float], None]) -> Report:
+    """Run the step in one process and on the ranks, and report where they part. UsageError when the subject or the
+    wrapper cannot be used."""
+    if order.ranks < 2:
+        raise UsageError("--ranks needs at least 2")
+    started = time.monotonic()
+    told: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="olmodebug-ranks-") as scratch:
+        ranks = _run_ranks(order, Path(scratch), told, progress, started)
+        for rank in ranks:
+            if rank.unusable:
+                raise UsageError(rank.unusable)
+            if rank.fault:
+                raise RuntimeError(f"rank {rank.number} failed:\n{rank.fault}")
+        findings, outcomes, section = _judged(order, ranks, told, Path(scratch))
+    report = Report(
+        subject=SubjectInfo(**{**told["subject"], "assumptions": tuple(told["subject"]["assumptions"])})
+        if "subject" in told
+        else SubjectInfo(spec=str(order.job["spec"])),
+        environment=_environment(order),
+        outcomes=tuple(outcomes),
+        findings=tuple(findings),
+        sections={"ranks": section},
+        seconds=round(time.monotonic() - started, 3),
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        id=run.id,
+    )
+    return with_reproduction(report, lambda _: order.command)
+
+
+def _run_ranks(order: RankOrder, folder: Path, told: dict[str, Any], progress: Callable[[str, float], None], started: float) -> list[_Rank]:
+    ranks = [_Rank(number=number) for number in range(order.ranks)]
+    lock = threading.Lock()
+
+    def follow(rank: _Rank) -> None:
+        place = folder / f"child-{rank.number}"
+        place.mkdir()
+        child = Child(
+            module="olmodebug.ranks.child",
+            folder=place,
+            timeout_seconds=order.timeout_seconds,
+            environment={"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        message = {
+            "job": dict(order.job),
+            "rank": rank.number,
+            "world": order.ranks,
+            "strategy": order.strategy,
+            "launch": order.launch,
+            "records": str(folder),
+            "store": str(folder / "store"),
+            "patience": order.patience_seconds,
+        }
+
+        def note(event: dict[str, Any]) -> None:
+            kind = event["event"]
+            if kind == "start":
+                rank.step = event["step"]
+            elif kind == "subject":
+                told["subject"] = event["value"]
+            elif kind == "dtypes":
+                with lock:
+                    told.setdefault("dtypes", set()).update(event["value"])
+            elif kind == "raised":
+                rank.raised = event
+            elif kind == "unusable":
+                rank.unusable = event["text"]
+            elif kind == "fault":
+                rank.fault = event["traceback"]
+
+        def tick() -> None:
+            if rank.number == 0:
+                progress(f"rank 0: {rank.step}", time.monotonic() - started)
+            with lock:
+                gone = [r.ended_at for r in ranks if r.ended_at and not r.ended_well]
+            if gone and time.monotonic() - min(gone) > GRACE_SECONDS:
+                raise _Abandoned
+
+        try:
+            rank.death = run_child(child, message, note, tick)
+        except _Abandoned:
+            rank.death, rank.abandoned = Death(text="was still running when another rank had given up"), True
+        with lock:
+            rank.ended_at = time.monotonic()
+
+    threads = [threading.Thread(target=follow, args=(rank,), daemon=True) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ranks
+
+
+def _judged(
+    order: RankOrder, ranks: list[_Rank], told: dict[str, Any], folder: Path
+) -> tuple[list[Finding], list[Outcome], dict[str, Any]]:
+    from ..compare import roundings_limit
+    from .compare import compare_ranks, first_unlike_collectives
+    from .record import read_records
+
+    section: dict[str, Any] = {"world": order.ranks, "strategy": order.launch or order.strategy, "compared": None, "collectives": []}
+    bad = [rank for rank in ranks if not rank.ended_well]
+    try:
+        records = read_records(folder / "ranks")
+    except OlmodebugError:
+        records = []
+    unlike = first_unlike_collectives(records) if len(records) == order.ranks else None
+    section["collectives"] = [sum(1 for _ in record.collectives()) for record in records]
+    if bad:
+        finding = _died(bad, ranks, unlike, folder)
+        outcomes = [Outcome(probe=COMPLETES, status="failed")]
+        return [finding], outcomes, section
+    outcomes = [Outcome(probe=COMPLETES, status="passed")]
+    findings: list[Finding] = []
+    if unlike is not None:
+        number, calls = unlike
+        place = next((call.where for call in calls if call is not None), Where())
+        text = ", ".join(f"rank {r} {call.op if call else 'nothing'}" for r, call in enumerate(calls))
+        findings.append(
+            Finding(probe=MATCH, severity="error", message=f"collective {number} is not the same on every rank: {text}", where=place)
+        )
+    outcomes.append(Outcome(probe=MATCH, status="failed" if findings else "passed"))
+    [single] = read_records(folder / "single")
+    comparison = compare_ranks(single, records, limit=roundings_limit(told["dtypes"]))
+    section["compared"] = comparison.compared
+    return findings + comparison.findings, outcomes + comparison.outcomes, section
+
+
+def _died(bad: list[_Rank], ranks: list[_Rank], unlike: tuple[int, list[Any]] | None, folder: Path) -> Finding:
+    """The finding on a step that did not come to its end: the rank that began it, not those that lost their peer."""
+    calls = unlike[1] if unlike is not None else []
+    own = [rank for rank in bad if rank.raised is not None and not rank.raised["lost_a_peer"]]
+    dead = [rank for rank in bad if rank.death is not None and not rank.death.hung and not rank.abandoned]
+    late = [rank for rank in bad if rank.abandoned or (rank.death is not None and rank.death.hung)]
+    first = min(own or dead or late or bad, key=lambda rank: rank.ended_at)
+    place = folder / f"child-{first.number}"
+    evidence = {f"rank {rank.number}": _ending(rank) for rank in ranks if rank is not first}
+    where, cause = innermost(place / "stacks.txt"), None
+    if calls and all(call is not None for call in calls):  # torch's own abort is what comes of it
+        words = ", ".join(f"rank {r} {_call(call)}" for r, call in enumerate(calls))
+        cause = f"the ranks do not call the same collectives: at number {unlike[0] if unlike else 0} {words}"
+        where = next((call.where for call in calls if call.where.line), where)
+    if first in own and first.raised is not None:
+        message = f"rank {first.number} raised while {first.step}: {first.raised['text'][:300]}"
+        where = Where(**first.raised["where"])
+    elif first in dead and first.death is not None:
+        message = f"rank {first.number} {first.death.text} while {first.step}"
+        if last := last_line(place / "output.txt"):
+            evidence["last line of its output"] = last
+    else:
+        waits = next((f"rank {r} waits in {_call(call)}" for r, call in enumerate(calls) if call is not None), "the others wait")
+        message = f"rank {first.number} does not come to the collective that the others are in: {waits}"
+    return Finding(probe=COMPLETES, severity="error", message=message, where=where, cause=cause, evidence=evidence)
+
+
+def _ending(rank: _Rank) -> str:
+    if rank.raised is not None:
+        return str(rank.raised["text"])[:160]
+    return rank.death.text if rank.death else "ended well"
+
+
+def _call(call: Any) -> str:
+    line = f" at {call.where.file}:{call.where.line}" if call.where.line else ""
+    return f"{call.op} of {list(call.shape)}{line}"
+
+
+def _environment(order: RankOrder) -> Environment:
+    from ..environment import environment
+
+    return environment(seed=int(order.job.get("seed", 0)), command=order.command)
+
+
+def order_record(order: RankOrder) -> dict[str, Any]:
+    """An order as JSON-able values."""
+    return dict(plain(asdict(order)))

@@ -1,0 +1,427 @@
+"""Why the culprit is wrong: hypotheses tested on the tensors that were captured, and the repair that each suggests.
+
+A hypothesis that its own test does not confirm is not told. What was tested and is not the reason is listed.
+"""
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compare import difference
+from ..records import Event
+from ..report import Scalar
+from ..tracing.tracer import Kept, Recording
+from .relation import Culprit, Part
+from .repair import Edit, Expressions, expressions
+
+REDUCTIONS = {
+    "mean": "mean",
+    "sum": "sum",
+    "var": "variance",
+    "std": "standard deviation",
+    "var_mean": "variance",
+    "amax": "maximum",
+    "max": "maximum",
+    "linalg_vector_norm": "norm",
+    "norm": "norm",
+    "native_layer_norm": "layer norm",
+    "native_batch_norm": "batch norm",
+    "_native_batch_norm_legit": "batch norm",
+    "logsumexp": "logsumexp",
+    "prod": "product",
+}
+FUSED_ATTENTION = ("_scaled_dot_product_", "_efficient_attention", "_flash_attention", "scaled_dot_product_attention")
+
+
+@dataclass(slots=True, kw_only=True)
+class Diagnosis:
+    """A cause that the captured tensors establish (None: not known), a repair in words, and the edits that make it."""
+
+    cause: str | None = None
+    fix: str | None = None
+    edits: tuple[Edit, ...] = ()
+    evidence: dict[str, Scalar] | None = None
+    ruled_out: tuple[str, ...] = ()
+
+
+def is_fused_attention(op: str) -> bool:
+    """Whether an op is one of torch's fused attention kernels."""
+    return op.startswith(FUSED_ATTENTION)
+
+
+def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording | None = None) -> Diagnosis:
+    """Why the culprit lets `hidden` (such as `later tokens` or `padded tokens`) through."""
+    if culprit.event is None or culprit.left is None or culprit.right is None:
+        return Diagnosis()
+    blamed = culprit.source or culprit.event
+    if blamed.op in REDUCTIONS and (culprit.source is not None or culprit.event.op in REDUCTIONS):
+        return _reduction(blamed, part, hidden)
+    op = culprit.event.op
+    if op in ("_softmax", "softmax", "_safe_softmax"):
+        return _softmax(culprit, part, hidden)
+    if is_fused_attention(op):
+        return _fused(culprit, part, hidden)
+    if op in ("view", "_unsafe_view", "reshape", "clone", "_reshape_alias"):
+        return _layout(culprit, part, hidden)
+    if op in ("add", "add_", "sub", "where", "masked_fill", "mul"):
+        return _broadcast(culprit, part)
+    simple = {
+        "roll": ("torch.roll wraps around: it brings the end of the sequence to its start", "shift with padding instead of rolling"),
+        "flip": ("it reverses a dimension that holds the sequence", "do not flip along the sequence"),
+        "convolution": (
+            f"the convolution reads {hidden}"
+            + (
+                ": they are not zeroed before it"
+                if part.columns is not None and part.columns.start
+                else ": its window is not confined to the past"
+            ),
+            "set padded positions to zero before the convolution"
+            if part.columns is not None and part.columns.start
+            else "pad kernel_size - 1 on the left only, and cut the right end off",
+        ),
+        "cumsum": (
+            "the running sum goes over a dimension that holds more than one sequence position or row",
+            "sum along the sequence only",
+        ),
+        "sort": (f"it sorts along a dimension that holds {hidden}", "sort within one position only"),
+        "topk": (f"it picks the largest along a dimension that holds {hidden}", "choose within one position only"),
+    }
+    if op in simple:
+        cause, fix = simple[op]
+        return Diagnosis(cause=cause, fix=fix)
+    return Diagnosis()
+
+
+def attention_pattern(weights: Tensor, part: Part) -> Tensor | None:
+    """Which key each query attends to in any row or head, `[T, T]` of bool, from weights `[..., T, T]`; None else."""
+    if weights.ndim < 2 or weights.shape[-1] != part.seq or weights.shape[-2] != part.seq:
+        return None
+    return (weights > 0).reshape(-1, part.seq, part.seq).any(0)
+
+
+def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
+    assert culprit.left is not None
+    scores, dim = culprit.left.arguments["self"], int(culprit.left.arguments["dim"]) % max(1, culprit.left.inputs[0].ndim)
+    weights = culprit.left.outputs[0]
+    tree = expressions(culprit.spot)
+    call = _call(tree, culprit, ("softmax",))
+    if weights.ndim >= 2 and dim == weights.ndim - 2:
+        edits = _set_dimension(tree, call) if tree and call else ()
+        return Diagnosis(
+            cause="softmax runs over the queries (dim=-2), so the weights of one query depend on all the others",
+            fix="normalise over the keys: dim=-1",
+            edits=edits,
+        )
+    if dim == 0 and weights.ndim > 1:
+        return Diagnosis(cause="softmax runs over the batch (dim=0)", fix="normalise over the keys: dim=-1")
+    pattern = attention_pattern(weights, part)
+    if pattern is None:
+        return Diagnosis()
+    if hidden == "padded tokens":
+        return _padding_seen(pattern, scores, part, "the scores")
+    diagnosis = _pattern(pattern, hidden)
+    if diagnosis.cause and diagnosis.cause.startswith("no causal mask") and tree and call:
+        diagnosis.edits = _mask_scores(tree, call)
+        diagnosis.fix = "mask the later keys before the softmax: scores.masked_fill(ones(T, T).triu(1), finfo.min)"
+    return diagnosis
+
+
+def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
+    assert culprit.left is not None and culprit.event is not None
+    arguments = culprit.left.arguments
+    mask = next((arguments[name] for name in ("attn_mask", "attn_bias") if isinstance(arguments.get(name), Tensor)), None)
+    causal = bool(arguments.get("is_causal", False))
+    tree = expressions(culprit.spot)
+    call = _call(tree, culprit, ("scaled_dot_product_attention",))
+    if mask is None and not causal:
+        if hidden == "padded tokens":
+            return Diagnosis(
+                cause="scaled_dot_product_attention gets no attn_mask, so padded keys take part",
+                fix="pass the padding mask, combined with the causal one, as attn_mask",
+            )
+        return Diagnosis(
+            cause="no causal mask: scaled_dot_product_attention is called without is_causal=True and without attn_mask",
+            fix="pass is_causal=True",
+            edits=_set_keyword(tree, call, "is_causal", "True") if tree and call else (),
+        )
+    if mask is None:
+        if hidden == "padded tokens":
+            return Diagnosis(
+                cause="scaled_dot_product_attention gets is_causal=True but no attn_mask, so padded keys take part",
+                fix="combine padding and causality in one attn_mask, and drop is_causal",
+            )
+        return Diagnosis()
+    visible = mask if mask.dtype == torch.bool else mask > -1e30
+    if visible.shape[-1] != part.seq or visible.shape[-2] not in (part.seq, 1):
+        return Diagnosis()
+    visible = visible.expand(*visible.shape[:-2], part.seq, part.seq) if visible.shape[-2] == 1 else visible
+    pattern = visible.reshape(-1, part.seq, part.seq).any(0)
+    if hidden == "padded tokens":
+        return _padding_seen(pattern, mask, part, "attn_mask")
+    return _pattern(pattern, hidden)
+
+
+def _pattern(pattern: Tensor, hidden: str) -> Diagnosis:
+    """What is wrong with a pattern of who sees whom, `[T, T]`."""
+    size = pattern.shape[0]
+    ones = torch.ones(size, size, dtype=torch.bool)
+    future, past = ones.triu(1), ones.tril(-1)
+    seen = pattern & future
+    evidence: dict[str, Scalar] = {"query-key pairs that see the future": f"{int(seen.sum())} of {int(future.sum())}"}
+    if not bool(seen.any()):
+        return Diagnosis()
+    sees_past = bool((pattern & past).any())
+    if bool(seen.sum() == future.sum()):
+        if not sees_past:
+            return Diagnosis(
+                cause="the causal mask is inverted: every query sees the later keys and none of the earlier ones",
+                fix="invert the mask: True (or 0) where key <= query",
+                evidence=evidence,
+            )
+        return Diagnosis(
+            cause="no causal mask reaches this softmax: every query gives weight to every later key",
+            fix="apply the causal mask to the scores before the softmax",
+            evidence=evidence,
+        )
+    offsets = [k for k in range(1, size) if bool(torch.diagonal(pattern, k).any())]
+    full = [k for k in range(1, size) if bool(torch.diagonal(pattern, k).all())]
+    if offsets == full and offsets == list(range(1, len(offsets) + 1)):
+        reach = len(offsets)
+        return Diagnosis(
+            cause=f"the causal mask is off by {reach}: every query sees the next {reach} key{'s' if reach > 1 else ''} too",
+            fix=f"move the mask's diagonal by {reach}",
+            evidence=evidence,
+        )
+    if not sees_past:
+        return Diagnosis(
+            cause="the causal mask is inverted: queries see later keys and no earlier ones",
+            fix="invert the mask: True (or 0) where key <= query",
+            evidence=evidence,
+        )
+    return Diagnosis(
+        cause="the mask does not hide all later keys",
+        fix="build the mask so that query i sees keys 0..i only",
+        evidence=evidence,
+    )
+
+
+def _padding_seen(pattern: Tensor, values: Tensor, part: Part, what: str) -> Diagnosis:
+    """Padded keys take part; is the mask absent, inverted, or laid on the queries?"""
+    columns = part.columns or slice(None)
+    start, stop, _ = columns.indices(part.seq)
+    padded = [i for i in range(part.seq) if not start <= i < stop]
+    real = list(range(start, stop))
+    if not padded or not bool(pattern[real][:, padded].any()):
+        return Diagnosis()
+    own = torch.tensor([[i == j for j in range(part.seq)] for i in range(part.seq)])
+    sees_real = bool((pattern & ~own)[real][:, real].any())
+    if not sees_real:
+        return Diagnosis(cause=f"the padding mask is inverted: {what} hide the real tokens and show the padded ones", fix="invert the mask")
+    return Diagnosis(
+        cause=f"the padding mask does not reach {what}: real queries give weight to padded keys",
+        fix="turn the [batch, seq_len] mask into mask[:, None, None, :] and set the scores of padded keys to finfo.min before the softmax",
+    )
+
+
+def _reduction(event: Event, part: Part, hidden: str) -> Diagnosis:
+    what = REDUCTIONS[event.op]
+    shape = event.inputs[0].shape if event.inputs else ()
+    over = "the batch" if part.rows is not None else "the sequence"
+    return Diagnosis(
+        cause=f"the {what} over {over} lets every position depend on {hidden}",
+        fix=f"take the {what} over the last dimension (dim=-1) only",
+        evidence={"shape that is reduced": str(tuple(shape))},
+    )
+
+
+def _layout(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
+    """A reshape that reads several positions as one: does a transpose before it, or after it, put that right?"""
+    assert culprit.left is not None and culprit.right is not None and culprit.event is not None
+    before, after = culprit.left.inputs[0], culprit.right.inputs[0]
+    shape = culprit.left.outputs[0].shape
+    tree = expressions(culprit.spot)
+    trials: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = []
+    if before.ndim == 4:
+        trials.append(
+            (
+                "heads are merged without a transpose: (batch, heads, seq, head_dim) is read as (batch, seq, heads * head_dim)",
+                "transpose(1, 2) before the reshape",
+                lambda t: t.transpose(1, 2).reshape(shape),
+                ".transpose(1, 2)",
+            )
+        )
+    if len(shape) == 4:
+        swapped = (shape[0], shape[2], shape[1], shape[3])
+        trials.append(
+            (
+                "heads are split without a transpose: (batch, seq, heads * head_dim) is read as (batch, heads, seq, head_dim)",
+                "view as (batch, seq, heads, head_dim), then transpose(1, 2)",
+                lambda t: t.reshape(swapped).transpose(1, 2),
+                "",
+            )
+        )
+    for cause, fix, layout, insert in trials:
+        try:
+            pairs = zip(part.views(layout(before)), part.views(layout(after)), strict=True)
+            holds = any(difference(a, b, relative_limit=1e-9) is None for a, b in pairs)
+        except RuntimeError:
+            continue
+        if holds:
+            call = _call(tree, culprit, ("reshape", "view", "contiguous", "flatten"))
+            edits = _insert_before_method(tree, call, insert) if tree and call and insert else ()
+            evidence: dict[str, Scalar] = {"read as": f"{tuple(before.shape)} -> {tuple(shape)}"}
+            return Diagnosis(cause=cause, fix=fix, edits=edits, evidence=evidence)
+    return Diagnosis()
+
+
+def _broadcast(culprit: Culprit, part: Part) -> Diagnosis:
+    """A two-dimensional mask that broadcasts over the wrong dimensions of the scores."""
+    assert culprit.left is not None and culprit.event is not None
+    tensors = culprit.left.inputs
+    if len(tensors) < 2:
+        return Diagnosis()
+    wide = max(tensors, key=lambda t: t.ndim)
+    narrow = next((t for t in tensors if t.ndim < wide.ndim and t.shape[:1] == (part.batch,)), None)
+    if narrow is None or wide.ndim != 4:
+        return Diagnosis()
+    if narrow.ndim == 2 and narrow.shape[1] == part.seq:
+        tree = expressions(culprit.spot)
+        spread = (
+            "mask[:, None, None, :] turned into 0 where real and finfo.min where padded"
+            if culprit.event.op.startswith("add")
+            else "mask[:, None, None, :]"
+        )
+        return Diagnosis(
+            cause=(
+                f"a mask [batch, seq_len] = {tuple(narrow.shape)} meets scores {tuple(wide.shape)}: its rows line up with "
+                "the queries, not with the batch; nothing fails because batch equals seq_len here"
+            ),
+            fix=f"use {spread}",
+            edits=_mask_operand(tree, culprit) if tree and culprit.event.op.startswith("add") else (),
+            evidence={"mask": str(tuple(narrow.shape)), "scores": str(tuple(wide.shape))},
+        )
+    if narrow.ndim == 3 and part.batch == wide.shape[1]:
+        return Diagnosis(
+            cause=(f"{tuple(narrow.shape)} with the batch first broadcasts against {tuple(wide.shape)}: its batch lines up with the heads"),
+            fix="unsqueeze(1) the table after indexing it with position_ids",
+            evidence={"table": str(tuple(narrow.shape)), "states": str(tuple(wide.shape))},
+        )
+    return Diagnosis()
+
+
+def mask_added_as_number(recording: Recording) -> tuple[int, Kept] | None:
+    """The first op that adds a tensor of just zeros and ones to attention scores `[batch, heads, T, S]`; its index and
+    tensors. A 0/1 mask that is added leaves e times the weight where it should leave none."""
+    for index, event in enumerate(recording.events):
+        if event.op not in ("add", "add_") or len(event.inputs) < 2 or len(event.outputs[0].shape) != 4:
+            continue
+        kept = recording.kept[index]
+        scores, other = kept.inputs[0], kept.inputs[1]
+        values = other.double().unique()
+        if other.numel() > 1 and set(values.tolist()) == {0.0, 1.0} and scores.double().unique().numel() > 2:
+            return index, kept
+    return None
+
+
+def unmasked_softmax_edits(culprit: Culprit) -> tuple[Edit, ...]:
+    """The edit that masks the later keys in front of the culprit's softmax."""
+    tree = expressions(culprit.spot)
+    call = _call(tree, culprit, ("softmax",))
+    return _mask_scores(tree, call) if tree and call else ()
+
+
+def mask_operand_edits(culprit: Culprit) -> tuple[Edit, ...]:
+    """The edit that turns an added 0/1 mask into an additive one of shape [batch, 1, 1, seq_len]."""
+    tree = expressions(culprit.spot)
+    return _mask_operand(tree, culprit) if tree else ()
+
+
+def _call(tree: Expressions | None, culprit: Culprit, names: tuple[str, ...]) -> ast.Call | None:
+    """The call of one of these functions or methods that was running at the culprit's place."""
+    if tree is None or culprit.spot is None:
+        return None
+    for node in tree.at(culprit.spot):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in names:
+                return node
+    return None
+
+
+def _mask_scores(tree: Expressions, call: ast.Call) -> tuple[Edit, ...]:
+    """softmax(X) -> softmax(X with later keys at finfo.min), for an X that is a plain name."""
+    target: ast.expr | None = call.args[0] if call.args else None
+    if isinstance(call.func, ast.Attribute) and not (isinstance(call.func.value, ast.Name) and call.func.value.id in ("F", "torch")):
+        plain_module = isinstance(call.func.value, ast.Attribute) and call.func.value.attr == "functional"
+        target = target if plain_module else call.func.value
+    if not isinstance(target, ast.Name | ast.Attribute):
+        return ()
+    x = tree.source(target)
+    later = f"torch.ones({x}.shape[-2:], dtype=torch.bool, device={x}.device).triu({x}.shape[-1] - {x}.shape[-2] + 1)"
+    return (tree.replace(target, f"{x}.masked_fill({later}, torch.finfo({x}.dtype).min)"),)
+
+
+def _set_dimension(tree: Expressions, call: ast.Call) -> tuple[Edit, ...]:
+    for keyword in call.keywords:
+        if keyword.arg == "dim":
+            return (tree.replace(keyword.value, "-1"),)
+    method = isinstance(call.func, ast.Attribute) and not (isinstance(call.func.value, ast.Name) and call.func.value.id in ("F", "torch"))
+    position = 0 if method else 1
+    if len(call.args) > position:
+        return (tree.replace(call.args[position], "-1"),)
+    return ()
+
+
+def _set_keyword(tree: Expressions, call: ast.Call, name: str, value: str) -> tuple[Edit, ...]:
+    for keyword in call.keywords:
+        if keyword.arg == name:
+            return (tree.replace(keyword.value, value),)
+    if any(keyword.arg is None for keyword in call.keywords) or not (call.args or call.keywords):
+        return ()
+    last: Any = ([*call.args, *[k.value for k in call.keywords]])[-1]
+    return (tree.replace(last, f"{tree.source(last)}, {name}={value}"),)
+
+
+def _insert_before_method(tree: Expressions, call: ast.Call, text: str) -> tuple[Edit, ...]:
+    """E.reshape(...) -> E.transpose(1, 2).reshape(...); `view` becomes `reshape`, since the transpose breaks its stride."""
+    node: ast.expr = call
+    while (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("reshape", "view", "contiguous", "flatten")
+    ):
+        inner = node.func.value
+        if not (isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute) and inner.func.attr == "contiguous"):
+            receiver = tree.source(inner)
+            wrapped = receiver if isinstance(inner, ast.Name | ast.Attribute | ast.Call | ast.Subscript) else f"({receiver})"
+            rest = tree.source(node)[len(receiver) :]
+            if rest.startswith(".view("):
+                rest = ".reshape(" + rest[len(".view(") :]
+            return (tree.replace(node, f"{wrapped}{text}{rest}"),)
+        node = inner
+    return ()
+
+
+def _mask_operand(tree: Expressions, culprit: Culprit) -> tuple[Edit, ...]:
+    """`scores + mask` -> `scores + (1 - mask as [batch, 1, 1, seq_len]) * finfo.min`."""
+    assert culprit.left is not None and culprit.spot is not None
+    sizes = [t.numel() for t in culprit.left.inputs[:2]]
+    for node in tree.at(culprit.spot):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            pair: tuple[ast.expr, ast.expr] = (node.left, node.right)
+        elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
+            pair = (node.target, node.value)
+        else:
+            continue
+        small = 0 if sizes[0] < sizes[1] else 1
+        mask, scores = tree.source(pair[small]), tree.source(pair[1 - small])
+        if not isinstance(pair[1 - small], ast.Name | ast.Attribute):
+            return ()
+        flat = culprit.left.inputs[small].ndim == 2
+        spread = f"({mask})[:, None, None, :]" if flat else f"({mask})"
+        return (tree.replace(pair[small], f"(1.0 - {spread}.to({scores}.dtype)) * torch.finfo({scores}.dtype).min"),)
+    return ()

@@ -1,0 +1,169 @@
+"""The normalisations that a traced run goes through: their eps, their width and their place, also inside plain functions.
+
+A norm is known by what it computes: a fused norm op, or `rsqrt` (or a root, or a power of -1/2) of a mean over the last
+dimension plus a constant.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..casts import cast
+from ..records import Event, Where
+from .tracer import Recording, record
+
+FUSED = ("native_layer_norm", "_fused_rms_norm", "rms_norm")
+ROOTS = ("rsqrt", "sqrt")
+MEANS = ("mean", "var", "var_mean")
+# Far above any activation, so that no sane eps is seen beside the mean square.
+LARGE = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormCall:
+    """One normalisation of a run: where its eps is added, the eps, and the size of the dimension it is taken over."""
+
+    where: Where
+    eps: float
+    width: int
+    kind: str
+
+
+def norm_calls(recording: Recording) -> list[NormCall]:
+    """Every norm of a run that was recorded with `keep=True`, in the order they run, where its eps can be read."""
+    found = []
+    written: dict[int, int] = {}  # storage -> the last event that wrote it
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        if event.op in FUSED:
+            shape, eps = kept.arguments.get("normalized_shape"), kept.arguments.get("eps")
+            if shape and isinstance(eps, float):
+                kind = "layer norm" if event.op == "native_layer_norm" else "RMS norm"
+                found.append(NormCall(where=event.where, eps=eps, width=int(shape[-1]), kind=kind))
+        elif event.op in ROOTS or (event.op == "pow" and _number(kept.arguments.get("exponent")) == -0.5):
+            call = _by_hand(recording, written, event)
+            if call is not None:
+                found.append(call)
+        for info in event.outputs:
+            if info.storage:
+                written[info.storage] = index
+    return found
+
+
+def isolated(module: nn.Module, width: int, *, dtype: torch.dtype = torch.float64, scale: float = 1.0, rows: int = 7) -> Tensor:
+    """What a norm module gives for `[1, rows, width]` random numbers of this scale; raises what the module raises."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, rows, width, generator=generator, dtype=torch.float64) * scale
+    with torch.no_grad():
+        out = module(x.to(dtype))
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        raise ValueError("it does not map a tensor to one of the same shape")
+    return out
+
+
+def norm_width(module: nn.Module) -> int | None:
+    """The width of a module that may be a norm: all its parameters are vectors of one length; None for anything else."""
+    sizes = {tuple(p.shape) for p in module.parameters()}
+    if len(sizes) == 1 and len(next(iter(sizes))) == 1 and not list(module.children()):
+        return next(iter(sizes))[0]
+    return None
+
+
+def acts_as_norm(module: nn.Module, width: int) -> bool:
+    """Whether a module forgets the scale of what it is given and keeps its direction apart: f(1e6 x) = f(1e9 x), not constant."""
+    try:
+        first, second = isolated(module, width, scale=LARGE), isolated(module, width, scale=1e3 * LARGE)
+    except Exception:  # a module that wants other arguments is no plain norm
+        return False
+    size = float(first.abs().max())
+    varied = bool((first.std(dim=-1) > 1e-3 * size).all())
+    return size > 0 and varied and float((first - second).abs().max()) <= 1e-5 * size
+
+
+def traced(module: nn.Module, run: Callable[[], Any]) -> Recording:
+    """The ops of one isolated call, with their tensors."""
+    return record(module, run, keep=True, catch=True)
+
+
+def with_unit_weights(module: nn.Module) -> nn.Module:
+    """A copy in float64 with weights of one and no bias."""
+    twin = cast(copy.deepcopy(module), torch.float64).eval()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.fill_(0.0 if "bias" in name else 1.0)
+    return twin
+
+
+def unit_rms(module: nn.Module, width: int) -> float | None:
+    """The root mean square of its output before the weight; with weights w and with 1 + w both tried."""
+    sizes = []
+    for weight in (1.0, 0.0):
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.fill_(0.0 if "bias" in name else weight)
+        sizes.append(float(isolated(module, width, scale=LARGE).pow(2).mean().sqrt()))
+    if sizes[1] > 0:  # 1 + w
+        return sizes[1]
+    return sizes[0] if sizes[0] > 0 else None
+
+
+def unbiased(recording: Recording) -> Event | None:
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        correction = kept.arguments.get("correction", 1)
+        if event.op in ("std", "var", "var_mean", "std_mean") and kept.arguments.get("unbiased", True) and correction in (None, 1):
+            return event
+    return None
+
+
+def overflowing_squares(recording: Recording) -> Iterator[tuple[Event, float]]:
+    """(event, largest input) of float16 squares that turn finite inputs into inf and go into a mean next."""
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        if event.op not in ("pow", "mul", "square") or not kept.outputs or kept.outputs[0].dtype != torch.float16:
+            continue
+        if event.op == "pow" and str(kept.arguments.get("exponent")) not in ("2", "2.0"):
+            continue
+        if event.op == "mul" and (len(kept.inputs) < 2 or not torch.equal(kept.inputs[0], kept.inputs[-1])):
+            continue
+        finite = all(bool(torch.isfinite(t).all()) for t in kept.inputs)
+        if not finite or bool(torch.isfinite(kept.outputs[0]).all()):
+            continue
+        following = recording.events[index + 1 : index + 4]
+        written = event.outputs[0].storage
+        if any(e.op in ("mean", "sum") and e.inputs and e.inputs[0].storage == written for e in following):
+            yield event, float(kept.inputs[0].abs().max())
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, float | int) and not isinstance(value, bool) else None
+
+
+def _by_hand(recording: Recording, written: dict[int, int], root: Event) -> NormCall | None:
+    before = written.get(root.inputs[0].storage) if root.inputs else None
+    if before is None:
+        return None
+    event, kept = recording.events[before], recording.kept[before]
+    eps = _number(kept.arguments.get("other"))
+    if event.op not in ("add", "add_") or eps is None:
+        return None
+    mean_index = written_before(recording, event.inputs[0].storage, before)
+    if mean_index is None or recording.events[mean_index].op not in MEANS:
+        return None
+    mean = recording.events[mean_index]
+    dims = recording.kept[mean_index].arguments.get("dim")
+    shape = mean.inputs[0].shape
+    if not shape or dims not in ([-1], [len(shape) - 1]):
+        return None
+    kind = "RMS norm" if mean.op == "mean" else "layer norm"
+    return NormCall(where=event.where, eps=eps, width=shape[-1], kind=kind)
+
+
+def written_before(recording: Recording, storage: int, index: int) -> int | None:
+    """The last event before `index` that wrote into a storage; views are looked through."""
+    for i in range(index - 1, max(-1, index - 40), -1):
+        event = recording.events[i]
+        if any(info.storage == storage for info in event.outputs) and event.op not in ("view", "unsqueeze", "_unsafe_view", "detach"):
+            return i
+    return None

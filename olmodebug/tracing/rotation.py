@@ -1,0 +1,201 @@
+"""Rotary position embeddings as a recording shows them: queries and keys at the scores, and the angles they are turned by.
+
+Nothing is taken from names of functions: queries and keys are read where scores are made, angles where a cosine is
+taken or a table of cosines is read. A sequence of one and the same token makes the rotation visible: before it, every
+position has the same query and the same key, so that whatever changes from position to position is the rotation.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..records import Case, Where
+from ..relations.diagnose import is_fused_attention
+from ..settle import set_seed
+from ..sources import Spot
+from ..subject import Subject, own_code, quiet
+from .tracer import Recording, record
+
+# Tables are known by the names that people give their buffers.
+TABLE = re.compile(r"cos|sin|freqs|rope|rotary", re.IGNORECASE)
+SEQ_LENS = (47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7)
+# Ops that only move values: behind them stands the op that made the values.
+MOVES = ("expand", "view", "_unsafe_view", "transpose", "permute", "clone", "unsqueeze", "squeeze", "alias", "slice", "reshape", "t", "_to_copy",
+         "contiguous", "select", "index", "copy_", "cat", "stack", "unflatten", "split", "detach", "view_as_real", "as_strided", "repeat")  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class Scores:
+    """One attention: queries and keys `[heads, seq_len, head_dim]` and values where they are seen, as they meet."""
+
+    module: str
+    index: int
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+
+    @property
+    def scores(self) -> Tensor:
+        """`[heads, seq_len, seq_len]` in float64, without scale and mask."""
+        query, key = self.query.double(), self.key.double()
+        if len(key) < len(query):
+            key = key.repeat_interleave(len(query) // len(key), 0)
+        return query @ key.transpose(-1, -2)
+
+
+@dataclass(slots=True, kw_only=True)
+class Angles:
+    """The angles `[seq_len, pairs]` of one table, by their cosines and sines in float64, each pair once."""
+
+    cos: Tensor
+    sin: Tensor
+    where: Where
+    spot: Spot | None
+    name: str | None = None
+
+    @property
+    def frequencies(self) -> Tensor:
+        """The angle from the first row to the second, `[pairs]`: where positions start at 0 or at 1 makes no difference."""
+        turned = self.sin[1] * self.cos[0] - self.cos[1] * self.sin[0]
+        return torch.atan2(turned, self.cos[1] * self.cos[0] + self.sin[1] * self.sin[0])
+
+
+def constant_case(twin: Subject, *, start: int = 0) -> Case:
+    """One row of one token, over and over, as long as tells dimensions apart."""
+    sizes = {size for p in [*twin.model.parameters(), *twin.model.buffers()] for size in p.shape}
+    longest = twin.usable_positions or 10**6
+    seq = next((n for n in SEQ_LENS if n <= longest and n not in sizes), min(longest, 5))
+    token = twin.token_ids(1, 1, seed=30)[0][0]
+    positions = (tuple(range(start, start + seq)),) if start else None
+    return Case(name=f"{seq} times one token", input_ids=((token,) * seq,), position_ids=positions)
+
+
+def trace_case(twin: Subject, case: Case) -> Recording:
+    """A recording of one run with its tensors."""
+    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]), own_code(twin, case):
+        set_seed(twin.seed)
+        return record(twin.model, lambda: twin.call(case), keep=True)
+
+
+def attentions(recording: Recording, seq: int) -> list[Scores]:
+    """Every attention of a run on one row, in the order they run; ones whose layout is not understood are left out."""
+    found: list[Scores] = []
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        value: Tensor | None = None
+        if is_fused_attention(event.op):
+            query, key, value = (kept.arguments.get(name) for name in ("query", "key", "value"))
+            if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.ndim != 4 or len(query) != 1:
+                continue
+            query, key, value = query[0], key[0], value[0] if isinstance(value, Tensor) else None
+        elif event.op == "bmm" and kept.outputs[0].shape[-2:] == (seq, seq):
+            query, key = kept.inputs[0], kept.inputs[1].transpose(-1, -2)
+            value = _values(recording, index, seq)
+        else:
+            continue
+        if (
+            query.ndim == 3
+            and query.shape[-2] == seq
+            and key.shape[-2] == seq
+            and query.shape[-1] == key.shape[-1]
+            and len(query) % len(key) == 0
+        ):
+            found.append(Scores(module=event.where.module, index=index, query=query, key=key, value=value))
+    return found
+
+
+def varies(tensor: Tensor, limit: float) -> bool:
+    """Whether any position of `[heads, seq_len, dim]` differs from the first."""
+    scale = float(tensor.abs().max())
+    return bool(((tensor - tensor[:, :1]).abs() > limit * scale).any()) if tensor.numel() else False
+
+
+def maker(recording: Recording, index: int, operand: int) -> int | None:
+    """The op that made an operand of an op: not the ones that moved, joined or copied its values."""
+    current, place = index, operand
+    for _ in range(64):
+        info = recording.events[current].inputs[place]
+        source = next(
+            (i for i in range(current - 1, -1, -1) if any(o.storage == info.storage and o.storage for o in recording.events[i].outputs)),
+            None,
+        )
+        if source is None:
+            return None
+        event = recording.events[source]
+        if event.op not in MOVES or not event.inputs:
+            return source
+        # Of joined parts the one that differs from position to position is the rotated one; it comes first or alone.
+        inputs = recording.kept[source].inputs
+        moving = [k for k, t in enumerate(inputs) if t.is_floating_point() and t.numel() and float((t - t.flatten()[0]).abs().max()) > 0]
+        current, place = source, (moving or [0])[0]
+    return None
+
+
+def angle_tables(recording: Recording, seq: int) -> list[Angles]:
+    """The distinct tables of angles that a run on one row uses: cosines that it takes, or tables that it reads."""
+    found: list[Angles] = []
+    tables: dict[str, tuple[int, Tensor]] = {}
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        if event.op == "cos":
+            angles = _rows(kept.inputs[0], seq)
+            if angles is not None:
+                _add(found, angles.double().cos(), angles.double().sin(), recording, index, None)
+        elif event.parameters and TABLE.search(event.parameters[0]) and kept.outputs:
+            rows = _rows(kept.outputs[0], seq)
+            if rows is not None:
+                tables.setdefault(event.parameters[0], (index, rows))
+    for name, (index, rows) in tables.items():
+        if rows.is_complex():
+            _add(found, rows.real.double(), rows.imag.double(), recording, index, name)
+        elif "cos" in name and (partner := tables.get(name.replace("cos", "sin"))) is not None and partner[1].shape == rows.shape:
+            _add(found, rows.double(), partner[1].double(), recording, index, name)
+    return found
+
+
+def table_factor(recording: Recording, table: Angles, seq: int) -> float | None:
+    """What cosines are multiplied by on their way to the queries: 1, or an attention factor. Read from the very table
+    that states are multiplied with, so that a scale on the queries alone does not count; None where it is not seen."""
+    pairs = table.cos.shape[1]
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        if event.op not in ("mul", "mul_") or len(kept.inputs) < 2 or max(t.ndim for t in kept.inputs) < 3:
+            continue
+        for tensor, other in (kept.inputs[:2], kept.inputs[1::-1]):
+            rows = _rows(tensor, seq)
+            if rows is None or rows.is_complex() or rows.shape[1] not in (pairs, 2 * pairs) or other.numel() <= tensor.numel():
+                continue
+            factor = float(rows[0, 0])
+            layouts = (rows, rows[:, :pairs], rows[:, ::2])
+            if factor > 0 and any(
+                t.shape == table.cos.shape and torch.allclose(t.double() / factor, table.cos, atol=1e-4) for t in layouts
+            ):
+                return factor
+    return None
+
+
+def _add(found: list[Angles], cos: Tensor, sin: Tensor, recording: Recording, index: int, name: str | None) -> None:
+    """One table more, unless it is there already; a pair that stands twice (two halves, or side by side) counts once."""
+    both = torch.cat([cos, sin]).T
+    kept: list[int] = []
+    for column in range(both.shape[0]):
+        if not any(torch.equal(both[column], both[other]) for other in kept):
+            kept.append(column)
+    cos, sin = cos[:, kept], sin[:, kept]
+    if not any(other.cos.shape == cos.shape and torch.equal(other.cos, cos) for other in found):
+        found.append(Angles(cos=cos, sin=sin, where=recording.events[index].where, spot=recording.spots[index], name=name))
+
+
+def _rows(tensor: Tensor, seq: int) -> Tensor | None:
+    """A table as `[seq_len, pairs]`; None for other shapes."""
+    flat = tensor.squeeze()
+    if flat.ndim != 2 or flat.shape[0] != seq or not (flat.is_floating_point() or flat.is_complex()) or flat.shape[1] > 512:
+        return None
+    return flat
+
+
+def _values(recording: Recording, index: int, seq: int) -> Tensor | None:
+    """The values that the weights of eager attention meet next."""
+    for event, kept in zip(recording.events[index + 1 : index + 40], recording.kept[index + 1 : index + 40], strict=True):
+        if event.op == "bmm" and kept.inputs[0].shape[-2:] == (seq, seq) and kept.inputs[1].shape[-2] == seq:
+            return kept.inputs[1]
+    return None

@@ -1,0 +1,74 @@
+"""Why a training step gave no finite loss or gradient: the step's batch once more under the tracer, and its first bad value."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..report import Finding
+from ..settle import settled
+from ..subject import Subject
+from ..tracing.tracer import record
+from .head import as_case
+from .loop import batch_loss
+
+PROBE = "train.finite"
+
+
+def diagnose(subject: Subject, batch: Tensor, step: int, dtype: str, *, reason: str) -> Finding:
+    """The finding on a step that could not be used: a parameter that is not finite already, or the first op that gave such a value."""
+    bad = [name for name, parameter in subject.model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+    if bad:
+        return Finding(
+            probe=PROBE,
+            severity="error",
+            message=f"step {step + 1}: {bad[0]} holds nan or inf before the forward pass, as do {len(bad) - 1} other parameters",
+            cause="the update of an earlier step, or the weights that the run began with, made it so",
+            expected="finite parameters",
+            observed=f"{len(bad)} of {sum(1 for _ in subject.model.parameters())} parameters not finite",
+            evidence={"parameters": ", ".join(bad[:8])},
+        )
+    row = _bad_row(subject, batch, dtype)
+    piece = batch[row : row + 1]
+    with settled(subject.model, seed=subject.seed):
+        recording = record(subject.model, lambda: batch_loss(subject, None, piece, dtype).backward(), statistics=True)
+    first = next((event for event in recording.events if _makes_bad(event)), None)
+    message = f"step {step + 1}: {_reason(reason)}"
+    if first is None:
+        return Finding(
+            probe=PROBE, severity="error", message=f"{message}; the same batch alone does not show it again", evidence={"dtype": dtype}
+        )
+    inputs = [str(info) for info in first.inputs]
+    largest = max((info.absmax for info in first.inputs if info.absmax is not None and math.isfinite(info.absmax)), default=math.nan)
+    return Finding(
+        probe=PROBE,
+        severity="error",
+        message=f"{message}; {first.op} in the {first.phase} pass is the first op that gives nan or inf, from finite inputs",
+        where=first.where,
+        expected="finite values",
+        observed=f"{first.op}({', '.join(inputs)}) gives nan or inf",
+        evidence={"dtype": dtype, "largest_input": largest, "row_of_the_batch": row},
+        case=as_case(piece),
+    )
+
+
+def _reason(reason: str) -> str:
+    words = {"nan": "the loss or the gradient is not finite", "overflow": "gradients overflow at every loss scale down to 1e-4"}
+    return words.get(reason, reason)
+
+
+def _makes_bad(event: Any) -> bool:
+    """Whether an op turned finite inputs into something else; filling with -inf, as masks are made, is meant so."""
+    made = any(info.finite is False for info in event.outputs)
+    fills = ("fill", "full", "where", "masked", "scalar_tensor", "tensor", "triu", "tril", "empty")
+    return made and all(info.finite is not False for info in event.inputs) and not any(word in event.op for word in fills)
+
+
+def _bad_row(subject: Subject, batch: Tensor, dtype: str) -> int:
+    """The first row whose loss alone is not finite; 0 where each is."""
+    with settled(subject.model, seed=subject.seed), torch.no_grad():
+        for row in range(len(batch)):
+            if not math.isfinite(float(batch_loss(subject, None, batch[row : row + 1], dtype))):
+                return row
+    return 0
