@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from olmodebug.implementations.aligned import align
-from olmodebug.implementations.comparison import compare
 
 from olmodebug.errors import SubjectError
+from olmodebug.implementations.aligned import align
+from olmodebug.implementations.comparison import compare
 from olmodebug.spec import Job, resolve
 from tests.benchmarks.implementations import PRESETS, judged, reference_of, subject_of
 from tests.mutants.catalog import CLEAN

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from olmodebug.implementations.comparison import compare
 
+from olmodebug.implementations.comparison import compare
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
 from olmodebug.subject import from_model

@@ -10,10 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from olmodebug.environment import environment
 from olmodebug.implementations.comparison import compare
 from olmodebug.implementations.equivalent import config_for
-
-from olmodebug.environment import environment
 from olmodebug.report import Report
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject
