@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,36 +31,77 @@ def test_plain_and_gzipped_json_lines_give_the_same_documents(tmp_path: Path) ->
     assert read(tmp_path / "a.jsonl")[0] == read(tmp_path / "b.json.gz")[0] == TEXTS
 
 
-def test_zstandard_needs_its_package_or_gives_the_same_documents(tmp_path: Path) -> None:
+def test_zstandard_gives_the_same_documents(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
     path = tmp_path / "a.jsonl.zst"
-    try:
-        import zstandard
-    except ImportError:
-        path.write_bytes(b"x")
-        with pytest.raises(UsageError, match=r"needs the package zstandard: pip install 'olmodebug\[data\]'"):
-            read(path)
-        return
-    whole = zstandard.ZstdCompressor().compress(lines(*({"text": text} for text in TEXTS)))
-    path.write_bytes(whole)
-    assert read(path)[0] == TEXTS
+    one, two = (zstandard.ZstdCompressor().compress(lines({"text": text})) for text in TEXTS[:2])
+    path.write_bytes(one + two)
+    assert read(path)[0] == TEXTS[:2]
+    path.write_bytes(one + two[:-4])
+    texts, problems = read(path)
+    assert texts == TEXTS[:1]
+    assert "a.jsonl.zst:2: the packed file ends or breaks here" in str(problems.first[0])
+    path.write_bytes(one + b"no frame of zstandard at all")
+    assert "a.jsonl.zst:2: the packed file ends or breaks here" in str(read(path)[1].first[0])
 
 
-def test_parquet_needs_its_package_or_gives_the_same_documents(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        path.write_bytes(b"x")
-        with pytest.raises(UsageError, match="needs the package pyarrow"):
-            read(path)
-        return
-    pyarrow.parquet.write_table(pyarrow.table({"text": [*TEXTS, None]}), path)
+@pytest.mark.parametrize("form", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_parquet_and_arrow_give_the_same_documents(tmp_path: Path, form: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / form
+    table = pyarrow.table({"n": [1, 2, 3, 4], "text": [*TEXTS, None]})
+    write_columns(path, table)
     texts, problems = read(path)
     assert texts == TEXTS
-    assert str(problems.first[0]).endswith("a.parquet:4: the column 'text' holds NoneType, no text")
-    (tmp_path / "b.parquet").write_bytes(b"PAR1 nonsense")
-    assert "no readable Parquet file" in str(read(tmp_path / "b.parquet")[1].first[0])
+    assert str(problems.first[0]).endswith(f"{form}:4: the column 'text' holds NoneType, no text")
+    assert "no column 'words'; it has n, text" in str(read(path, field="words")[1].first[0])
+    path.write_bytes(b"PAR1 nonsense, and nothing that Arrow would know")
+    assert "no readable" in str(read(path)[1].first[0])
+
+
+def test_a_parquet_file_with_damage_inside_gives_what_stands_before_it(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    many = [f"document {i} of many" for i in range(2000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": many}), path, row_group_size=500, compression="gzip")
+    body = bytearray(path.read_bytes())
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(2).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    body[start : start + 200] = b"\xff" * 200
+    path.write_bytes(bytes(body))
+    texts, problems = read(path)
+    assert texts == many[: len(texts)] and 500 <= len(texts) <= 1000
+    assert "no readable Parquet file" in str(problems.first[0])
+
+
+def test_a_saved_hugging_face_dataset_is_read_without_its_caches(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    write_columns(tmp_path / "data-00000-of-00001.arrow", pyarrow.table({"text": TEXTS}))
+    write_columns(tmp_path / "cache-0123456789abcdef.arrow", pyarrow.table({"text": ["derived"]}))
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    assert read(*find_files([str(tmp_path)]))[0] == TEXTS
+
+
+@pytest.mark.parametrize(("form", "package"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow"), ("a.arrow", "pyarrow")])
+def test_a_missing_optional_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, package: str) -> None:
+    for name in (package, f"{package}.parquet", f"{package}.ipc"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / form).write_bytes(b"x")
+    with pytest.raises(UsageError, match=rf"needs the package {package}: pip install 'olmodebug\[data\]'"):
+        read(tmp_path / form)
+
+
+def write_columns(path: Path, table: Any) -> None:
+    """A table in the form that the name says."""
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+        return
+    kind = pyarrow.ipc.new_file if path.name == "file.arrow" else pyarrow.ipc.new_stream
+    with path.open("wb") as sink, kind(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 @pytest.mark.parametrize(

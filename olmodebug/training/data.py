@@ -1,7 +1,8 @@
 """The documents in files of every usual form, one after the other, never all in memory.
 
-JSON lines (`.jsonl`, `.json`, each also as `.gz` or `.zst`), Parquet, plain text, and folders of these, as Hugging Face datasets
-are stored. A line that cannot be read costs that line alone: it becomes a `Problem` with file and line, and the rest is read.
+JSON lines (`.jsonl`, `.json`, each also as `.gz` or `.zst`), Parquet, Arrow, plain text, and folders of these, as Hugging Face
+datasets are stored (`save_to_disk` writes Arrow). A line that cannot be read costs that line alone: it becomes a `Problem` with
+file and line, and the rest is read.
 """
 
 import glob
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from ..errors import UsageError
+from .columnar import Damaged, arrow_column, needed, parquet_column
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 PACKED = (".gz", ".zst")
 PARQUET = (".parquet",)
+ARROW = (".arrow",)
 TEXT = (".txt", ".text", ".md")
-READABLE = (*JSON_LINES, *PARQUET, *TEXT)
+READABLE = (*JSON_LINES, *PARQUET, *ARROW, *TEXT)
 
 # A text file marks no documents: it is cut at the first blank line after so many characters, about eight windows of 512 tokens.
 TEXT_PIECE_CHARACTERS = 16_000
@@ -90,11 +93,9 @@ def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.is_file() and _suffix(p) in READABLE and p.name not in DATASET_CARDS]
+            files = [p for p in sorted(path.rglob("*")) if _is_data(p)]
             if not files:
-                kinds = sorted({p.suffix for p in path.rglob("*") if p.is_file()})
-                arrow = "; Arrow files are a cache: give the dataset's Parquet or JSON files" if ".arrow" in kinds else ""
-                raise UsageError(f"--data {pattern}: the folder has no file of {', '.join(READABLE)}{arrow}")
+                raise UsageError(f"--data {pattern}: the folder has no file of {', '.join(READABLE)}")
         else:
             files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
             if not files:
@@ -107,6 +108,13 @@ def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
 
 
 DATASET_CARDS = ("README.md", "dataset_info.json", "state.json", "dataset_dict.json")
+DERIVED = "cache-"  # what `datasets` keeps of a `map` beside the data
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file in a folder holds documents."""
+    derived = _suffix(path) in ARROW and path.name.startswith(DERIVED)
+    return path.is_file() and _suffix(path) in READABLE and path.name not in DATASET_CARDS and not derived
 
 
 def read_documents(files: Iterable[Path], problems: Problems, *, text_field: str = "text") -> Iterator[Document]:
@@ -128,7 +136,7 @@ def read_documents(files: Iterable[Path], problems: Problems, *, text_field: str
 def _read(path: Path, text_field: str) -> Iterator[Document | Problem]:
     kind = _suffix(path)
     reader: Callable[[Path, str], Iterator[Document | Problem]] = (
-        _read_parquet if kind in PARQUET else _read_text if kind in TEXT else _read_json_lines
+        _read_columns if kind in (*PARQUET, *ARROW) else _read_text if kind in TEXT else _read_json_lines
     )
     try:
         yield from reader(path, text_field)
@@ -198,47 +206,63 @@ def _read_text(path: Path, _: str) -> Iterator[Document | Problem]:
         yield Document(text="".join(piece), file=str(path), line=start)
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document | Problem]:
-    parquet: Any = _needed("pyarrow.parquet", path, "pyarrow")
-    try:
-        table = parquet.ParquetFile(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # pyarrow's own kinds of damage
-        yield Problem(file=str(path), line=None, text=f"no readable Parquet file: {str(error).splitlines()[0]}")
-        return
-    names = table.schema_arrow.names
-    if text_field not in names:
-        yield Problem(
-            file=str(path), line=None, text=f"no column {text_field!r}; it has {', '.join(names[:8])} (--text-field names another)"
-        )
-        return
+def _read_columns(path: Path, text_field: str) -> Iterator[Document | Problem]:
     number = 0
-    for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            number += 1
-            if isinstance(text, str):
-                yield Document(text=text, file=str(path), line=number)
-            else:
-                yield Problem(file=str(path), line=number, text=f"the column {text_field!r} holds {type(text).__name__}, no text")
+    try:
+        for values in (parquet_column if _suffix(path) in PARQUET else arrow_column)(path, text_field):
+            for text in values:
+                number += 1
+                if isinstance(text, str):
+                    yield Document(text=text, file=str(path), line=number)
+                else:
+                    yield Problem(file=str(path), line=number, text=f"the column {text_field!r} holds {type(text).__name__}, no text")
+    except KeyError as error:
+        names = ", ".join(error.args[0][:8])
+        yield Problem(file=str(path), line=None, text=f"no column {text_field!r}; it has {names} (--text-field names another)")
+    except Damaged as error:
+        yield Problem(file=str(path), line=number + 1 if number else None, text=str(error))
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        zstandard: Any = _needed("zstandard", path, "zstandard")
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
+        return io.BufferedReader(_Zstandard(path))
     return path.open("rb")
 
 
-def _needed(module: str, path: Path, package: str) -> Any:
-    import importlib
+class _Zstandard(io.RawIOBase):
+    """A `.zst` file, frame after frame. EOFError where it ends inside a frame, of which the package's own reader says nothing."""
 
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(f"{path} needs the package {package}: pip install 'olmodebug[data]'") from None
+    def __init__(self, path: Path) -> None:
+        package: Any = needed("zstandard", path, "zstandard")
+        self._new_frame = package.ZstdDecompressor().decompressobj
+        self._source = path.open("rb")
+        self._frame: Any = None
+        self._packed, self._ready = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._source.read(io.DEFAULT_BUFFER_SIZE)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._ready = self._frame.decompress(self._packed)
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 def _cut_short(path: Path, number: int, error: Exception) -> Problem:
