@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,3 +65,19 @@ def test_the_hybrid_takes_labels_and_comes_back_from_its_own_folder(tmp_path: Pa
     again = HybridForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_trainer_of_transformers_trains_the_hybrid_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(61, (8, 9), generator=torch.Generator().manual_seed(0))]
+    torch.manual_seed(0)
+    model = hybrid(vocab_size=61)
+    options: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-2, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), **options, disable_tqdm=True, dataloader_pin_memory=False, logging_steps=1)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < losses[0]
