@@ -12,14 +12,12 @@ from .serve import Tell, serve
 
 def run(order: dict[str, Any], tell: Tell) -> None:
     """Build the subject of an order and run its probes, telling each result."""
-    from dataclasses import replace
-
     from .environment import environment
     from .errors import OlmodebugError
     from .examine import Result, build, run_probe
     from .load import SubjectCodeError, load_file
-    from .probe import probes_in, select, shipped_probes, with_own
-    from .relations.stored import pair_record, still_broken
+    from .probe import Probe, probes_in, select, shipped_probes, with_own
+    from .replaying import replay_probe
     from .report import plain
     from .spec import Job
 
@@ -42,7 +40,8 @@ def run(order: dict[str, Any], tell: Tell) -> None:
         return
     for result in building.results:
         tell("result", outcome=plain(result.outcome), findings=[plain(f) for f in result.findings])
-    if building.subject is None:
+    subject = building.subject
+    if subject is None:
         return
     done, failed = set(order["done"]), list(order["failed"])
     for probe in probes:
@@ -52,18 +51,23 @@ def run(order: dict[str, Any], tell: Tell) -> None:
             tell("result", outcome={"probe": probe.name, "status": "skipped", "reason": "slow, and --quick was given"}, findings=[])
             continue
         tell("start", step=probe.name)
-        building.subject.broken.clear()
-        result = run_probe(probe, building.subject, job=job, failed=failed, expected=order["expected"])
-        if result.outcome.status == "passed" and (finding := still_broken(building.subject, order["stored"].get(probe.name, []))):
-            result = Result(outcome=replace(result.outcome, status="failed"), findings=(replace(finding, probe=probe.name),))
+
+        def run_it(probe: Probe = probe) -> Result:
+            return run_probe(probe, subject, job=job, failed=failed, expected=order["expected"])
+
+        result, again = replay_probe(probe, subject, order["stored"], run_it)
         if result.outcome.status in ("failed", "expected-failure"):
             failed.append(probe.name)
-        tell("result", outcome=plain(result.outcome), findings=[plain(f) for f in result.findings])
-        if building.subject.broken:
-            tell("broken", probe=probe.name, value=[pair_record(twin, pair) for twin, pair in building.subject.broken])
-        for topic in list(building.subject.measured):
-            tell("section", topic=topic, value=plain(building.subject.measured.pop(topic)))
-    tell("subject", value=plain(building.subject.info()))
+        tell(
+            "result",
+            outcome=plain(result.outcome),
+            findings=[plain(f) for f in result.findings],
+            records=[plain(f.records) for f in result.found],
+            replayed=[plain(item) for item in again],
+        )
+        for topic in list(subject.measured):
+            tell("section", topic=topic, value=plain(subject.measured.pop(topic)))
+    tell("subject", value=plain(subject.info()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from .explain import explain
 from .load import SubjectCodeError
 from .probe import NotApplicable, Probe, Skipped
 from .relations.repair import Found, RepairedSource
+from .relations.stored import draws_record
 from .report import Finding, Outcome
 from .settle import settled
 from .sources import Sources, traceback_frames
@@ -25,13 +27,16 @@ from .subject import Subject
 BUILD = "build.constructs"
 FIRST_RUN = "build.runs"
 
+F = TypeVar("F", bound=Finding)
+
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """One probe's outcome and findings."""
+    """One probe's outcome and findings; `found` are the same with the edits and the values that the report does not carry."""
 
     outcome: Outcome
     findings: tuple[Finding, ...] = ()
+    found: tuple[Found, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,7 +66,7 @@ def unbuilt(error: SubjectCodeError, job: Job, seconds: float) -> list[Result]:
     finding: Finding = replace(explain(error).finding(), probe=name)
     finding = verified(finding, job, lambda: _builds(job, finding))
     results = [] if at_build else [Result(outcome=Outcome(probe=BUILD, status="passed", seconds=seconds))]
-    results.append(Result(outcome=Outcome(probe=name, status="failed", seconds=seconds), findings=(_plain(finding),)))
+    results.append(Result(outcome=Outcome(probe=name, status="failed", seconds=seconds), findings=(plain_finding(finding),)))
     if at_build:
         results.append(Result(outcome=Outcome(probe=FIRST_RUN, status="skipped", reason=f"{BUILD} failed")))
     return results
@@ -84,11 +89,12 @@ def run_probe(
     def outcome(status: str, reason: str | None = None) -> Outcome:
         return Outcome(probe=probe.name, status=status, reason=reason, seconds=time.perf_counter() - started)  # type: ignore[arg-type]
 
-    findings: list[Finding] = []
+    findings: list[Found] = []
+    subject.draws.made.clear()
     try:
         with settled(subject.model, seed=subject.seed):
             for finding in probe.function(subject):
-                findings.append(replace(finding, probe=probe.name))
+                findings.append(_found(finding, probe, subject))
     except NotApplicable as error:
         if not findings:
             return Result(outcome=outcome("not-applicable", str(error)))
@@ -99,25 +105,25 @@ def run_probe(
         if (refusal := refused(error)) is not None and not findings:
             return Result(outcome=outcome("not-applicable", f"the model refuses this case: {refusal}"))
         with settled(subject.model, seed=subject.seed):  # the failing run is traced again
-            findings.append(replace(_raised(error), probe=probe.name))
+            findings.append(_found(_raised(error), probe, subject))
     except Exception:
-        return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(_plain(f) for f in findings))
+        return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
     if job is not None:
         findings = [verified(f, job, lambda: _holds(probe, job, f, findings)) for f in findings]  # noqa: B023 - called at once
     wrong = any(finding.severity == "error" for finding in findings)
     reason = (expected or {}).get(probe.name)
-    plain = tuple(_plain(finding) for finding in findings)
+    plain = tuple(plain_finding(finding) for finding in findings)
     if reason is not None and wrong:
         notes = tuple(replace(finding, severity="note") for finding in plain)
-        return Result(outcome=outcome("expected-failure", reason), findings=notes)
+        return Result(outcome=outcome("expected-failure", reason), findings=notes, found=tuple(findings))
     if reason is not None:
         message = f"{probe.name} passes, though it was expected to fail ({reason}); take it off the list"
         unexpected = Finding(probe=probe.name, severity="error", message=message)
         return Result(outcome=outcome("failed", "it was expected to fail and passes"), findings=(unexpected, *plain))
-    return Result(outcome=outcome("failed" if wrong else "passed"), findings=plain)
+    return Result(outcome=outcome("failed" if wrong else "passed"), findings=plain, found=tuple(findings))
 
 
-def verified(finding: Finding, job: Job, holds: Callable[[], bool]) -> Finding:
+def verified(finding: F, job: Job, holds: Callable[[], bool]) -> F:
     """The finding with `fix_verified` set when its edits, made on a copy of the source, mend the probe."""
     edits = finding.edits if isinstance(finding, Found) else ()
     if not edits or not job.spec.partition(":")[0].endswith(".py"):
@@ -165,7 +171,16 @@ def _raised(error: BaseException) -> Finding:
     return Finding(probe="", severity="error", message=str(error))
 
 
-def _plain(finding: Finding) -> Finding:
+def _found(finding: Finding, probe: Probe, subject: Subject) -> Found:
+    """A probe's finding under its name, with what the probe has drawn where it brings no values of its own."""
+    values = {name: getattr(finding, name) for name in Found.__dataclass_fields__ if hasattr(finding, name)}
+    found = Found(**{**values, "probe": probe.name})
+    drawn = draws_record(subject) if not found.records and found.severity != "note" else None
+    return replace(found, records=(drawn,)) if drawn else found
+
+
+def plain_finding(finding: Finding) -> Finding:
+    """The finding as the report carries it."""
     if not isinstance(finding, Found):
         return finding
     return Finding(**{name: getattr(finding, name) for name in Finding.__dataclass_fields__})

@@ -5,7 +5,7 @@ Schema `olmodebug/report@1`; `report.schema.json` beside this file describes it.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -266,23 +266,34 @@ def plain(value: Any) -> Any:
 
 
 def merge_by_root(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """One finding a root cause: a later one at the same file and line, and its `also`, join the `also` of the first.
+    """One finding a root cause: a later one of the same cause, and its `also`, join the `also` of the first."""
+    known = tuple(findings)
+    merged = []
+    for first, *others in root_groups(known):
+        names = dict.fromkeys(name for i in (first, *others) for name in ((known[i].probe,) if i != first else ()) + known[i].also)
+        merged.append(replace(known[first], also=tuple(name for name in names if name != known[first].probe)))
+    return tuple(merged)
+
+
+def root_groups(findings: Sequence[Finding]) -> list[list[int]]:
+    """The places in a list of the findings that have one root cause, the one that is told in front: those of other probes
+    at the same file and line.
 
     A finding without a file and a line stands alone, and a weaker severity never swallows a stronger one.
     """
     order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
-    kept: list[Finding] = []
-    for finding in findings:
-        for i, first in enumerate(kept):
+    groups: list[list[int]] = []
+    for i, finding in enumerate(findings):
+        for group in groups:
+            first = findings[group[0]]
             placed = finding.where.file and finding.where.line
             same = placed and (first.where.file, first.where.line) == (finding.where.file, finding.where.line)
             if same and first.probe != finding.probe and order[first.severity] <= order[finding.severity]:
-                names = dict.fromkeys((*first.also, finding.probe, *finding.also))
-                kept[i] = replace(first, also=tuple(name for name in names if name != first.probe))
+                group.append(i)
                 break
         else:
-            kept.append(finding)
-    return tuple(kept)
+            groups.append([i])
+    return groups
 
 
 def with_reproduction(report: Report, command: Callable[[str], str]) -> Report:

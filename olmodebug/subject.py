@@ -28,6 +28,7 @@ from .convention import (
     is_scalar_loss,
     read_signature,
 )
+from .draws import Draws
 from .errors import SubjectError
 from .load import SubjectCodeError
 from .records import Case, Rows
@@ -64,8 +65,8 @@ class Subject:
     `rebuild` makes a fresh one from the same spec, with the same weights from the same seed, and `remake` the bare model
     from another seed or on another device, without a first run; both None for a model that was handed over alive.
     `assumptions` are what had to be guessed; the report prints them. `measured` is what probes measured beyond their
-    findings, by topic of `Report.sections`; `broken` are the pairs of runs that broke a rule, each with the twin that it
-    was run on; a subject and its twins share both. `attention` is the implementation that a twin was asked for.
+    findings, by topic of `Report.sections`, and `draws` the values that they drew; a subject and its twins share both.
+    `attention` is the implementation that a twin was asked for.
     """
 
     spec: str
@@ -80,7 +81,7 @@ class Subject:
     assumptions: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
-    broken: list[tuple["Subject", Any]] = field(default_factory=list)
+    draws: Draws = field(default_factory=Draws)
     seed: int = 0
     limit: float | None = None
     _last: list[tuple[Case, Tensor]] = field(default_factory=list)
@@ -127,7 +128,7 @@ class Subject:
         for length in lengths:
             size = min(length, 4) if far else length
             spots = (*range(size - 1), length - 1)
-            case = Case(name="how far", input_ids=self.token_ids(1, size), position_ids=(spots,) if far else None)
+            case = Case(name="how far", input_ids=self._random_ids(1, size), position_ids=(spots,) if far else None)
             with settled(self.model, seed=self.seed), quiet(), suppress(Exception):
                 self.logits(case)
                 return None if length == lengths[0] else length
@@ -172,6 +173,9 @@ class Subject:
 
     def sizes(self) -> tuple[int, int]:
         """(batch, seq_len): primes that divide no dimension of the model, so that each is known by its size."""
+        return self.draws.sizes(self._sizes, self.usable_positions)
+
+    def _sizes(self) -> tuple[int, int]:
         dimensions = self._dimensions()
         longest = min(self.usable_positions or 10**6, 10**6)
 
@@ -190,13 +194,15 @@ class Subject:
 
     def token_ids(self, *shape: int, seed: int = 0) -> Rows:
         """Random ids `[batch, seq_len]` inside the vocabulary that are no special token of the config."""
+        return self.draws.ids(shape, seed, self.vocab_size, lambda: self._random_ids(*shape, seed=seed))
+
+    def _random_ids(self, rows: int, columns: int, *, seed: int = 0) -> Rows:
         special: set[object] = set()
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "mask_token_id"):
             value = self.setting(name)
             special |= set(value) if isinstance(value, list | tuple) else {value}
         allowed = [i for i in range(self.vocab_size) if i not in special and (i >= 10 or self.vocab_size < 20)][:4096]
         generator = torch.Generator().manual_seed(seed)
-        rows, columns = shape
         with unset_fake_temporarily():  # ids are drawn for real where the model itself is made of fake tensors
             picks = torch.randint(len(allowed), (rows, columns), generator=generator).tolist()
         return tuple(tuple(allowed[i] for i in row) for row in picks)
@@ -315,7 +321,7 @@ class Subject:
         lengths = [n for n in (5, 4, 6, 7) if n <= (self.max_positions or n)] or [self.max_positions or 4]
         batch = min((2, 3), key=lambda n: n in dimensions)
         length = min(lengths, key=lambda n: n in dimensions or n == batch)
-        return Case(name="first run", input_ids=self.token_ids(batch, length))
+        return Case(name="first run", input_ids=self._random_ids(batch, length))
 
     def runs(self) -> bool:
         """Whether a short forward goes through and gives finite logits."""

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,18 +16,18 @@ from typing import Any
 
 from .errors import UsageError
 from .process import Child, Death, innermost, last_line, run_child
-from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, with_reproduction
+from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, root_groups, with_reproduction
 from .store import Run
 
 MOST_RESTARTS = 5
-CASES = "cases.json"  # in a run's folder: the smallest pairs of runs that broke a rule, by probe
+CASES = "cases.json"  # in a run's folder: the values of the cases behind each finding, by its number in the report
 BUILD, FIRST_RUN = "build.constructs", "build.runs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a check was asked to do: the job that makes the subject, and which probes run on it; `stored` are the cases of
-    an earlier run, by probe, that are tried again."""
+    """What a check was asked to do: the job that makes the subject, and which probes run on it; `stored` are the values of
+    an earlier run's findings, by their number, that are tried again."""
 
     job: Mapping[str, Any]
     select: str | None = None
@@ -51,7 +51,8 @@ class _Journal:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     sections: dict[str, Any] = field(default_factory=dict)
-    broken: dict[str, Any] = field(default_factory=dict)
+    records: list[list[Any]] = field(default_factory=list)  # of each finding
+    replayed: list[Mapping[str, Any]] = field(default_factory=list)
     subject: SubjectInfo | None = None
     environment: Environment | None = None
     step: str = BUILD
@@ -80,9 +81,9 @@ def check(order: Order, run: Run, progress: Callable[[int, int, str, float], Non
             _record_death(journal, death, folder)
             if BUILD in journal.outcomes and journal.outcomes[BUILD].status == "failed":
                 break
-        if journal.broken and run.folder is not None:
+        if journal.findings and run.folder is not None:
             with contextlib.suppress(OSError):  # the run is told, recorded or not
-                (run.folder / CASES).write_text(json.dumps(journal.broken), encoding="utf-8")
+                (run.folder / CASES).write_text(json.dumps(_cases(journal)), encoding="utf-8")
     return _report(order, journal, run, time.monotonic() - started)
 
 
@@ -140,8 +141,9 @@ def _note(journal: _Journal, event: dict[str, Any]) -> None:
         if outcome.probe not in journal.outcomes:
             journal.outcomes[outcome.probe] = outcome
             journal.findings += [finding_from(finding) for finding in event["findings"]]
-    elif kind == "broken":
-        journal.broken[event["probe"]] = event["value"]
+            records = event.get("records", [])
+            journal.records += [records[i] if i < len(records) else [] for i in range(len(event["findings"]))]
+            journal.replayed += event.get("replayed", [])
     elif kind == "section":
         journal.sections[event["topic"]] = event["value"]
     elif kind == "unusable":
@@ -156,6 +158,7 @@ def _record_death(journal: _Journal, death: Death, folder: Path) -> None:
     where = innermost(folder / "stacks.txt")
     last = last_line(folder / "output.txt")
     journal.outcomes[step] = Outcome(probe=step, status="failed")
+    journal.records.append([])
     journal.findings.append(
         Finding(
             probe=step,
@@ -180,6 +183,8 @@ def _report(order: Order, journal: _Journal, run: Run, seconds: float) -> Report
         outcomes.append(journal.outcomes.get(name, missing))
     if built and not journal.probes and order.select != "build":
         outcomes = []  # -k selected nothing: that the model builds is no answer to what was asked
+    if order.stored:
+        journal.sections["replay"] = {"findings": [*journal.replayed, *_unjudged(order, journal)]}
     spec = str(order.job["spec"])
     report = Report(
         subject=journal.subject or SubjectInfo(spec=spec),
@@ -192,6 +197,31 @@ def _report(order: Order, journal: _Journal, run: Run, seconds: float) -> Report
         id=run.id,
     )
     return with_reproduction(report, lambda probe: reproduce(order, probe))
+
+
+def _unjudged(order: Order, journal: _Journal) -> Iterator[dict[str, Any]]:
+    """Recorded findings that no child spoke of: those of the build, and of a probe that took the process with it again."""
+    judged = {(part["finding"], part["probe"]) for part in journal.replayed}
+    words = {"passed": "fixed", "failed": "still fails", "skipped": "not reached"}
+    for number, records in order.stored.items():
+        for probe in dict.fromkeys(record["probe"] for record in records):
+            if (int(number), probe) in judged:
+                continue
+            outcome = journal.outcomes.get(probe)
+            message = next((finding.message for finding in journal.findings if finding.probe == probe), None)
+            text = message or (outcome and outcome.reason) or ("it passes" if outcome and outcome.status == "passed" else "it was not run")
+            yield {"finding": int(number), "probe": probe, "status": words.get(outcome.status if outcome else "", "error"), "text": text}
+
+
+def _cases(journal: _Journal) -> dict[str, list[Any]]:
+    """The values behind each finding of the report: its own, and those of the findings that joined it."""
+    found: dict[str, list[Any]] = {}
+    for number, group in enumerate(root_groups(journal.findings), start=1):
+        for i in group:
+            finding, records = journal.findings[i], journal.records[i]
+            about = {"probe": finding.probe, "severity": finding.severity}
+            found.setdefault(str(number), []).extend({**record, **about} for record in records or [{}])
+    return found
 
 
 def reproduce(order: Order, probe: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from olmodebug.explain import explain_run, place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference, Event
-from olmodebug.relations.chunks import NoCache, Parting, Runs, locate, pieces, run_chunks
+from olmodebug.relations.chunks import Parting, Runs, locate, pieces, run_chunks
 from olmodebug.relations.diagnose import Diagnosis, is_fused_attention, mask_added_as_number
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.repair import Found
+from olmodebug.relations.ways import Way, breach, chunked, way_record
 from olmodebug.report import Finding, Scalar
-from olmodebug.settle import settled
-from olmodebug.subject import Subject, attention_choices, own_code, rows_before_the_first_position
+from olmodebug.subject import Subject, attention_choices, rows_before_the_first_position
 from olmodebug.tracing.tracer import Recording
 
 # Widths of uneven chunks: a prompt, a second turn, one token, a third turn.
@@ -37,20 +37,6 @@ LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 # Layers that carry a state: state-space models, linear attention, gated recurrences.
 RECURRENT = re.compile(r"mamba|ssm|recurrent|deltanet|linearattention|lightning|rwkv|xlstm|lstm|retention", re.IGNORECASE)
 REFUSALS = (NotImplementedError, ValueError, AssertionError, TypeError)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How a sequence is cut into chunks, and the case that says what is passed with them."""
-
-    case: Case
-    sizes: tuple[int, ...]
-    given: str
-    first: int = 0  # the first position that counts: those before it are padding
-
-    def __str__(self) -> str:
-        cut = f"chunks of {', '.join(map(str, self.sizes))} tokens"
-        return f"{cut} with the cache{f' ({self.given} given)' if self.given else ''}"
 
 
 @probe(after=("causality.no-future", "determinism.eval-repeats"))
@@ -138,7 +124,7 @@ def _needs_cache(subject: Subject) -> None:
     if subject.convention.cache is None and not subject.keeps_its_cache:
         not_applicable("forward takes no cache")
     twin = subject.fresh_twin() if subject.keeps_its_cache else subject.twin()
-    if _chunked(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), (2,)) is None:
+    if chunked(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), (2,)) is None:
         not_applicable("use_cache=True gives no cache back")
 
 
@@ -210,7 +196,7 @@ def _broken(subject: Subject, ways: Any, *, shrink: bool = True) -> Iterator[Fin
         for way in ways(twin):
             twin, limit = _finite(twin, way, limit)
             try:
-                broken = _breach(twin, way, limit, full)
+                broken = breach(twin, way, limit, full)
             except SubjectCodeError as error:
                 finding = _refused(twin, way, error)
                 if finding is not None:
@@ -245,30 +231,6 @@ def _finite(twin: Subject, way: Way, limit: float) -> tuple[Subject, float]:
     return twin.fresh_twin(dtype=torch.float32), max(limit, roundings_limit({"float32"}))
 
 
-def _breach(twin: Subject, way: Way, limit: float, full: dict[Case, Tensor] | None = None) -> Difference | None:
-    """How far the chunks' logits are from those of one full forward; None where they agree."""
-    full = {} if full is None else full
-    if way.case not in full:
-        full[way.case] = run(twin, way.case)
-    logits = _chunked(twin, way.case, way.sizes)
-    if logits is None:
-        return None
-    found = difference(full[way.case][:, way.first :], logits[:, way.first :], relative_limit=limit)
-    if found is None:
-        return None
-    floor = difference(full[way.case], run(twin, way.case))
-    return None if floor is not None and found.max_abs <= 32 * floor.max_abs else found
-
-
-def _chunked(twin: Subject, case: Case, sizes: tuple[int, ...]) -> Tensor | None:
-    """The logits of all chunks in a row; None where the model gives no cache back."""
-    with settled(), own_code(twin, case):
-        try:
-            return torch.cat(run_chunks(twin, case, pieces(sizes))[0], dim=1)
-        except NoCache:
-            return None
-
-
 def _one_row(way: Way, row: int, seq: int | None = None) -> Way:
     """The same with one row, its padding kept."""
 
@@ -290,7 +252,7 @@ def _smaller(twin: Subject, way: Way, limit: float, row: int) -> Way | None:
     for sizes in [*sorted((p for p in plans if sum(p) <= way.case.seq_len), key=lambda p: (sum(p), len(p))), way.sizes]:
         small = replace(_one_row(way, row, sum(sizes)), sizes=sizes)
         try:
-            if small.first < sum(sizes) and _breach(twin, small, limit) is not None:
+            if small.first < sum(sizes) and breach(twin, small, limit) is not None:
                 return small
         except SubjectCodeError:
             continue
@@ -344,6 +306,7 @@ def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: flo
         observed=f"a difference of {broken.max_abs:.3g} at row {broken.index[0]}, position {position}",
         evidence=evidence | (told.evidence or {}),
         case=replace(small.case, name=str(small)),
+        records=(way_record(twin, small),),
     )
     return replace(found, where=where, source=source_lines(where)) if where else found
 

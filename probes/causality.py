@@ -95,7 +95,7 @@ def holds_for_large_scores(subject: Subject) -> Iterator[Finding]:
             evidence={"mask constant": constant} if constant else None,
         )
         broken.diagnoses = [told for _ in broken.culprits]
-        yield from findings_of(broken, message=text, severity="warning", fallback=told)
+        yield from findings_of(broken, message=text, severity="warning", fallback=told, altered=True)
         return
 
 

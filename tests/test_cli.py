@@ -267,14 +267,20 @@ def test_a_broken_model_fails_is_recorded_and_replayed_until_it_is_fixed(run: Ca
     assert "OLMoAttention.forward" in drawn.out
 
     still = run("replay")
-    assert (still.code, still.out.split()) == (1, ["still", "fails", "padding.mask-is-accepted"])
+    first = ran.report["id"].rpartition("-")[2]
+    assert still.code == 1
+    assert still.out.startswith(f"still fails    {first}:1 padding.mask-is-accepted: the probe was run on the recorded values: ")
+    assert run("replay", f"{first}:padding.mask-is-accepted").code == 1
+    unknown = run("replay", f"{first}:7")
+    assert (unknown.code, "has no finding 7; it has 1 (padding.mask-is-accepted)" in unknown.err) == (2, True)
 
     added = "            scores = scores + attention_mask\n"
     assert text.count(added) == 1
     masked = "            scores = scores.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(scores.dtype).min)\n"
     Path("mine.py").write_text(text.replace(added, masked), encoding="utf-8")
     mended = run("replay")
-    assert (mended.code, mended.out.split()) == (0, ["fixed", "padding.mask-is-accepted"])
+    assert mended.code == 0
+    assert mended.out.endswith("padding.mask-is-accepted: the probe was run on the recorded values, and passes\n")
     again = run("replay")
     assert again.code == 5, "the newest run has no failed probe, so there is nothing to replay"
 
@@ -290,7 +296,8 @@ def test_a_model_that_did_not_build_is_replayed_as_fixed_once_it_does(run: Calla
         text.replace("self.inv_freq = 1.0", "inv_freq = 1.0").replace('", self.inv_freq)', '", inv_freq)'), encoding="utf-8"
     )
     mended = run("replay")
-    assert (mended.code, mended.out.split()) == (0, ["fixed", "build.constructs"]), mended.out + mended.err
+    told = f"fixed          {ran.report['id'].rpartition('-')[2]}:1 build.constructs: it passes\n"
+    assert (mended.code, mended.out) == (0, told), mended.out + mended.err
 
 
 def test_an_expected_failure_is_no_failure_and_must_fail(run: Callable[..., Ran]) -> None:

@@ -16,9 +16,9 @@ PLAIN, SUBJECT, INSTRUMENT, PROBE, TOPIC, COMMAND = range(6)
 LAYERS = {
     **dict.fromkeys(("errors", "units", "records", "report", "files", "guards.decode", "guards.signatures"), PLAIN),
     **dict.fromkeys(
-        ("model", "presets", "subject", "load", "spec", "spec_text", "convention", "sources", "settle", "casts", "tiny"), SUBJECT
+        ("model", "presets", "subject", "load", "spec", "spec_text", "convention", "sources", "settle", "casts", "tiny", "draws"), SUBJECT
     ),
-    **dict.fromkeys(("probe", "examine"), PROBE),
+    **dict.fromkeys(("probe", "examine", "replaying"), PROBE),
     **dict.fromkeys(("api", "cli", "testing", "__main__", "__init__"), COMMAND),
 }
 DRAWING = {"rich", "jinja2", "markupsafe"}  # what render may import beside layer 0 and the standard library

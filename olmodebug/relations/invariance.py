@@ -20,19 +20,9 @@ from ..subject import Subject, attention_choices, own_code, quiet
 from ..tracing.tracer import record
 from .cases import Sizes, sizes, smallest_breaking
 from .diagnose import Diagnosis, diagnose
+from .pair import Pair, pair_record
 from .relation import Culprit, Part, localise, model_sizes
 from .repair import Found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two cases that must agree in `part`; `hidden` says in words what may not show, `change` what was changed."""
-
-    left: Case
-    right: Case
-    part: Part
-    hidden: str
-    change: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,12 +126,11 @@ def findings_of(
     severity: Severity = "error",
     smallest: Pair | None = None,
     fallback: Diagnosis | None = None,
+    altered: bool = False,
 ) -> list[Found]:
-    """One finding for each culprit, or one without a line where none could be placed; the smallest pair that shows it is
-    kept with the subject, so that the run can be replayed."""
+    """One finding for each culprit, or one without a line where none could be placed, with the smallest pair that shows it
+    as values. A twin that a probe has altered (`altered`) cannot be made again from values, and the pair says nothing without it."""
     shown = smallest or result.pair
-    if result.twin is not None:
-        result.twin.broken.append((result.twin, shown))
     evidence: dict[str, Any] = {
         "largest change": result.difference.max_abs,
         "logits of magnitude": result.difference.scale,
@@ -158,6 +147,7 @@ def findings_of(
         observed=f"a change of {result.difference.max_abs:.3g} at row {result.row}, position {result.position}",
         evidence=evidence,
         case=shown.right,
+        records=(pair_record(result.twin, shown),) if result.twin is not None and not altered else (),
     )
     if not result.culprits:
         nothing = fallback or Diagnosis()

@@ -9,10 +9,11 @@ import io
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ..report import Finding
 from ..sources import Spot
@@ -35,9 +36,11 @@ class Edit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found(Finding):
-    """A finding inside a run: with the edits that would mend it, which the report does not carry."""
+    """A finding inside a run: with the edits that would mend it, and its smallest case as values that can be judged again
+    (`relations.stored`); the report carries neither."""
 
     edits: tuple[Edit, ...] = ()
+    records: tuple[Mapping[str, Any], ...] = ()
 
 
 class Expressions:

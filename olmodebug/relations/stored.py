@@ -1,58 +1,51 @@
-"""Pairs of runs that broke a rule, as values: what a run's `cases.json` holds, and whether they still break it.
+"""Findings as values that are judged again: what a run's `cases.json` holds for each, and whether it still breaks its rule.
 
-A stored pair needs neither the probe that found it nor Hypothesis: token ids, masks, the part that must agree, and the
-copy of the model it was run on.
+Three kinds. `relation`: two runs that must agree in part. `chunks`: one sequence with a cache and without. `draws`: all
+that a probe drew of the subject, for a probe that judges one run; it runs again on these values. The first two need
+neither the probe nor Hypothesis. A probe that drew nothing, as one that looks at the modules only, has no record.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from ..load import SubjectCodeError
-from ..records import Case
-from ..report import Finding, case_from, plain
+from ..compare import roundings_limit
+from ..report import Finding, plain
 from ..subject import Subject
-from .invariance import Pair, limit_of, violation
-from .relation import Part, model_sizes
+from .invariance import limit_of, violation
+from .pair import pair_from
+from .ways import breach, way_from
+
+RELATION, CHUNKS, DRAWS = "relation", "chunks", "draws"
 
 
-def pair_record(twin: Subject, pair: Pair) -> dict[str, Any]:
-    """A pair and the twin it was run on, as JSON values."""
-    part = pair.part
+def draws_record(subject: Subject) -> dict[str, Any] | None:
+    """What the probe that is running has drawn so far; None where it drew nothing."""
+    return {"kind": DRAWS, **plain(subject.draws.made)} if subject.draws.made else None
+
+
+def drawn_before(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The values of all `draws` records, to be handed out again."""
     return {
-        "left": plain(pair.left),
-        "right": plain(pair.right),
-        "rows": _ends(part.rows, part.batch),
-        "columns": _ends(part.columns, part.seq),
-        "hidden": pair.hidden,
-        "change": pair.change,
-        "dtype": str(twin.dtype).removeprefix("torch."),
-        "training": twin.model.training,
-        "attention": twin.attention,
+        name: value for record in records if record.get("kind") == DRAWS for name, value in record.items() if name not in ("kind", "probe")
     }
 
 
-def still_broken(subject: Subject, records: list[Mapping[str, Any]]) -> Finding | None:
-    """A finding when a stored pair still breaks its rule; None when each of them holds now."""
-    for record in records:
-        twin = subject.twin(dtype=getattr(torch, record["dtype"]), training=record["training"], attention=record["attention"])
-        left, right = case_from(record["left"]), case_from(record["right"])
-        pair = Pair(left=left, right=right, part=_part(twin, left, record), hidden=record["hidden"], change=record["change"])
-        try:
-            broken = violation(twin, pair, limit=limit_of(twin), place=False)
-        except SubjectCodeError:
-            continue  # a size that the model takes no more is the probe's own question
-        if broken is not None:
-            text = f"the recorded case still breaks the rule: a change of {broken.difference.max_abs:.3g} where nothing may change"
-            return Finding(probe="", severity="error", message=text, case=right)
-    return None
-
-
-def _part(twin: Subject, case: Case, record: Mapping[str, Any]) -> Part:
-    rows, columns = (slice(*record[name]) if record[name] else None for name in ("rows", "columns"))
-    return Part(batch=case.batch_size, seq=case.seq_len, rows=rows, columns=columns, fixed=model_sizes(twin.model))
-
-
-def _ends(part: slice | None, size: int) -> list[int] | None:
-    return None if part is None else list(part.indices(size)[:2])
+def broken_by(subject: Subject, record: Mapping[str, Any]) -> Finding | None:
+    """A finding when a stored pair or cache still breaks its rule, None when it holds now; SubjectCodeError when the model
+    no longer runs on it."""
+    twin = subject.fresh_twin(dtype=getattr(torch, record["dtype"]), training=record["training"], attention=record["attention"])
+    limit = limit_of(twin)
+    if record["kind"] == CHUNKS:
+        way = way_from(record)
+        case, rule = way.case, "between one full forward and the recorded chunks with the cache"
+        apart = breach(twin, way, limit if twin.dtype == torch.float64 else max(limit, roundings_limit({"float32"})))
+    else:
+        pair = pair_from(twin, record)
+        case, rule = pair.right, f"in logits that {pair.hidden} may not change"
+        broken = violation(twin, pair, limit=limit, place=False)
+        apart = broken.difference if broken else None
+    if apart is None:
+        return None
+    return Finding(probe="", severity="error", message=f"the recorded case still breaks the rule: {apart.max_abs:.3g} {rule}", case=case)
