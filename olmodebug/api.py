@@ -1,16 +1,17 @@
 """What `import olmodebug` offers to Python: the same work as the command line, on live models, in this process."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 from torch import nn
 
+from .causes import common_causes
 from .environment import environment
 from .errors import SubjectError
-from .examine import BUILD, FIRST_RUN, run_probe
+from .examine import BUILD, FIRST_RUN, Result, run_probe
 from .explain import explain
 from .load import SubjectCodeError
 from .probe import select, shipped_probes
@@ -53,7 +54,9 @@ def check(
         return _report(info, [Outcome(probe=name, status="failed")], [Finding(**{**values, "probe": name})], seed, started)
     outcomes += [Outcome(probe=name, status="passed") for name in (BUILD, FIRST_RUN)]
     failed: list[str] = []
-    for probe in select(shipped_probes(), select_probes):
+    results: list[Result] = []
+    probes = select(shipped_probes(), select_probes)
+    for probe in probes:
         if quick and probe.cost == "slow":
             outcomes.append(Outcome(probe=probe.name, status="skipped", reason="slow, and quick=True was given"))
             continue
@@ -62,7 +65,10 @@ def check(
             failed.append(probe.name)
         outcomes.append(result.outcome)
         findings += result.findings
-    return replace(_report(subject.info(), outcomes, findings, seed, started), sections=plain(subject.measured))
+        results.append(result)
+    places = {(f.probe, number): i for i, (f, number) in enumerate(_numbered(findings))}
+    causes = [(places[cause], places[follower]) for cause, follower in common_causes(results, probes, job)] if job is not None else []
+    return replace(_report(subject.info(), outcomes, findings, seed, started, causes), sections=plain(subject.measured))
 
 
 def trace(model: nn.Module, run: Callable[[], Any], *, keep: bool = False, statistics: bool = False) -> Recording:
@@ -116,12 +122,25 @@ def _subject(model: nn.Module | str, job: Job | None, *, tokenizer: str | None, 
     return from_model(model, tokenizer=tokenizer, **options)
 
 
-def _report(info: SubjectInfo, outcomes: list[Outcome], findings: list[Finding], seed: int, started: float) -> Report:
+def _numbered(findings: Sequence[Finding]) -> Iterator[tuple[Finding, int]]:
+    """Each finding with its number among those of its probe."""
+    for i, finding in enumerate(findings):
+        yield finding, sum(other.probe == finding.probe for other in findings[:i])
+
+
+def _report(
+    info: SubjectInfo,
+    outcomes: list[Outcome],
+    findings: list[Finding],
+    seed: int,
+    started: float,
+    causes: Sequence[tuple[int, int]] = (),
+) -> Report:
     return Report(
         subject=info,
         environment=environment(seed=seed, command="olmodebug.check()"),
         outcomes=tuple(outcomes),
-        findings=merge_by_root(findings),
+        findings=merge_by_root(findings, causes),
         seconds=round(time.perf_counter() - started, 3),
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
     )

@@ -12,6 +12,7 @@ from .serve import Tell, serve
 
 def run(order: dict[str, Any], tell: Tell) -> None:
     """Build the subject of an order and run its probes, telling each result."""
+    from .causes import common_causes
     from .environment import environment
     from .errors import OlmodebugError
     from .examine import Result, build, run_probe
@@ -44,6 +45,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     if subject is None:
         return
     done, failed = set(order["done"]), list(order["failed"])
+    results: list[Result] = []
     for probe in probes:
         if probe.name in done:
             continue
@@ -56,6 +58,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
             return run_probe(probe, subject, job=job, failed=failed, expected=order["expected"])
 
         result, again = replay_probe(probe, subject, order["stored"], run_it)
+        results.append(result)
         if result.outcome.status in ("failed", "expected-failure"):
             failed.append(probe.name)
         tell(
@@ -68,6 +71,8 @@ def run(order: dict[str, Any], tell: Tell) -> None:
         for topic in list(subject.measured):
             tell("section", topic=topic, value=plain(subject.measured.pop(topic)))
     tell("subject", value=plain(subject.info()))
+    tell("start", step="the causes of what was found")
+    tell("causes", value=common_causes(results, probes, job))
 
 
 if __name__ == "__main__":

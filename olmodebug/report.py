@@ -265,19 +265,19 @@ def plain(value: Any) -> Any:
     return _plain(value)
 
 
-def merge_by_root(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def merge_by_root(findings: Iterable[Finding], causes: Iterable[tuple[int, int]] = ()) -> tuple[Finding, ...]:
     """One finding a root cause: a later one of the same cause, and its `also`, join the `also` of the first."""
     known = tuple(findings)
     merged = []
-    for first, *others in root_groups(known):
+    for first, *others in root_groups(known, causes):
         names = dict.fromkeys(name for i in (first, *others) for name in ((known[i].probe,) if i != first else ()) + known[i].also)
         merged.append(replace(known[first], also=tuple(name for name in names if name != known[first].probe)))
     return tuple(merged)
 
 
-def root_groups(findings: Sequence[Finding]) -> list[list[int]]:
+def root_groups(findings: Sequence[Finding], causes: Iterable[tuple[int, int]] = ()) -> list[list[int]]:
     """The places in a list of the findings that have one root cause, the one that is told in front: those of other probes
-    at the same file and line.
+    at the same file and line, and those that `causes` says follow from another, `(cause, what follows)`.
 
     A finding without a file and a line stands alone, and a weaker severity never swallows a stronger one.
     """
@@ -293,6 +293,11 @@ def root_groups(findings: Sequence[Finding]) -> list[list[int]]:
                 break
         else:
             groups.append([i])
+    for cause, follower in causes:
+        root, other = (next(group for group in groups if i in group) for i in (cause, follower))
+        if root is not other and order[findings[root[0]].severity] <= order[findings[other[0]].severity]:
+            root += other
+            groups.remove(other)
     return groups
 
 

@@ -52,6 +52,7 @@ class _Journal:
     findings: list[Finding] = field(default_factory=list)
     sections: dict[str, Any] = field(default_factory=dict)
     records: list[list[Any]] = field(default_factory=list)  # of each finding
+    causes: list[tuple[int, int]] = field(default_factory=list)  # places in findings: the cause, what follows from it
     replayed: list[Mapping[str, Any]] = field(default_factory=list)
     subject: SubjectInfo | None = None
     environment: Environment | None = None
@@ -146,10 +147,17 @@ def _note(journal: _Journal, event: dict[str, Any]) -> None:
             journal.replayed += event.get("replayed", [])
     elif kind == "section":
         journal.sections[event["topic"]] = event["value"]
+    elif kind == "causes":
+        journal.causes = [(_place(journal, *cause), _place(journal, *follower)) for cause, follower in event["value"]]
     elif kind == "unusable":
         journal.unusable = event["text"]
     elif kind == "fault":
         journal.fault = event["traceback"]
+
+
+def _place(journal: _Journal, probe: str, number: int) -> int:
+    """Where a probe's finding stands in the list of all, by its number among that probe's own."""
+    return [i for i, finding in enumerate(journal.findings) if finding.probe == probe][number]
 
 
 def _record_death(journal: _Journal, death: Death, folder: Path) -> None:
@@ -190,7 +198,7 @@ def _report(order: Order, journal: _Journal, run: Run, seconds: float) -> Report
         subject=journal.subject or SubjectInfo(spec=spec),
         environment=journal.environment or environment(seed=int(order.job.get("seed", 0)), command=order.command),
         outcomes=tuple(outcomes),
-        findings=merge_by_root(journal.findings),
+        findings=merge_by_root(journal.findings, journal.causes),
         sections=journal.sections,
         seconds=round(seconds, 3),
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -216,7 +224,7 @@ def _unjudged(order: Order, journal: _Journal) -> Iterator[dict[str, Any]]:
 def _cases(journal: _Journal) -> dict[str, list[Any]]:
     """The values behind each finding of the report: its own, and those of the findings that joined it."""
     found: dict[str, list[Any]] = {}
-    for number, group in enumerate(root_groups(journal.findings), start=1):
+    for number, group in enumerate(root_groups(journal.findings, journal.causes), start=1):
         for i in group:
             finding, records = journal.findings[i], journal.records[i]
             about = {"probe": finding.probe, "severity": finding.severity}

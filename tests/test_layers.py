@@ -18,7 +18,7 @@ LAYERS = {
     **dict.fromkeys(
         ("model", "presets", "subject", "load", "spec", "spec_text", "convention", "sources", "settle", "casts", "tiny", "draws"), SUBJECT
     ),
-    **dict.fromkeys(("probe", "examine", "replaying"), PROBE),
+    **dict.fromkeys(("probe", "examine", "replaying", "causes"), PROBE),
     **dict.fromkeys(("api", "cli", "testing", "__main__", "__init__"), COMMAND),
 }
 DRAWING = {"rich", "jinja2", "markupsafe"}  # what render may import beside layer 0 and the standard library
