@@ -13,7 +13,7 @@ from .errors import SubjectError
 IDS_NAMES = ("input_ids", "idx", "tokens", "token_ids", "ids", "x", "input", "inputs", "src")
 MASK_NAMES = ("attention_mask", "padding_mask", "pad_mask", "attn_mask", "mask")
 POSITION_NAMES = ("position_ids", "positions", "pos_ids", "position")
-CACHE_NAMES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache_params")
+CACHE_NAMES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache_params", "cache")  # the last from transformers 5.24 on
 # Where the model keeps the cache itself, the caller says where the new tokens stand: their positions as a tensor
 # (lit-gpt, gpt-fast), or the first of them as a number (Meta's llama).
 PLACES_NAMES, START_NAMES = ("input_pos",), ("start_pos",)

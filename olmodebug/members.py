@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .compare import difference
 from .explain import place_of
 from .records import Where
-from .sources import Spot
+from .sources import Spot, code_of
 
 
 def attribute_place(model: nn.Module, path: str) -> Where:
@@ -18,19 +18,19 @@ def attribute_place(model: nn.Module, path: str) -> Where:
     module = model.get_submodule(owner)
     for kind in type(module).__mro__:
         for method in vars(kind).values():
-            code = getattr(method, "__code__", None)
+            code = code_of(method)
             if code is None or kind.__module__.startswith("torch."):
                 continue
             line = line_that_sets(code, name)
             if line is not None:
                 return place_of(Spot(code, 0, line), module=owner)
-    code = getattr(type(module).__init__, "__code__", None)
+    code = code_of(type(module).__init__)
     return place_of(Spot(code, 0, code.co_firstlineno) if code else None, module=owner)
 
 
 def tie_place(model: nn.Module) -> Where:
     method = getattr(type(model), "tie_weights", None) or type(model).__init__
-    code = getattr(method, "__code__", None)
+    code = code_of(method)
     return place_of(Spot(code, 0, code.co_firstlineno) if code else None)
 
 

@@ -57,6 +57,11 @@ class Spot:
         return first, last, start, end
 
 
+def code_of(function: object) -> CodeType | None:
+    """The code that somebody wrote for a function, behind the decorators that wrap it; None for what is not in Python."""
+    return getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
+
+
 class Sources:
     """Sorts frames into the subject's own and all others."""
 

@@ -12,7 +12,7 @@ from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.sources import Spot
+from olmodebug.sources import Spot, code_of
 from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
 from olmodebug.tracing.dims import WIDTH_NAMES
 from olmodebug.tracing.tracer import Recording, record
@@ -172,7 +172,7 @@ def softcap_as_configured(subject: Subject) -> Iterator[Finding]:
     largest = float(twin.logits(case).abs().max())
     if largest <= cap * (1 + 1e-6):
         return
-    code = getattr(type(twin.model).forward, "__code__", None)
+    code = code_of(type(twin.model).forward)
     where = place_of(Spot(code, 0, code.co_firstlineno) if code else None)
     yield Found(
         probe="",

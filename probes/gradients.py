@@ -18,7 +18,7 @@ from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
-from olmodebug.sources import OWN, Spot
+from olmodebug.sources import OWN, Spot, code_of
 from olmodebug.state import keeper
 from olmodebug.subject import Subject, own_code, quiet
 from olmodebug.tracing.tracer import Recording, record
@@ -249,7 +249,7 @@ def _cut(recording: Recording, twin: Subject, module: str | None) -> Where:
     path = module or ""
     while True:
         owner = twin.model.get_submodule(path)
-        code = getattr(type(owner).forward, "__code__", None)
+        code = code_of(type(owner).forward)
         own = code is not None and twin.sources.rank(code.co_filename) == OWN
         if own and code is not None:
             lines, start = inspect.getsourcelines(code)
@@ -264,7 +264,7 @@ def _cut(recording: Recording, twin: Subject, module: str | None) -> Where:
 
 
 def _forward_of(twin: Subject, module: str) -> Where:
-    code = getattr(type(twin.model.get_submodule(module)).forward, "__code__", None)
+    code = code_of(type(twin.model.get_submodule(module)).forward)
     return place_of(Spot(code, 0, code.co_firstlineno) if code is not None else None, module=module)
 
 

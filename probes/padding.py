@@ -16,7 +16,7 @@ from olmodebug.relations.relation import Culprit
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
-from olmodebug.sources import Spot
+from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject, quiet
 from olmodebug.tracing.tracer import Recording, record
 
@@ -282,7 +282,7 @@ def _explained(twin: Subject, broken: Violation, limit: float, left: bool) -> It
             cause=f"{twin.convention.attention_mask} is accepted and has no effect: logits are the same with it and without it",
             fix="pass the mask on to the attention, or take it out of the signature",
         )
-        forward = getattr(type(twin.model).forward, "__code__", None)
+        forward = code_of(type(twin.model).forward)
         spot = Spot(forward, 0, forward.co_firstlineno) if forward is not None else None
         broken.culprits = [Culprit(where=place_of(spot), spot=spot)]
         broken.diagnoses = [fallback]

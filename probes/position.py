@@ -18,7 +18,7 @@ from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import crash, limit_of, run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.sources import Spot
+from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject, quiet, rows_before_the_first_position
 from olmodebug.tracing.tracer import record
 
@@ -127,7 +127,7 @@ def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple
 
 def _dropped_call(twin: Subject, module: str, function: str | None) -> Where | None:
     """The line of the module's forward that calls this function and throws away what it returns."""
-    code = getattr(type(twin.model.get_submodule(module)).forward, "__code__", None)
+    code = code_of(type(twin.model.get_submodule(module)).forward)
     if code is None or function is None:
         return None
     try:

@@ -12,7 +12,7 @@ from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Where
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.sources import Spot
+from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject
 
 
@@ -190,5 +190,5 @@ def _tying(model: nn.Module) -> Where:
 
 
 def _class_place(module: nn.Module, path: str) -> Where:
-    code = getattr(type(module).__init__, "__code__", None)
+    code = code_of(type(module).__init__)
     return place_of(Spot(code, 0, code.co_firstlineno) if code else None, module=path)

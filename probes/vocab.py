@@ -18,7 +18,7 @@ from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import crash, run
 from olmodebug.relations.repair import Found, expressions
 from olmodebug.report import Finding
-from olmodebug.sources import OWN, Spot
+from olmodebug.sources import OWN, Spot, code_of
 from olmodebug.subject import VOCAB_NAMES, Subject
 
 SHOWN = 8
@@ -222,7 +222,7 @@ def _table(subject: Subject) -> tuple[str, Spot | None]:
     owner = path
     while owner:
         owner = owner.rpartition(".")[0]
-        code = getattr(type(subject.model.get_submodule(owner)).__init__, "__code__", None)
+        code = code_of(type(subject.model.get_submodule(owner)).__init__)
         if code is not None and sources.rank(code.co_filename):  # not torch's own ModuleDict
             return path, Spot(code, 0, _line_of_embedding(code))
     return path, None

@@ -147,3 +147,9 @@ def test_a_model_that_keeps_its_cache_says_where_new_tokens_stand() -> None:
     assert read_signature(meta).start == "start_pos"
     assert read_signature(lit).places == "input_pos"
     assert read_signature(lit).start is read_signature(meta).places is None
+
+
+def test_the_cache_is_found_under_the_name_that_transformers_gives_it_from_5_24_on() -> None:
+    def forward(input_ids: torch.Tensor, cache: object = None, use_cache: bool = False) -> torch.Tensor: ...
+
+    assert read_signature(forward).cache == "cache"

@@ -1,11 +1,13 @@
 """Which file is the subject's own, and which line of it is running."""
 
+import functools
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from torch import nn
 
 import olmodebug.model
 import olmodebug.subject
+from olmodebug.members import attribute_place
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
-from olmodebug.sources import NEAR, OUTSIDE, OWN, Sources, Spot, excerpt, is_ours, short_path
+from olmodebug.sources import NEAR, OUTSIDE, OWN, Sources, Spot, code_of, excerpt, is_ours, short_path
 from olmodebug.tracing.copies import digest
 from olmodebug.tracing.tracer import record
 
@@ -151,3 +154,30 @@ def test_an_exception_of_an_instrument_is_ours_and_one_of_an_op_or_of_the_refere
     assert not is_ours(raised(lambda: model(ids, wrong_mask)))
     assert not is_ours(raised(lambda: record(model, lambda: model(ids), on_event=consumer)))
     assert is_ours(raised(lambda: digest(torch.eye(3).to_sparse())))
+
+
+def test_the_code_of_a_decorated_function_is_the_one_that_was_written() -> None:
+    """transformers wraps __init__ and forward in decorators of its own; findings name the class's lines, not the wrapper's."""
+
+    def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def written() -> int:
+        return 1
+
+    assert code_of(kept(kept(written))) is written.__code__
+    assert (code_of(len), code_of(nn.Linear), code_of("text")) == (None, None, None)
+
+    class Decorated(nn.Module):
+        @kept
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.ones(2))
+
+    place = attribute_place(Decorated(), "table")
+    assert str(place.function).endswith("Decorated.__init__")
+    assert place.line == Decorated.__init__.__wrapped__.__code__.co_firstlineno + 3  # type: ignore[attr-defined]

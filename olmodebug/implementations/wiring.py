@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..sources import Spot
+from ..sources import Spot, code_of
 from .anchors import Graph, same
 from .captured import Parting, _columns
 from .hypotheses import Cause
@@ -66,7 +66,7 @@ def _user(parting: Parting, node: int, parameter: str) -> tuple[Spot | None, str
     owner = model.get_submodule(module)
     if not any(True for _ in owner.children()):
         return caller(graph, graph.nodes[node].event)
-    code = getattr(type(owner).forward, "__code__", None)
+    code = code_of(type(owner).forward)
     if code is None:
         return graph.recording.spots[graph.nodes[node].event], module
     leaf = parameter.removeprefix(f"{module}.").split(".")[0]
