@@ -18,9 +18,13 @@ CACHE_NAMES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache_p
 # (lit-gpt, gpt-fast), or the first of them as a number (Meta's llama).
 PLACES_NAMES, START_NAMES = ("input_pos",), ("start_pos",)
 SETUP_NAMES = ("set_kv_cache", "setup_caches", "setup_cache", "setup_kv_cache")
+# A cache that the caller makes, with one of these methods or as an empty dict, and every forward fills.
+HANDED_NAMES = ("cache", "kv_cache", "caches", "kv_caches", *CACHE_NAMES)
+MAKER_NAMES = ("make_cache", "init_cache", "new_cache", "create_cache", "empty_cache", "make_kv_cache", "init_kv_cache", "allocate_cache")
+LOSS_METHODS = ("loss", "compute_loss", "loss_fn")  # where forward gives logits only: method(ids, labels)
 LOSS_ATTRIBUTES = ("last_loss",)  # llama2.c gives bare logits and leaves the loss here
 SHIFTED_LABELS = ("labels",)
-ALIGNED_LABELS = ("targets", "target", "y")
+ALIGNED_LABELS = ("targets", "target", "target_ids", "target_seq", "y")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +32,8 @@ class Convention:
     """The argument names of a model's forward; None where it has no such argument.
 
     `labels_aligned` says that label t belongs to logit t (nanoGPT's `targets`); otherwise the model shifts inside
-    (`labels`). `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take
+    (`labels`). `hands_cache`: the caller makes the cache and hands it to every forward. `loss_method` takes the labels
+    where forward takes none. `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take
     the positions of the new tokens, or the first of them, where the model keeps its cache itself.
     """
 
@@ -37,15 +42,20 @@ class Convention:
     position_ids: str | None = None
     cache: str | None = None
     use_cache: str | None = None
+    hands_cache: bool = False
     places: str | None = None
     start: str | None = None
     labels: str | None = None
+    loss_method: str | None = None
     labels_aligned: bool = False
     logits_need_labels: bool = False
 
     def __str__(self) -> str:
-        names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.places, self.start, self.labels]
+        labels = None if self.loss_method else self.labels
+        names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.places, self.start, labels]
         text = f"forward({', '.join(name for name in names if name)})"
+        if self.loss_method:
+            text += f"; {self.loss_method}({self.ids}, {self.labels})"
         if self.labels:
             text += f"; {self.labels} " + ("already aligned with the logits" if self.labels_aligned else "shifted inside")
         if self.logits_need_labels:
@@ -105,6 +115,7 @@ def read_signature(forward: Callable[..., object]) -> Convention:
 def find_logits(result: object, *, batch_size: int, seq_len: int) -> Output:
     """Logits, loss and cache in an output object, dict, tuple or bare tensor; NoLogits says what came instead."""
     if isinstance(result, Tensor):
+        result = _apart(result, batch_size, seq_len)
         _must_be_logits(result, batch_size, seq_len)
         return Output(logits=result)
     if isinstance(result, Mapping) or hasattr(result, "logits"):
@@ -115,10 +126,11 @@ def find_logits(result: object, *, batch_size: int, seq_len: int) -> Output:
             cache = found if cache is None else cache
         if not isinstance(logits, Tensor):
             raise NoLogits(f"an output of type {type(result).__name__} without a `logits` tensor")
+        logits = _apart(logits, batch_size, seq_len)
         _must_be_logits(logits, batch_size, seq_len)
         return Output(logits=logits, loss=loss if isinstance(loss, Tensor) else None, cache=cache)
     if isinstance(result, tuple | list):
-        tensors = [item for item in result if isinstance(item, Tensor)]
+        tensors = [_apart(item, batch_size, seq_len) for item in result if isinstance(item, Tensor)]
         logits = next((t for t in tensors if t.ndim == 3), None)
         loss = next((t for t in tensors if t.ndim == 0), None)
         if logits is not None:
@@ -137,6 +149,24 @@ def first_embedding(model: nn.Module) -> nn.Embedding | None:
 def is_scalar_loss(value: object) -> bool:
     """Whether a value can be a loss."""
     return isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point
+
+
+def find_loss(result: object) -> Tensor | None:
+    """The scalar loss in an output object, dict, tuple or bare tensor; None where there is none."""
+    if isinstance(result, Tensor):
+        return result if is_scalar_loss(result) else None
+    if isinstance(result, Mapping) or hasattr(result, "loss"):
+        loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
+        return loss if is_scalar_loss(loss) else None
+    items = result if isinstance(result, tuple | list) else ()
+    return next((item for item in items if is_scalar_loss(item)), None)
+
+
+def _apart(tensor: Tensor, batch_size: int, seq_len: int) -> Tensor:
+    """Logits `[batch * seq_len, vocab]`, flattened for the loss as courses teach it, as `[batch, seq_len, vocab]`."""
+    if tensor.ndim == 2 and tensor.dtype.is_floating_point and tensor.shape[0] == batch_size * seq_len and seq_len > 1:
+        return tensor.unflatten(0, (batch_size, seq_len))
+    return tensor
 
 
 def _must_be_logits(tensor: Tensor, batch_size: int, seq_len: int) -> None:

@@ -143,11 +143,15 @@ class _Watch(TorchDispatchMode):
         return self.values[id(tensor)] if tensor.is_meta else tensor
 
     def _remember(self, op: str, inputs: list[Tensor], output: Any) -> None:
-        """Where a tensor on the CPU was first made: by a factory here, or from others that were."""
+        """Where a tensor on the CPU was first made: by a factory here, or from others that were, or out of an attribute."""
+        kept = next((name for t in inputs if (name := self.attributes.get(t.untyped_storage().data_ptr())) is not None), None)
         origin = next((self.made[id(t)] for t in inputs if id(t) in self.made), None)
         if origin is None and (not inputs or op.startswith("lift_fresh")):  # torch.tensor(...) arrives as lift_fresh
             origin = (self.sources.spot(sys._getframe(2), _run_watched.__code__), op)
         for tensor in [item for item in tree_flatten(output)[0] if isinstance(item, Tensor)]:
+            if kept is not None and tensor.numel():
+                self.attributes.setdefault(tensor.untyped_storage().data_ptr(), kept)
+                self.alive.append(tensor)
             if origin is not None and id(tensor) not in self.made:
                 self.made[id(tensor)] = origin
                 self.alive.append(tensor)

@@ -5,11 +5,12 @@ implementation that it asks for.
 """
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +19,18 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily  # no public na
 
 from .casts import cast
 from .convention import (
+    ALIGNED_LABELS,
+    HANDED_NAMES,
     LOSS_ATTRIBUTES,
+    LOSS_METHODS,
+    MAKER_NAMES,
     SETUP_NAMES,
+    SHIFTED_LABELS,
     Convention,
+    NoLogits,
     Output,
     find_logits,
+    find_loss,
     first_embedding,
     ids_tensor,
     is_scalar_loss,
@@ -36,7 +44,7 @@ from .report import SubjectInfo
 from .settle import settled
 from .sources import Sources, is_ours, short_path
 
-VOCAB_NAMES = ("vocab_size", "n_vocab", "padded_vocab_size", "num_tokens", "vocabulary_size")
+VOCAB_NAMES = ("vocab_size", "n_vocab", "padded_vocab_size", "num_tokens", "vocabulary_size", "vocab", "num_vocab")
 CONTEXT_NAMES = (
     "max_position_embeddings",
     "n_positions",
@@ -51,6 +59,9 @@ CONTEXT_NAMES = (
 HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
 
+# Sizes that a method which makes a cache asks for, and the length where the config declares none.
+SIZE_NAMES = r"b(atch|sz|s$|$)|.*(len|size|positions|tokens)"
+ROOM = 256
 BATCH_SIZES = (3, 5, 7, 2)
 # What is tried where no context length is declared: the last position where positions can be given, else a sequence.
 LENGTHS_TRIED = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8)
@@ -147,8 +158,9 @@ class Subject:
         return Sources(self.model)
 
     def setting(self, *names: str) -> Any:
-        """The first of these names that the config has, with a nested `text_config` searched too; None without one."""
-        for holder in (self.config, getattr(self.config, "text_config", None)):
+        """The first of these names that the config has, with a nested `text_config` searched too, and the dataclasses that a
+        dataclass is made of; None without one."""
+        for holder in (self.config, getattr(self.config, "text_config", None), *_parts(self.config)):
             for name in names:
                 value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
                 if value is not None:
@@ -231,6 +243,8 @@ class Subject:
         positions = position_ids if position_ids is not None else ids_tensor(case.position_ids, device)
         if form.position_ids and positions is not None:
             arguments[form.position_ids] = positions
+        if form.hands_cache and use_cache and cache is None:
+            cache = self._handed_cache(case.batch_size)
         if form.cache and cache is not None:
             arguments[form.cache] = cache
         if form.use_cache:
@@ -239,16 +253,29 @@ class Subject:
             arguments[form.start] = start or 0
         elif form.places and start is not None:
             arguments[form.places] = torch.arange(start, start + case.seq_len, device=device)
-        if form.labels and case.labels is not None:
+        if form.labels and case.labels is not None and not form.loss_method:
             arguments[form.labels] = ids_tensor(case.labels, device)
-        elif form.labels and form.logits_need_labels:
+        elif form.labels and form.logits_need_labels and not form.loss_method:
             arguments[form.labels] = ids.clone()
         if self.adapter is not None:
             result = self.adapter(self.model, **arguments)
         else:
             first = arguments.pop(form.ids)
             result = self.model(first, **arguments)
-        output = find_logits(result, batch_size=case.batch_size, seq_len=case.seq_len)
+        try:
+            output = find_logits(result, batch_size=case.batch_size, seq_len=case.seq_len)
+        except NoLogits:
+            loss = find_loss(result)
+            if loss is None or case.labels is None or form.logits_need_labels:
+                raise
+            # With labels it gives the loss alone, or the logits that the loss was taken from: all of them come without.
+            output = self.call(replace(case, labels=None), position_ids=position_ids, attention_mask=attention_mask)
+            output.loss = loss
+        if form.hands_cache and use_cache and output.cache is None:
+            given = result if isinstance(result, tuple) else ()
+            output.cache = next((item for item in given if type(item) is type(cache)), cache)  # handed back, or filled in place
+        if form.loss_method and case.labels is not None:
+            output.loss = getattr(self.model, form.loss_method)(ids, ids_tensor(case.labels, device))
         if output.loss is None and case.labels is not None:
             output.loss = next((value for name in LOSS_ATTRIBUTES if is_scalar_loss(value := getattr(self.model, name, None))), None)
         return output
@@ -265,6 +292,15 @@ class Subject:
         if setup is not None:
             with torch.device(self.device):
                 setup(batch_size, length)
+
+    def _handed_cache(self, batch_size: int) -> Any:
+        """A fresh cache that the caller has to make: by the model's own method, else an empty dict."""
+        maker = next((method for name in MAKER_NAMES if callable(method := getattr(self.model, name, None))), None)
+        if maker is None:
+            return {}
+        sizes = [p for p in inspect.signature(maker).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        room = self.max_positions or ROOM
+        return maker(*(batch_size if re.match(r"b(atch|sz|s$|$)", p.name) else room for p in sizes[:2] if re.match(SIZE_NAMES, p.name)))
 
     def _setup(self) -> Callable[..., Any] | None:
         return next((method for name in SETUP_NAMES if callable(method := getattr(self.model, name, None))), None)
@@ -371,10 +407,24 @@ def from_model(
         declared_vocab=vocab_size,
         seed=seed,
     )
+    _measure_vocabulary(subject)
     subject.convention = settle_convention(subject)
     if subject.convention.labels and (_decodes_for_an_encoder(subject.config) or _says_not_shifted(forward)):
         subject.convention = replace(subject.convention, labels_aligned=True)
     return subject
+
+
+def _measure_vocabulary(subject: Subject) -> None:
+    """Take the width of the logits for the vocabulary where neither the config nor an embedding module says how many ids
+    there are (parameters in a dict, looked up by a function), and the last of that many ids can be fed."""
+    if subject.declared_vocab or subject.embedding_rows or isinstance(subject.setting(*VOCAB_NAMES), int):
+        return
+    with settled(subject.model, seed=subject.seed), quiet(), suppress(Exception):  # who cannot be run is told so elsewhere
+        subject.model.eval()
+        width = subject.logits(Case(name="vocabulary", input_ids=((0, 1, 0, 1, 1), (1, 0, 0, 1, 0)))).shape[-1]
+        subject.logits(Case(name="last id", input_ids=((0, width - 1, 1, 0, 1), (0, 1, 1, 0, 1))))
+        subject.declared_vocab = width
+        subject.assumptions.append(f"a vocabulary of {width} ids, the width of the logits: no config or embedding module says how many")
 
 
 def settle_convention(subject: Subject) -> Convention:
@@ -386,7 +436,35 @@ def settle_convention(subject: Subject) -> Convention:
             output = subject.call(case)
         if output.logits.shape[1] == 1 and case.seq_len > 1 and subject.convention.labels:
             return replace(subject.convention, logits_need_labels=True)
-    return subject.convention
+        return _with_handed_cache(subject, _with_loss_method(subject))
+
+
+def _with_handed_cache(subject: Subject, form: Convention) -> Convention:
+    """The convention with the cache that the caller makes, where two chunks run with one."""
+    names = inspect.signature(subject.model.forward).parameters
+    name = next((each for each in HANDED_NAMES if each in names), None)
+    if name is None or form.use_cache or form.start or form.places or subject.adapter is not None:
+        return form
+    case = Case(name="a cache", input_ids=subject.token_ids(2, 3))
+    trial = replace(subject, convention=replace(form, cache=name, hands_cache=True), _last=[], _twins={})
+    with suppress(Exception):  # another kind of cache: what it wants is not known, so nothing is asked of it
+        output = trial.call(case, use_cache=True)
+        output = trial.call(case, use_cache=True, cache=output.cache)
+        return trial.convention if output.logits.shape[1] == case.seq_len else form
+    return form
+
+
+def _with_loss_method(subject: Subject) -> Convention:
+    """The convention with a method that takes ids and labels, where forward takes no labels."""
+    form = subject.convention
+    for name in LOSS_METHODS if form.labels is None and subject.adapter is None else ():
+        method = getattr(subject.model, name, None)
+        if not callable(method) or isinstance(method, nn.Module):
+            continue
+        parameters = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty]
+        if len(parameters) == 2 and (labels := parameters[1].name) in (*SHIFTED_LABELS, *ALIGNED_LABELS) and parameters[0].name == form.ids:
+            return replace(form, loss_method=name, labels=labels, labels_aligned=labels in ALIGNED_LABELS)
+    return form
 
 
 def _says_not_shifted(forward: Callable[..., Any]) -> bool:
@@ -412,6 +490,13 @@ def rows_before_the_first_position(subject: Subject, longest: int) -> int:
             ahead = subject.setting("ngram")  # ProphetNet looks up the positions it predicts, too
             return module.padding_idx + 1 + (ahead if isinstance(ahead, int) else 0)
     return 0
+
+
+def _parts(config: object) -> list[object]:
+    """The dataclasses in the fields of a config that is a dataclass itself and nobody's published class."""
+    if not is_dataclass(config) or hasattr(config, "to_dict"):
+        return []
+    return [value for field in fields(config) if is_dataclass(value := getattr(config, field.name)) and not isinstance(value, type)]
 
 
 def config_of(model: nn.Module) -> object:
@@ -471,8 +556,6 @@ def quiet() -> Iterator[None]:
 
 
 def _without_model(adapter: Callable[..., Any]) -> Callable[..., Any]:
-    import inspect
-
     signature = inspect.signature(adapter)
     parameters = list(signature.parameters.values())
     if len(parameters) < 2:

@@ -9,7 +9,7 @@ from .subject import Subject
 
 # A sample std of n normal numbers is off by 1/sqrt(2n) of itself; 5 of these leave one false alarm in a million tensors.
 SIGMAS = 5.0
-RESIDUAL = ("o_proj", "out_proj", "c_proj", "wo", "w2", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "ff_out", "attn_out")
+RESIDUAL = ("o_proj", "out_proj", "c_proj", "wo", "w2", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "ff_out", "attn_out", "w_out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
@@ -15,6 +16,7 @@ from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
 from olmodebug.tracing.dims import WIDTH_NAMES
+from olmodebug.tracing.products import LAYOUTS, product_at
 from olmodebug.tracing.tracer import Recording, record
 
 # Published architectures that leave the scores unscaled.
@@ -42,6 +44,8 @@ def scaled_by_head_size(subject: Subject) -> Iterator[Finding]:
     """
     if any(subject.setting(name) not in (None, False) for name in OWN_SCALE):
         not_applicable("its configuration chooses a scale of its own")
+    if subject.setting("scale_attn_weights") is False:
+        not_applicable("its config switches the scale off")
     if subject.setting("model_type") in UNSCALED:
         not_applicable("its architecture leaves the scores unscaled")
     choices: list[str | None] = [*attention_choices(subject)] or [None]
@@ -57,11 +61,14 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
     found = next(iter(_scales(recording, seq)), None)
     if found is None:
         return None
-    index, scale, head_dim = found
+    index, scale, sizes = found
+    head_dim = sum(sizes)
     expected = head_dim**-0.5
     if math.isclose(scale, expected, rel_tol=1e-3):
         return None
     width, heads = subject.setting(*WIDTH_NAMES), subject.setting(*HEAD_NAMES)
+    if not isinstance(width, int) and (table := first_embedding(subject.model)) is not None:
+        width = table.embedding_dim
     slips: list[tuple[float, str, str]] = [
         (1.0 / head_dim, "the scale is applied twice", "scale once: scaled_dot_product_attention does it by itself"),
     ]
@@ -71,6 +78,12 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
         )
     if isinstance(heads, int):
         slips.append((heads**-0.5, f"the scale is the number of heads ({heads}) ** -0.5", "scale by head_dim ** -0.5"))
+    slips += [
+        (size**-0.5, f"the scale is that of a part of the head ({size} of its {head_dim} dimensions)", "scale by head_dim ** -0.5")
+        for size in sizes
+        if size != head_dim
+    ]
+    slips.append((head_dim**0.5, "the scores are multiplied by sqrt(head_dim), not divided by it", "scale by head_dim ** -0.5"))
     slips.append((1.0, "the scores are not scaled at all", "multiply the scores by head_dim ** -0.5"))
     told = next(((cause, fix) for value, cause, fix in slips if math.isclose(scale, value, rel_tol=1e-3)), None)
     if told is None:
@@ -92,25 +105,35 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
     )
 
 
-def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, int]]:
-    """(event, scale, head_dim) for each softmax over scores `[.., seq, seq]`, and for each
-    fused attention; the scale is the ratio of what enters the softmax to the product that it came from."""
-    product: tuple[int, Tensor, int] | None = None
+def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, tuple[int, ...]]]:
+    """(event, scale, the sizes that a head is made of) for each softmax over scores `[.., seq, seq]`, and for each fused
+    attention; the scale is the ratio of what enters the softmax to the product, or the sum of products, that it came from."""
+    bare: dict[int, tuple[int, Tensor, tuple[int, ...]]] = {}  # storage -> the product that it holds, in whatever layout
+    last: tuple[int, Tensor, tuple[int, ...]] | None = None
     for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
         if event.op.startswith("_scaled_dot_product"):
             query, scale = kept.arguments.get("query"), kept.arguments.get("scale")
             if isinstance(query, Tensor):
                 own = float(scale) if scale is not None else query.shape[-1] ** -0.5
                 before = _scaled_before(recording, index, query)
-                yield index, own * before, int(query.shape[-1])
-        elif event.op in ("bmm", "matmul") and kept.outputs[0].shape[-2:] == (seq, seq) and kept.inputs[0].shape[-1] != seq:
-            product = index, kept.outputs[0], int(kept.inputs[0].shape[-1])
-        elif event.op in ("_softmax", "_safe_softmax") and product is not None and kept.inputs[0].shape[-2:] == (seq, seq):
-            at, raw, head_dim = product
-            product = None
-            ratio = _ratio(raw, kept.inputs[0])
-            if ratio is not None:
-                yield at, ratio * _scaled_before(recording, at, recording.kept[at].inputs[0]), head_dim
+                yield index, own * before, (int(query.shape[-1]),)
+            continue
+        parts = [bare[info.storage] for info in event.inputs if info.storage in bare]
+        if (made := product_at(recording, index, seq)) is not None:
+            last = index, kept.outputs[0], (int(made.query.shape[-1]),)
+        elif event.op in LAYOUTS and len(event.inputs) == 1 and parts:
+            last = parts[0][0], kept.outputs[0], parts[0][2]
+        elif event.op in ("add", "add_") and len(parts) == 2 and parts[0][0] != parts[1][0]:
+            last = parts[0][0], kept.outputs[0], (*parts[0][2], *parts[1][2])
+        else:
+            if event.op in ("_softmax", "_safe_softmax") and last is not None and kept.inputs[0].shape[-2:] == (seq, seq):
+                at, raw, sizes = last
+                last = None
+                ratio = _ratio(raw, kept.inputs[0])
+                if ratio is not None:
+                    yield at, ratio * _scaled_before(recording, at, recording.kept[at].inputs[0]), sizes
+            continue
+        bare |= {info.storage: last for info in event.outputs}
 
 
 def _ratio(raw: Tensor, scores: Tensor) -> float | None:

@@ -14,7 +14,7 @@ from olmodebug.explain import explain_run, place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference, Event
-from olmodebug.relations.chunks import Parting, Runs, locate, pieces, run_chunks
+from olmodebug.relations.chunks import LENGTH_DEPENDENT, Parting, Runs, locate, pieces, rope_type, run_chunks
 from olmodebug.relations.diagnose import Diagnosis, is_fused_attention, mask_added_as_number
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.repair import Found
@@ -32,14 +32,12 @@ MOST_LOGITS = 4_000_000
 CHOOSES_KEYS = ("index_topk", "indexer_budget", "index_top_k", "keep_window_size")
 # Causal-LM classes of transformers whose cache is not used as the others are.
 OWN_CACHES = ("cpmant", "prophetnet")
-# RoPE whose frequencies depend on how long the sequence is: a prefix has other ones than the whole, by design.
-LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 # Layers that carry a state: state-space models, linear attention, gated recurrences.
 RECURRENT = re.compile(r"mamba|ssm|recurrent|deltanet|linearattention|lightning|rwkv|xlstm|lstm|retention", re.IGNORECASE)
 REFUSALS = (NotImplementedError, ValueError, AssertionError, TypeError)
 
 
-@probe(after=("causality.no-future", "determinism.eval-repeats"))
+@probe(after=("causality.no-future", "determinism.eval-repeats", "position.honoured"))
 def matches_full_forward(subject: Subject) -> Iterator[Finding]:
     """Prefill and one-token decoding, and uneven chunks, give the logits of one full forward at every position.
 
@@ -96,7 +94,7 @@ def table_end(subject: Subject) -> Iterator[Finding]:
     longest = subject.max_positions
     if longest is None or longest < 6:
         not_applicable("its config declares no context length")
-    if _rope_type(subject) in LENGTH_DEPENDENT:
+    if rope_type(subject) in LENGTH_DEPENDENT:
         not_applicable("its RoPE scaling depends on the length of the sequence")
     if any(subject.setting(name) is not None for name in CHOOSES_KEYS):
         not_applicable("it attends to the keys of the highest rank only, and equal ranks may fall either way")
@@ -315,7 +313,7 @@ def _why(runs: Runs) -> Diagnosis:
     """What the captured tensors establish about the line at which a chunk parts from the full run."""
     parting = runs.parting
     assert parting is not None
-    for rule in (_left_out, _causal_top_left, _wrong_order, _shifted, _short_bias, _keys_missing, _cached_part):
+    for rule in (_left_out, _causal_top_left, _mask_top_left, _wrong_order, _shifted, _short_bias, _keys_missing, _cached_part):
         told = rule(runs, parting)
         if told is not None:
             return told
@@ -350,6 +348,32 @@ def _causal_top_left(runs: Runs, parting: Parting) -> Diagnosis | None:
         f"position {runs.chunk.start}, sees key 0 only",
         fix="with a cache pass attn_mask with True where key <= past + query; is_causal=True only where queries and keys are as many",
         evidence={"queries": queries, "keys": keys},
+    )
+
+
+def _mask_top_left(runs: Runs, parting: Parting) -> Diagnosis | None:
+    """A mask `[.., queries, keys]` whose row i shows the keys 0..i, where the full forward's shows 0..past + i."""
+    if not parting.good or parting.kept is None or not parting.kept.outputs or not runs.chunk.start:
+        return None
+    good, bad, chunk = parting.good[0], parting.kept.outputs[0], runs.chunk
+    if good.shape != bad.shape or bad.ndim < 2 or bad.shape[-2:] != (chunk.queries, chunk.stop):
+        return None
+
+    def shows(mask: Tensor, first: int) -> bool:
+        values = mask.unique()
+        if mask.dtype != torch.bool and not (values.numel() == 2 and float(values.max()) in (0.0, 1.0)):
+            return False
+        visible = mask if mask.dtype == torch.bool else mask == values.max()
+        wanted = torch.ones(chunk.queries, chunk.stop, dtype=torch.bool).tril(first)
+        return bool((visible.cpu() == wanted).all())
+
+    if not shows(bad, 0) or not shows(good, chunk.start):
+        return None
+    return Diagnosis(
+        cause=f"the causal mask is aligned top-left: with {chunk.start} tokens in the cache the first new query, position {chunk.start}, "
+        "sees key 0 only, as if no token stood before it",
+        fix="move the diagonal by the cache's length: tril(diagonal=past_length), or key_index <= past_length + query_index",
+        evidence={"queries": chunk.queries, "keys": chunk.stop},
     )
 
 
@@ -511,13 +535,3 @@ def _key_length(event: Event | None) -> int | None:
 def _span(values: Tensor) -> str:
     low, high = int(values.min()), int(values.max())
     return str(low) if low == high else f"{low}..{high}"
-
-
-def _rope_type(subject: Subject) -> str | None:
-    """The declared kind of RoPE scaling, under the names that configs use for it."""
-    declared = subject.setting("rope_parameters", "rope_scaling")
-    if not isinstance(declared, dict):
-        return None
-    kinds = [declared, *(value for value in declared.values() if isinstance(value, dict))]
-    found = [str(kind.get("rope_type") or kind.get("type")) for kind in kinds if kind.get("rope_type") or kind.get("type")]
-    return next((kind for kind in found if kind in LENGTH_DEPENDENT), found[0] if found else None)

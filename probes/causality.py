@@ -3,18 +3,25 @@
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
+from torch import nn
 
+from olmodebug.compare import difference
+from olmodebug.explain import source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
-from olmodebug.records import Case, Rows
+from olmodebug.records import Case, Rows, Where
 from olmodebug.relations.cases import Sizes
+from olmodebug.relations.chunks import LENGTH_DEPENDENT, locate_prefix, rope_type
 from olmodebug.relations.diagnose import Diagnosis
-from olmodebug.relations.invariance import Pair, Violation, base_part, drawn, findings_of, limit_of, settings_of, smallest, violation
+from olmodebug.relations.invariance import Pair, Violation, base_part, drawn, findings_of, limit_of, run, settings_of, smallest, violation
 from olmodebug.relations.leaks import leaks, section
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject
+from olmodebug.tracing.products import score_parameters
 from olmodebug.tracing.tracer import record
 
 # Projections to queries and keys under the names that people give them, and the norms on them.
@@ -25,6 +32,7 @@ QUERY_KEY = re.compile(
 PREFIX_MODELS = ("cpmant",)
 # A finite mask constant such as -1e4 is beaten when scores reach this size; float16 training gets there (minGPT#75).
 BEATING_SCORE = 1e5
+UNMEASURED_GROWTH = 300.0  # of weights, where a fused kernel hides the scores
 
 
 @probe()
@@ -64,6 +72,45 @@ def no_future(subject: Subject) -> Iterator[Finding]:
         yield from findings_of(broken, message=_text(broken))
 
 
+@probe(after=("causality.no-future", "determinism.eval-repeats"))
+def prefix_alone(subject: Subject) -> Iterator[Finding]:
+    """A prefix gives the logits alone that it gives at the start of a longer sequence.
+
+    Why: a model that looks at the length of its input computes one thing in training and another in use.
+    Catches: scores divided by the square root of the sequence length; positions counted from the end.
+    """
+    if rope_type(subject) in LENGTH_DEPENDENT:
+        not_applicable("its RoPE scaling depends on the length of the sequence, by design")
+    twin = subject.twin()
+    seq = twin.sizes()[1]
+    if seq < 3:
+        skip("the model takes too few tokens")
+    case, limit = Case(name="a sequence", input_ids=twin.token_ids(1, seq, seed=3)), limit_of(twin)
+    whole = run(twin, case)
+    for length in (seq // 2 + 1, seq - 1, 1):
+        short = replace(case, name=f"its first {length} tokens", input_ids=tuple(row[:length] for row in case.input_ids))
+        apart = difference(whole[:, :length], run(twin, short), relative_limit=limit)
+        if apart is None:
+            continue
+        parting = locate_prefix(twin, case, length, limit=limit).parting
+        where = parting.where if parting is not None else Where()
+        told = "with the whole run's values put here the prefix is right" if parting is not None and parting.confirmed else None
+        yield Found(
+            probe="",
+            severity="error",
+            message=f"the first {length} tokens alone give logits {apart.max_abs:.3g} away from those they give at the start of {seq} tokens",
+            where=where,
+            source=source_lines(where),
+            cause="the line computes with the length of the sequence" if told else None,
+            fix="let nothing depend on how many tokens follow: neither positions nor factors" if told else None,
+            expected="no difference beyond rounding",
+            observed=f"{apart.max_abs:.3g} at position {apart.index[1]}",
+            evidence={"limit": limit * apart.scale} | ({"confirmed": told} if told else {}),
+            case=short,
+        )
+        return
+
+
 @probe(after=("causality.no-future",))
 def holds_for_large_scores(subject: Subject) -> Iterator[Finding]:
     """Causality holds when query and key weights have grown until scores reach 100,000.
@@ -72,9 +119,10 @@ def holds_for_large_scores(subject: Subject) -> Iterator[Finding]:
     Catches: masked_fill(mask, -1e4); a mask that is added as a small number.
     """
     twin = subject.fresh_twin()
-    weights = [p for name, p in twin.model.named_parameters() if QUERY_KEY.search(name)]
+    named = dict(twin.model.named_parameters())
+    weights = [p for name, p in named.items() if QUERY_KEY.search(name)] or _by_use(twin, named)
     if not weights:
-        skip("no query and key projections were recognised by name")
+        skip("no query and key projections were recognised, by name or by their use")
     factor = _growth(twin)
     with torch.no_grad():
         for weight in {id(w): w for w in weights}.values():
@@ -97,6 +145,14 @@ def holds_for_large_scores(subject: Subject) -> Iterator[Finding]:
         broken.diagnoses = [told for _ in broken.culprits]
         yield from findings_of(broken, message=text, severity="warning", fallback=told, altered=True)
         return
+
+
+def _by_use(twin: Subject, named: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters that queries and keys come from, as a run shows them."""
+    batch, seq = twin.sizes()
+    case = Case(name="scores", input_ids=twin.token_ids(batch, seq))
+    recording = record(twin.model, lambda: twin.logits(case), keep=True)
+    return [named[name] for name in sorted(score_parameters(recording, seq, named))]
 
 
 def _measure(subject: Subject, twin: Subject, pair: Pair, limit: float, setting: str) -> None:
@@ -154,14 +210,17 @@ def _growth(twin: Subject) -> float:
     batch, seq = twin.sizes()
     case = Case(name="scores", input_ids=twin.token_ids(batch, seq))
     eager = twin.fresh_twin(attention="eager") if hasattr(twin.model, "set_attn_implementation") else twin
-    recording = record(eager.model, lambda: eager.logits(case), keep=True)
+    try:
+        recording = record(eager.model, lambda: eager.logits(case), keep=True)
+    except RuntimeError:  # its eager attention may refuse float64: GPT-2's reorder_and_upcast_attn does
+        return UNMEASURED_GROWTH
     largest = 0.0
     for event, kept in zip(recording.events, recording.kept, strict=True):
         if event.op in ("_softmax", "_safe_softmax") and kept.inputs[0].ndim >= 3:
             scores = kept.inputs[0].double()
             real = scores[(scores > -9e3) & torch.isfinite(scores)]
             largest = max(largest, float(real.abs().max()) if real.numel() else 0.0)
-    return float(max(1.0, (BEATING_SCORE / largest) ** 0.5)) if largest > 0 else 300.0
+    return float(max(1.0, (BEATING_SCORE / largest) ** 0.5)) if largest > 0 else UNMEASURED_GROWTH
 
 
 def _finite_constant(twin: Subject, case: Case) -> float | None:

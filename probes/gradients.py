@@ -27,10 +27,15 @@ FD_TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path t
 # A gradient times its weight in float64: below this there is nothing but rounding of sums of order one.
 ROUNDING = 1e-16
 RELATIVELY_NOTHING = 1e-6  # under which a closer look in full float64 is worth its time
+# Ops that only take a part or another view of a parameter.
+TAKES = ("select", "slice", "split", "unbind", "alias", "view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze",
+         "detach", "chunk", "as_strided")  # fmt: skip
+CHOICES = ("topk", "sort", "argmax", "multinomial", "bucketize", "one_hot")
+MOST_STACKED = 256  # slices; a longer dimension is one of positions or ids, of which a batch uses some
 CUTS = ("detach", ".data", "no_grad", "stop_gradient")
 
 
-@probe()
+@probe(after=("logits.finite",))
 def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
     """Every parameter gets a finite gradient from the next-token loss, and no gradient is zero throughout.
 
@@ -48,7 +53,7 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
             with own_code(twin, case):
                 recording = record(twin.model, lambda: twin.call(case).logits)  # noqa: B023 - called at once
             logits = recording.result
-            read = {name for event in recording.events for name in event.parameters}
+            read = _computed_with(recording)
             if not logits.requires_grad:
                 decorated = hasattr(type(twin.model).forward, "__wrapped__")  # @torch.inference_mode(): openly for inference
                 yield Found(
@@ -87,10 +92,11 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
             "let the gradient through, or freeze it openly",
         )
     if unused:
-        cause = "no op of forward reads it"
+        cause = "no op of forward computes with it"
         yield _finding(recording, twin, unused, "warning", "no gradient", cause, "use it in forward, or remove it")
     if zero and not any("expert" in name for name in zero):
         yield _finding(recording, twin, zero, "warning", "a gradient of exactly zero", None, None)
+    yield from _dead_slices(recording, twin, {name: p for name, p in trainable.items() if name not in missing + zero + bad})
     yield from _cancelled(twin, case, {name: p for name, p in trainable.items() if name not in missing + zero})
 
 
@@ -137,6 +143,41 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
         evidence={"a second direction": f"{again:.4g} where the loss has {measured:.4g}"},
         case=case,
     )
+
+
+def _dead_slices(recording: Recording, twin: Subject, parameters: dict[str, nn.Parameter]) -> Iterator[Found]:
+    """Layers or projections stacked in one parameter, `[layers, ...]` or `[layers, 2, ...]`, of which some get no gradient.
+
+    Where tokens choose among experts, a slice that nobody chose gets none rightly, and nothing is said.
+    """
+    if any(event.op in CHOICES for event in recording.events):
+        return
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        for dim in range(max(0, parameter.ndim - 2)):
+            alive = parameter.grad.movedim(dim, 0).flatten(1).any(1)
+            dead = [i for i, lives in enumerate(alive.tolist()) if not lives]
+            if not dead or len(dead) == len(alive) or len(alive) > MOST_STACKED:
+                continue
+            place = ", ".join([":"] * dim + [str(dead[0])])
+            more = f" (and {len(dead) - 1} more of {len(alive)})" if len(dead) > 1 else ""
+            cause = f"no op of forward computes with the slices {dead} of dimension {dim} of {name} {tuple(parameter.shape)}"
+            yield _finding(
+                recording,
+                twin,
+                [f"{name}[{place}]{more}"],
+                "warning",
+                "a gradient of exactly zero",
+                cause,
+                f"use every slice of {name}, or make it smaller",
+                owner=name.rpartition(".")[0],
+            )
+            return
+
+
+def _computed_with(recording: Recording) -> set[str]:
+    """The parameters that an op of the run computes with; to take a view of one is not to use it."""
+    return {name for event in recording.events if event.op not in TAKES for name in event.parameters}
 
 
 def _cancelled(twin: Subject, case: Case, parameters: dict[str, nn.Parameter]) -> Iterator[Finding]:
@@ -268,9 +309,19 @@ def _forward_of(twin: Subject, module: str) -> Where:
     return place_of(Spot(code, 0, code.co_firstlineno) if code is not None else None, module=module)
 
 
-def _finding(recording: Recording, twin: Subject, names: list[str], severity: str, what: str, cause: str | None, fix: str | None) -> Found:
-    owner = names[0].rpartition(".")[0]
-    read = any(names[0] in event.parameters for event in recording.events)
+def _finding(
+    recording: Recording,
+    twin: Subject,
+    names: list[str],
+    severity: str,
+    what: str,
+    cause: str | None,
+    fix: str | None,
+    *,
+    owner: str | None = None,
+) -> Found:
+    owner = names[0].rpartition(".")[0] if owner is None else owner
+    read = names[0] in _computed_with(recording)
     left_out = not read and any(call.module == owner for call in recording.calls)  # its own forward runs and does without it
     where = _forward_of(twin, owner) if left_out else _cut(recording, twin, owner)
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -26,7 +26,7 @@ LOSS_MARGIN = 2.0
 # Multipliers after muP (MiniCPM, Granite, Cohere, Falcon H1): the loss at the start depends on the full width.
 WIDTH_SCALES = ("scale_emb", "dim_model_base", "logits_scaling", "logit_scale", "embedding_multiplier", "lm_head_multiplier")
 MLP_INPUT = ("w1", "w3", "gate_proj", "up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "ff_proj")
-MLP_OUTPUT = ("w2", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "ff_out")
+MLP_OUTPUT = ("w2", "down_proj", "fc2", "fc_out", "dense_4h_to_h", "ff_out", "w_out")
 INIT_METHODS = ("init_weights", "_init_weights", "initialize_weights", "_initialize_weights", "reset_parameters")
 
 
@@ -157,7 +157,7 @@ def rows_and_branches_alive(subject: Subject) -> Iterator[Finding]:
         )
 
 
-@probe()
+@probe(after=("logits.finite",))
 def loss_near_log_vocab(subject: Subject) -> Iterator[Finding]:
     """Before training the loss on random tokens is about ln V: the model knows nothing and does not pretend to.
 
@@ -256,10 +256,11 @@ def _depth(subject: Subject, build: Build, weights: list[Weight]) -> Found | Non
     residual = [w for w in weights if w.role in RESIDUAL]
     inward = [w for w in weights if w.role in MLP_INPUT]
     outward = [w for w in weights if w.role in MLP_OUTPUT]
-    if residual and all(w.near(twice) for w in residual):
+    doubled = next((own for role in RESIDUAL if (own := [w for w in residual if w.role == role]) and all(w.near(twice) for w in own)), None)
+    if doubled:
         first, text = (
-            residual[0],
-            f"std {residual[0].std:.3g} is {base:.3g}/(2L): the depth scale 1/sqrt(2L) seems applied twice to the residual projections",
+            doubled[0],
+            f"std {doubled[0].std:.3g} is {base:.3g}/(2L): the depth scale 1/sqrt(2L) seems applied twice to the residual projections",
         )
         fix = "scale the residual projections once, by 1/sqrt(2 * num_hidden_layers)"
     elif (

@@ -297,7 +297,7 @@ def tie_survives(subject: Subject) -> Iterator[Finding]:
             return
 
 
-@probe()
+@probe(after=("determinism.eval-repeats",))
 def train_equals_eval_without_dropout(subject: Subject) -> Iterator[Finding]:
     """With every dropout rate at zero train mode gives the same logits as eval mode.
 

@@ -1,8 +1,10 @@
 """The loss that a model computes itself is the next-token cross-entropy, nothing else."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +22,13 @@ from olmodebug.subject import Subject, own_code, quiet
 from olmodebug.tracing.tracer import Recording, record
 
 IGNORED = -100
+# Parts of the names of a mixture of experts and of its router.
+EXPERTS = re.compile(r"expert|router|moe", re.IGNORECASE)
 # Losses are computed in float32 in most models, also where the model itself is in float64.
 LOSS_LIMIT = roundings_limit({"float32"})
 
 
-@probe()
+@probe(after=("logits.finite",))
 def next_token_cross_entropy(subject: Subject) -> Iterator[Finding]:
     """The loss is the mean cross-entropy of every token from the position before it (labels), or of the targets as given.
 
@@ -173,13 +177,16 @@ def _takes_aligned(twin: Subject, logits: Tensor, labels: Tensor, loss: Tensor) 
     """Whether `labels` are compared unshifted by a model that does not follow transformers otherwise: OLMo-core shifts in
     its data loader. With a cache in the signature the name promises the shift, as everywhere in transformers."""
     form = twin.convention
-    like_transformers = form.cache is not None or form.use_cache is not None or form.attention_mask is not None
+    like_transformers = form.use_cache is not None or form.attention_mask is not None
     return not form.labels_aligned and not like_transformers and _close(loss, cross_entropy(logits, labels, shift=0), LOSS_LIMIT)
 
 
 def _adds_auxiliary(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> bool:
-    """A mixture of experts may add its balancing loss: then loss minus cross-entropy does not depend on the labels."""
-    if not any("router" in name or "gate" in name and "expert" in str(type(module)).lower() for name, module in twin.model.named_modules()):
+    """A mixture of experts may add its balancing loss, and a config may ask for a z-loss: then loss minus cross-entropy does
+    not depend on the labels."""
+    if not _declares_z_loss(twin) and not any(
+        EXPERTS.search(f"{name} {type(module).__name__}") for name, module in twin.model.named_modules()
+    ):
         return False
     other = Case(name="other labels", input_ids=case.input_ids, labels=twin.token_ids(case.batch_size, case.seq_len, seed=13))
     logits, second = _loss(twin, other)
@@ -187,6 +194,13 @@ def _adds_auxiliary(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -
     expected_second = cross_entropy(logits, torch.tensor(other.labels), shift=shift)
     extra = float(loss - expected)
     return extra > 0 and abs(float(second - expected_second) - extra) <= 1e-6 * max(1.0, abs(extra))
+
+
+def _declares_z_loss(twin: Subject) -> bool:
+    """Whether the config gives a z-loss a weight, under any name that says so."""
+    config = twin.config
+    fields = config if isinstance(config, dict) else getattr(config, "_asdict", dict)() or getattr(config, "__dict__", {})
+    return any("z_loss" in str(name) and isinstance(value, int | float) and value > 0 for name, value in fields.items())
 
 
 def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: float) -> tuple[str | None, str | None]:
@@ -312,6 +326,14 @@ def _wrong(
 def _loss_line(recording: Recording):  # type: ignore[no-untyped-def]
     """The last op that reduces to a scalar."""
     for event, spot in zip(reversed(recording.events), reversed(recording.spots), strict=True):
-        if event.op in ("nll_loss_forward", "nll_loss2d_forward", "_log_softmax", "logsumexp", "mean", "sum", "cross_entropy_loss"):
+        if prod(event.outputs[0].shape if event.outputs else (2,)) == 1 and event.op in (
+            "nll_loss_forward",
+            "nll_loss2d_forward",
+            "_log_softmax",
+            "logsumexp",
+            "mean",
+            "sum",
+            "cross_entropy_loss",
+        ):
             return place_of(spot, module=event.where.module, op=event.op)
     return place_of(None)

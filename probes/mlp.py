@@ -14,7 +14,16 @@ from olmodebug.subject import Subject, quiet
 from olmodebug.tracing.tracer import Recording, record
 
 SETTINGS = ("hidden_act", "activation_function", "hidden_activation", "activation", "act_fn", "mlp_hidden_act")
-TOP_NAMES = ("num_experts_per_tok", "n_experts_per_token", "num_experts_per_token", "n_expert_per_token", "moe_top_k", "top_k")
+TOP_NAMES = (
+    "num_experts_per_tok",
+    "n_experts_per_token",
+    "num_experts_per_token",
+    "n_expert_per_token",
+    "moe_top_k",
+    "top_k",
+    "n_activated_experts",
+    "num_activated_experts",
+)
 # What each name in a configuration means as an op: (aten op, its `approximate` argument).
 MEANING: dict[str, tuple[str, str | None]] = {
     "silu": ("silu", None),
@@ -46,6 +55,8 @@ def activation_as_configured(subject: Subject) -> Iterator[Finding]:
     op, approximate = MEANING[named]
     if any(_is(recording, event, i, op, approximate) for event, i in seen):
         return
+    if named == "gelu" and not hasattr(subject.config, "model_type") and any(event.op.rstrip("_") == op for event, _ in seen):
+        return  # exact in transformers; elsewhere the word covers the approximation too
     event, index = seen[0]
     observed = _named(recording, event, index)
     where = place_of(recording.spots[index], module=event.where.module, op=event.op)

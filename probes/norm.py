@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from olmodebug.compare import difference, roundings_limit
+from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
 from olmodebug.footprint.blocks import blocks_of, final_norm, hidden_of, silence_branches
 from olmodebug.probe import not_applicable, probe
@@ -15,6 +16,8 @@ from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject, quiet
+from olmodebug.tracing.dims import WIDTH_NAMES
+from olmodebug.tracing.lookup import embedding_table
 from olmodebug.tracing.norms import (
     FUSED,
     NormCall,
@@ -40,6 +43,7 @@ EPS_NAMES = (
     "norm_epsilon",
     "rms_norm_epsilon",
     "layer_norm_rms_epsilon",
+    "eps",
 )
 # Norms cast to float32 inside, and unit scale is judged on squares.
 UNIT_LIMIT = roundings_limit({"float32"})
@@ -233,12 +237,12 @@ def large_inputs_in_float16(subject: Subject) -> Iterator[Finding]:
         not_applicable("it does not run in float16")
     batch, seq = twin.sizes()
     case = Case(name="a batch", input_ids=twin.token_ids(batch, seq))
-    table = next((m for m in twin.model.modules() if isinstance(m, nn.Embedding)), None)
+    table = embedding_table(twin.model, _recorded(twin, case))
     if table is None:
         not_applicable("no embedding table to make the activations large with")
     with torch.no_grad():
-        largest = float(table.weight.abs().max())
-        table.weight.copy_((table.weight.double() * (BIG_ACTIVATION / largest)).clamp(-BIG_ACTIVATION, BIG_ACTIVATION))
+        largest = float(table.abs().max())
+        table.copy_((table.double() * (BIG_ACTIVATION / largest)).clamp(-BIG_ACTIVATION, BIG_ACTIVATION))
     recording = _recorded(twin, case)
     seen: set[tuple[str | None, int | None]] = set()
     for event, largest in overflowing_squares(recording):
@@ -268,8 +272,8 @@ def _recorded(twin: Subject, case: Case) -> Recording:
 
 
 def _hidden_width(subject: Subject) -> int:
-    table = next((m for m in subject.model.modules() if isinstance(m, nn.Embedding)), None)
-    declared = subject.setting("hidden_size", "n_embd", "d_model", "dim")
+    table = first_embedding(subject.model)
+    declared = subject.setting(*WIDTH_NAMES)
     return declared if isinstance(declared, int) else (table.embedding_dim if table is not None else 0)
 
 

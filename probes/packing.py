@@ -23,7 +23,7 @@ from olmodebug.subject import Subject, quiet
 DOCUMENT_NAMES = ("document_ids", "doc_ids", "segment_ids", "sequence_ids", "seq_idx", "seq_ids", "packed_ids")
 
 
-@probe(after=("causality.no-future",))
+@probe(after=("causality.no-future", "batch.rows-independent"))
 def documents_are_isolated(subject: Subject) -> Iterator[Finding]:
     """With document ids given, tokens of one document change nothing in the others, in every row.
 
@@ -40,11 +40,12 @@ def documents_are_isolated(subject: Subject) -> Iterator[Finding]:
     cuts = [2 + (2 * row) % (seq - 3) for row in range(batch)]
     documents = torch.tensor([[int(i >= cut) for i in range(seq)] for cut in cuts])
     limit = limit_of(twin)
-    for row in range(batch):
-        finding = _leak(twin, name, documents, row, cuts, limit)
-        if finding is not None:
-            yield finding
-            return
+    for first_id in (0, 1):  # documents counted from 0; and from 1, where 0 is padding (T5X, MaxText)
+        for row in range(batch):
+            finding = _leak(twin, name, documents + first_id, row, cuts, limit)
+            if finding is not None:
+                yield finding
+                return
 
 
 def _argument(subject: Subject) -> str:

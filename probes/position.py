@@ -25,6 +25,7 @@ from olmodebug.tracing.tracer import record
 # A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.
 MOST_LOGITS = 40_000_000
 LONGEST = 8192
+ALIBI_NAMES = ("alibi", "use_alibi")
 POSITION_TABLE = re.compile(r"(^|[._])(cos|sin|rope|rotary|inv_freq|freqs|freqs_cis|wpe|wpos|pos|position|positions|alibi)([._]|$|_)")
 
 
@@ -73,6 +74,10 @@ def honoured(subject: Subject) -> Iterator[Finding]:
     limit = limit_of(twin)
     if difference(run(twin, counted), run(twin, stretched), relative_limit=limit) is not None:
         return
+    if any(subject.setting(name) is True for name in ALIBI_NAMES):
+        not_applicable("its config chooses ALiBi, which counts keys and knows no positions")
+    if not _looks_back(twin, counted):
+        not_applicable("no token sees another one (a window of 1), so positions change nothing")
     if not _encodes_positions(twin, counted):
         not_applicable("the model encodes no positions at all, which is a design of its own (NoPE)")
     where, reached = _where_positions_end(twin, counted, stretched)
@@ -90,6 +95,13 @@ def honoured(subject: Subject) -> Iterator[Finding]:
         observed="the same logits",
         case=stretched,
     )
+
+
+def _looks_back(twin: Subject, case: Case) -> bool:
+    """Whether the last position depends on the tokens before it."""
+    other = twin.token_ids(case.batch_size, case.seq_len, seed=18)
+    changed = replace(case, input_ids=tuple(a[:-1] + b[-1:] for a, b in zip(other, case.input_ids, strict=True)))
+    return difference(run(twin, case)[:, -1], run(twin, changed)[:, -1], relative_limit=limit_of(twin)) is not None
 
 
 def _encodes_positions(twin: Subject, case: Case) -> bool:

@@ -19,7 +19,18 @@ from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject
-from olmodebug.tracing.rotation import Angles, Scores, angle_tables, attentions, constant_case, maker, table_factor, trace_case, varies
+from olmodebug.tracing.rotation import (
+    Angles,
+    Scores,
+    angle_tables,
+    attentions,
+    constant_case,
+    maker,
+    projected,
+    table_factor,
+    trace_case,
+    varies,
+)
 from olmodebug.tracing.tracer import Recording
 
 # Rounding of angles grows with the position: float32 angles at position p are off by p * 6e-8 radians, and scores with them.
@@ -32,7 +43,7 @@ FELT = 0.02
 FELT_SHIFT = 1e-2
 KNOWN_TYPES = (None, "default", "linear")
 # Names under which configurations keep the rotary base itself, the size of a head, and the divisor of positions.
-THETA_NAMES = ("rope_theta", "rope_base", "rotary_emb_base", "rope_freq_base", "rotary_base")
+THETA_NAMES = ("rope_theta", "rope_base", "rotary_emb_base", "rope_freq_base", "rotary_base", "theta")
 HEAD_DIM_NAMES = ("head_dim", "head_size", "d_head", "kv_channels")
 DIVISOR_NAMES = ("rope_condense_ratio",)
 # lit-gpt's own dictionary for scalings of other kinds, and Meta's switch for theirs.
@@ -43,12 +54,14 @@ BASE_WORDS = ("theta", "rope_base", "base_freq", "rotary_base", "rotary_emb_base
 
 @dataclass(slots=True, kw_only=True)
 class Rotated:
-    """A run on one repeated token and its first rotary attention, from position `start` on."""
+    """A run on one repeated token and its first rotary attention, from position `start` on; `values_turn`: its values are
+    rotated too."""
 
     recording: Recording
     first: Scores
     case: Case
     start: int = 0
+    values_turn: bool = False
 
 
 @probe(after=("causality.no-future",))
@@ -56,10 +69,12 @@ def depends_on_distance(subject: Subject) -> Iterator[Finding]:
     """Scores between a query and a key depend on how far they are apart, not on where they are.
 
     Why: this is what rotary embeddings are for; a model without it cannot carry what it learned to other positions.
-    Catches: cos and sin laid out in halves with pairs taken side by side; queries rotated and keys not; a partner
-    outside the rotated part; positions that are clamped.
+    Catches: cos and sin laid out in halves with pairs taken side by side; queries rotated and keys not; values rotated
+    too; a partner outside the rotated part; positions that are clamped.
     """
     rotated = _rotated(subject)
+    if rotated.values_turn:
+        yield _values_finding(rotated)
     if _scaled_by_position(rotated.first.query) or _scaled_by_position(rotated.first.key):
         not_applicable("queries or keys are scaled by their position, all heads alike")
     scores = rotated.first.scores
@@ -154,7 +169,7 @@ def keeps_norm(subject: Subject) -> Iterator[Finding]:
     )
 
 
-@probe()
+@probe(after=("position.honoured", "rope.depends-on-distance"))
 def angles_are_precise(subject: Subject) -> Iterator[Finding]:
     """Angles grow by the same step from each position to the next, over the whole context, and no two positions share one.
 
@@ -221,6 +236,8 @@ def _rotated(subject: Subject) -> Rotated:
     for whole in found:
         value = None if whole.value is None else whole.value[:, half:]
         scores = replace(whole, query=whole.query[:, half:], key=whole.key[:, half:], value=value)
+        if value is not None and varies(value, FLOAT32) and _turned_values(recording, whole, half):
+            return Rotated(recording=recording, first=scores, case=case, start=half, values_turn=True)
         if scores.value is None or varies(scores.value, FLOAT32):
             not_applicable("positions reach the hidden states before the first rotation (learned or absolute positions)")
         if varies(scores.query, FLOAT32) or varies(scores.key, FLOAT32):
@@ -230,6 +247,39 @@ def _rotated(subject: Subject) -> Rotated:
     if not any(event.op in ("cos", "sin", "polar") for event in recording.events) and not angle_tables(recording, seq):
         not_applicable("queries change with the position, and no cosines were seen")
     return Rotated(recording=recording, first=scores, case=case, start=half)
+
+
+def _turned_values(recording: Recording, whole: Scores, half: int) -> bool:
+    """Whether values of one repeated token change with the position although what they are projected to does not, and
+    keep their length, as what is rotated does."""
+    assert whole.value is not None
+    norms = whole.value[:, half:].double().norm(dim=-1)
+    if whole.values_at is None or float(((norms - norms[:, :1]).abs() / norms[:, :1].clamp(min=1e-300)).max()) > FLOAT32:
+        return False
+    made = projected(recording, *whole.values_at)
+    return made is not None and made.shape[0] == whole.value.shape[1] and not varies(made[None, half:], FLOAT32)
+
+
+def _values_finding(rotated: Rotated) -> Found:
+    recording, value = rotated.recording, rotated.first.value
+    assert rotated.first.values_at is not None and value is not None
+    made = maker(recording, *rotated.first.values_at)
+    where = place_of(None, module=rotated.first.module)
+    if made is not None:
+        where = place_of(recording.spots[made], module=recording.events[made].where.module, op=recording.events[made].op)
+    moved = float((value - value[:, :1]).abs().max())
+    return Found(
+        probe="",
+        severity="warning",
+        message=f"one repeated token gives values that change with the position, by up to {moved:.3g}, and keep their length: they are rotated",
+        where=where,
+        source=source_lines(where),
+        cause="the rotation is applied to the values too: what attention returns then depends on where a key stands, not on how far away",
+        fix="rotate queries and keys only",
+        expected="values that a position does not change",
+        observed=f"a change of {moved:.3g}",
+        case=rotated.case,
+    )
 
 
 def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:

@@ -15,6 +15,8 @@ from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject
 
+TIE_NAMES = ("tie_word_embeddings", "tie_weights", "weight_tying", "tie_embeddings", "tied_embeddings", "tie_word_embedding")
+
 
 @probe()
 def registered(subject: Subject) -> Iterator[Finding]:
@@ -25,14 +27,16 @@ def registered(subject: Subject) -> Iterator[Finding]:
     """
     known_modules = {id(module) for module in subject.model.modules()}
     known_tensors = {id(p) for p in [*subject.model.parameters(), *subject.model.buffers()]}
+    seen: set[tuple[type, str]] = set()  # a class that is used in every block forgets the same in each
     for path, module in subject.model.named_modules():
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers", "_modules") or key.startswith(("_forward", "_backward")):
                 continue
             lost_modules = [m for m in _inside(value, nn.Module) if id(m) not in known_modules and list(m.parameters())]
             lost_tensors = [t for t in _inside(value, Tensor) if id(t) not in known_tensors and (t.requires_grad and t.is_leaf)]
-            if not lost_modules and not lost_tensors:
+            if (not lost_modules and not lost_tensors) or (type(module), key) in seen:
                 continue
+            seen.add((type(module), key))
             count = sum(p.numel() for m in lost_modules for p in m.parameters()) + sum(t.numel() for t in lost_tensors)
             what = f"{len(lost_modules)} modules" if lost_modules else f"{len(lost_tensors)} trainable tensors"
             kind = type(value).__name__
@@ -59,9 +63,10 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
     """
     model: Any = subject.model
     yield from _shared_memory(model)
-    tied = subject.setting("tie_word_embeddings", "tie_weights", "weight_tying")
+    tied = subject.setting(*TIE_NAMES)
     if not isinstance(tied, bool):
         not_applicable("its config does not say whether embeddings are tied")
+    named = next(name for name in TIE_NAMES if subject.setting(name) is not None)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else first_embedding(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else _head(model)
     if hasattr(model, "_tied_weights_keys") and not model._tied_weights_keys:
@@ -77,7 +82,7 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
         yield Found(
             probe="",
             severity="error",
-            message="tie_word_embeddings is set, and the head has its own weight",
+            message=f"{named} is set, and the head has its own weight",
             where=where,
             source=source_lines(where),
             cause="the weight was copied, not shared: both start with the same values"
@@ -91,7 +96,7 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
         yield Found(
             probe="",
             severity="warning",
-            message="the head shares the embedding's weight, and tie_word_embeddings is False",
+            message=f"the head shares the embedding's weight, and {named} is False",
             expected="two parameters",
             observed="one",
         )
@@ -112,6 +117,7 @@ def layers_are_distinct(subject: Subject) -> Iterator[Finding]:
         word in str(name).lower() and subject.setting(name) for name in _setting_names(subject.config) for word in words[:1] + words[2:]
     ):
         not_applicable("its configuration speaks of shared layers")
+    seen: set[tuple[str | None, int | None]] = set()  # a class that is used in every block makes its list in one line
     for path, layers in lists:
         entries = list(layers)
         # An entry may be None: x-transformers fills its lists so.
@@ -121,6 +127,9 @@ def layers_are_distinct(subject: Subject) -> Iterator[Finding]:
         while owner and type(subject.model.get_submodule(owner)).__module__.startswith("torch."):
             owner = owner.rpartition(".")[0]  # a ModuleDict between the list and the class that made both
         where = _class_place(subject.model.get_submodule(owner), owner)
+        if (where.file, where.line) in seen:
+            continue
+        seen.add((where.file, where.line))
         count = sum(p.numel() for p in entries[0].parameters())
         yield Found(
             probe="",

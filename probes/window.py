@@ -22,6 +22,8 @@ LONGEST = 256
 # A score this far below the best of its row is masked, whatever constant the mask uses.
 MASKED = 5e3
 WINDOW_NAMES = ("sliding_window", "sliding_window_size")
+# Under these names the query's own key is counted by some and not by others: only a window that no layer has is judged.
+LOOSE_NAMES = ("window", "window_size", "local_window", "local_window_size", "attention_window")
 WINDOWED, FULL = "sliding_attention", "full_attention"
 
 
@@ -51,7 +53,7 @@ def receptive_field(subject: Subject) -> Iterator[Finding]:
         case = Case(name="longer than the window", input_ids=twin.token_ids(1, seq, seed=40))
         recording = trace_case(twin, case)
         reaches = list(_reaches(recording, seq, len(kinds) if kinds else None))
-        for reach, expected in _wrong(reaches, kinds, window, seq):
+        for reach, expected in _wrong(reaches, kinds, window, seq, exact=subject.setting(*WINDOW_NAMES) is not None):
             finding = _finding(recording, reach, expected, window, kinds, case, setting)
             if (key := (finding.where.file, finding.where.line)) not in seen:
                 seen.add(key)
@@ -60,7 +62,7 @@ def receptive_field(subject: Subject) -> Iterator[Finding]:
 
 def _declared(subject: Subject) -> tuple[int, list[str] | None]:
     """The window and the kind of each layer; None where the config does not name the kinds."""
-    window = subject.setting(*WINDOW_NAMES)
+    window = subject.setting(*WINDOW_NAMES, *LOOSE_NAMES)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         not_applicable("its config declares no sliding_window")
     if subject.setting("use_sliding_window") is False:
@@ -74,8 +76,12 @@ def _declared(subject: Subject) -> tuple[int, list[str] | None]:
     return window, kinds
 
 
-def _wrong(reaches: list[Reach], kinds: list[str] | None, window: int, seq: int) -> Iterator[tuple[Reach, int]]:
-    """The layers that see another number of keys than is declared, with that number."""
+def _wrong(reaches: list[Reach], kinds: list[str] | None, window: int, seq: int, *, exact: bool) -> Iterator[tuple[Reach, int]]:
+    """The layers that see another number of keys than is declared, with that number; `exact`: its own key counts for sure."""
+    if not exact:
+        if reaches and all(reach.keys == seq for reach in reaches):
+            yield reaches[0], window
+        return
     if kinds is not None:
         for reach in reaches:
             expected = {WINDOWED: window, FULL: seq}.get(kinds[reach.layer]) if reach.layer < len(kinds) else None

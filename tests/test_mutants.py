@@ -97,9 +97,7 @@ def test_every_topic_of_the_catalog_has_probes() -> None:
 
 
 # What the probes do not see yet, each with the reason; `python -m tests.scoreboard` counts them as misses.
-KNOWN_GAPS: dict[str, str] = {
-    "lit/values-rotated-too": "values rotated like keys keep every relation: scores, shifts and cache agree",
-}
+KNOWN_GAPS: dict[str, str] = {}
 
 # Detected and placed, with no cause told: the scoreboard counts them as not explained.
-FOUND_WITHOUT_CAUSE = frozenset({"lit/softcap-after-mask", "lit/qkv-split-without-permute"})
+FOUND_WITHOUT_CAUSE: frozenset[str] = frozenset()

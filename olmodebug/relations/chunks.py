@@ -23,6 +23,8 @@ from ..subject import Subject, quiet
 from ..tracing.tracer import Kept, KeptCall, Recording, record
 
 MOST_TRIALS = 24
+# RoPE whose frequencies depend on how long the sequence is: a prefix has other ones than the whole, by design.
+LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 
 
 class NoCache(Exception):
@@ -105,8 +107,8 @@ def run_chunks(twin: Subject, case: Case, chunks: list[Chunk]) -> tuple[list[Ten
     return found, cache
 
 
-def call_chunk(twin: Subject, case: Case, chunk: Chunk, cache: Any) -> Any:
-    """The output of one chunk that continues a cache."""
+def call_chunk(twin: Subject, case: Case, chunk: Chunk, cache: Any, *, use_cache: bool = True) -> Any:
+    """The output of one chunk that continues a cache, or of a prefix alone."""
 
     def cut(rows: Any, start: int) -> Any:
         return None if rows is None else tuple(row[start : chunk.stop] for row in rows)
@@ -119,7 +121,7 @@ def call_chunk(twin: Subject, case: Case, chunk: Chunk, cache: Any) -> Any:
     )
     with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
         set_seed(twin.seed)
-        return twin.call(piece, cache=cache, use_cache=True, start=chunk.start)
+        return twin.call(piece, cache=cache, use_cache=use_cache, start=chunk.start if use_cache else None)
 
 
 def aligned(full: Tensor, part: Tensor, chunk: Chunk) -> list[Tensor]:
@@ -160,6 +162,26 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, firs
             runs.parting = _parting(runs, go, wrong, limit)
             return runs
     return None
+
+
+def locate_prefix(twin: Subject, case: Case, length: int, *, limit: float) -> Runs:
+    """Where the first `length` tokens, run alone, part from the run on the whole case."""
+    sources, chunk = Sources(twin.model), Chunk(start=0, stop=length, seq=case.seq_len)
+    with torch.no_grad(), quiet():
+        full = record(twin.model, lambda: twin.call(case), keep=True, sources=sources)
+
+    def go(replace: Any = None) -> Recording:
+        run = lambda: call_chunk(twin, case, chunk, None, use_cache=False)  # noqa: E731
+        return record(twin.model, run, keep=True, sources=sources, replace=replace, catch=True)
+
+    def wrong(recording: Recording) -> bool:
+        if recording.error is not None:
+            return True
+        return difference(full.result.logits[:, :length], recording.result.logits, relative_limit=limit) is not None
+
+    runs = Runs(full=full, part=go(), chunk=chunk)
+    runs.parting = _parting(runs, go, wrong, limit)
+    return runs
 
 
 def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recording], bool], limit: float) -> Parting | None:
@@ -356,3 +378,13 @@ def _cuts(view: Tensor, dim: int, size: int, chunk: Chunk) -> list[Tensor]:
     rows = view.unflatten(dim, (chunk.seq, times)).narrow(dim, chunk.start, chunk.queries).flatten(dim, dim + 1)
     columns = view.unflatten(dim, (times, chunk.seq)).narrow(dim + 1, chunk.start, chunk.queries).flatten(dim, dim + 1)
     return [rows, columns]
+
+
+def rope_type(subject: Subject) -> str | None:
+    """The declared kind of RoPE scaling, under the names that configs use for it."""
+    declared = subject.setting("rope_parameters", "rope_scaling")
+    if not isinstance(declared, dict):
+        return None
+    kinds = [declared, *(value for value in declared.values() if isinstance(value, dict))]
+    found = [str(kind.get("rope_type") or kind.get("type")) for kind in kinds if kind.get("rope_type") or kind.get("type")]
+    return next((kind for kind in found if kind in LENGTH_DEPENDENT), found[0] if found else None)

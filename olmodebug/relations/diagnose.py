@@ -34,6 +34,23 @@ REDUCTIONS = {
     "logsumexp": "logsumexp",
     "prod": "product",
 }
+MASKED = -1e30  # below any real score; finfo.min of float32 is -3e38
+LOOK_BACK = 16  # ops between a mask and its softmax
+SAME_VALUES = (
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "permute",
+    "transpose",
+    "expand",
+    "clone",
+    "_to_copy",
+    "unsqueeze",
+    "squeeze",
+    "mul",
+    "div",
+    "add",
+)
 FUSED_ATTENTION = ("_scaled_dot_product_", "_efficient_attention", "_flash_attention", "scaled_dot_product_attention")
 
 
@@ -67,6 +84,8 @@ def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording 
         return _fused(culprit, part, hidden)
     if op in ("view", "_unsafe_view", "reshape", "clone", "_reshape_alias"):
         return _layout(culprit, part, hidden)
+    if op in ("bmm", "mm", "matmul"):
+        return _weighted(culprit, part, hidden)
     if op in ("add", "add_", "sub", "where", "masked_fill", "mul"):
         return _broadcast(culprit, part)
     simple = {
@@ -124,10 +143,85 @@ def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     if hidden == "padded tokens":
         return _padding_seen(pattern, scores, part, "the scores")
     diagnosis = _pattern(pattern, hidden)
+    undone = _undone_mask(culprit, part)
+    if diagnosis.cause and undone is not None:
+        return undone
     if diagnosis.cause and diagnosis.cause.startswith("no causal mask") and tree and call:
         diagnosis.edits = _mask_scores(tree, call)
         diagnosis.fix = "mask the later keys before the softmax: scores.masked_fill(ones(T, T).triu(1), finfo.min)"
     return diagnosis
+
+
+def _weighted(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
+    """Attention weights that do not depend on what is later, and give weight to it all the same: masked scores that were
+    filled with a number which softmax turns into weight."""
+    assert culprit.left is not None and culprit.event is not None
+    if hidden == "padded tokens" or not culprit.left.inputs:
+        return Diagnosis()
+    weights = culprit.left.inputs[0]
+    pattern = attention_pattern(weights, part)
+    if pattern is None or culprit.run is None:
+        return Diagnosis()
+    told = _pattern(pattern, hidden)
+    later = torch.ones(part.seq, part.seq, dtype=torch.bool).triu(1)
+    for event, kept in zip(
+        reversed(culprit.run.events[: culprit.event.index]), reversed(culprit.run.kept[: culprit.event.index]), strict=True
+    ):
+        if event.op not in ("_softmax", "softmax", "_safe_softmax"):
+            continue
+        scores = kept.arguments["self"]
+        if not told.cause or scores.shape[-2:] != (part.seq, part.seq):
+            return Diagnosis()
+        if (undone := _undone_mask(culprit, part)) is not None:
+            return undone
+        filled = scores.reshape(-1, part.seq, part.seq)[:, later].double().unique()
+        if filled.numel() != 1:
+            return Diagnosis()
+        return Diagnosis(
+            cause=f"the scores of later keys are all set to {float(filled[0]):g} before the softmax, which gives them weight: up to "
+            f"{float(weights.reshape(-1, part.seq, part.seq)[:, later].max()):.2g} here",
+            fix="fill masked scores with float('-inf') or torch.finfo(scores.dtype).min",
+            evidence=told.evidence,
+        )
+    return Diagnosis()
+
+
+def _undone_mask(culprit: Culprit, part: Part) -> Diagnosis | None:
+    """Scores that are masked, and then made finite again by an op between the mask and the softmax (a tanh, a clamp)."""
+    run, end = culprit.run, culprit.event
+    if run is None or end is None:
+        return None
+    if end.op not in ("_softmax", "softmax", "_safe_softmax"):  # the product behind it
+        softmaxes = [e for e in run.events[: end.index] if e.op in ("_softmax", "softmax", "_safe_softmax")]
+        if not softmaxes:
+            return None
+        end = softmaxes[-1]
+    masked = run.kept[end.index].inputs[0]
+    size = masked.numel()
+    wanted = {info.storage for info in end.inputs[:1]}
+    later = torch.ones(part.seq, part.seq, dtype=torch.bool).triu(1)
+    undoing, masking = None, None  # the op after the mask, and the first op whose output is masked
+    for index in range(end.index - 1, max(-1, end.index - LOOK_BACK), -1):
+        event, kept = run.events[index], run.kept[index]
+        if not wanted & {info.storage for info in event.outputs} or not kept.outputs or kept.outputs[0].numel() != size:
+            continue
+        scores = kept.outputs[0]
+        hidden = scores.shape[-2:] == (part.seq, part.seq) and bool((scores.reshape(-1, part.seq, part.seq)[:, later] < MASKED).all())
+        if hidden:
+            masking = event
+        elif masking is not None:
+            break
+        elif event.op not in SAME_VALUES:
+            undoing = event
+        wanted = wanted | {info.storage for info, t in zip(event.inputs, kept.inputs, strict=False) if t.numel() == size}
+    if masking is None or undoing is None:
+        return None
+    return Diagnosis(
+        cause=f"the scores are masked in line {masking.where.line} ({masking.op}), and {undoing.op} in line {undoing.where.line} makes "
+        "the masked ones finite again, so that later keys keep weight",
+        fix=f"mask after {undoing.op}, right before the softmax",
+        evidence={"masked scores after it": float(masked.double().min())},
+    )
 
 
 def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
@@ -264,6 +358,27 @@ def _layout(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
                 "",
             )
         )
+    if before.ndim == 3 and len(shape) == 3 and before.shape[1] % part.seq == 0 and shape[1] == part.seq < before.shape[1]:
+        trials.append(
+            (
+                f"heads are joined along the sequence, {tuple(before.shape)}, and the reshape to {tuple(shape)} reads several positions as one",
+                "join the heads along the last dimension: torch.cat(heads, dim=-1)",
+                lambda t: t.unflatten(1, (-1, part.seq)).transpose(1, 2).reshape(shape),
+                "",
+            )
+        )
+    place = shape.index(part.seq) if list(shape).count(part.seq) == 1 else 0
+    if len(shape) > 4 and place > 1 and before.shape[:2] == (shape[0], part.seq):
+        rest = [size for dim, size in enumerate(shape) if dim not in (0, place)]
+        order = (0, *range(2, place + 1), 1, *range(place + 1, len(shape)))
+        trials.append(
+            (
+                f"the heads are split by a reshape, which moves no element, without a permute: the sequence, dimension 1 of {tuple(before.shape)}, is read as dimension {place} of {tuple(shape)}",
+                f"reshape to {(shape[0], part.seq, *rest)}, then permute{order}",
+                lambda t: t.reshape(shape[0], part.seq, *rest).movedim(1, place),
+                "",
+            )
+        )
     for cause, fix, layout, insert in trials:
         try:
             pairs = zip(part.views(layout(before)), part.views(layout(after)), strict=True)
@@ -284,6 +399,8 @@ def _broadcast(culprit: Culprit, part: Part) -> Diagnosis:
     tensors = culprit.left.inputs
     if len(tensors) < 2:
         return Diagnosis()
+    if (one := _one_position(culprit, part)) is not None:
+        return one
     wide = max(tensors, key=lambda t: t.ndim)
     narrow = next((t for t in tensors if t.ndim < wide.ndim and t.shape[:1] == (part.batch,)), None)
     if narrow is None or wide.ndim != 4:
@@ -311,6 +428,37 @@ def _broadcast(culprit: Culprit, part: Part) -> Diagnosis:
             evidence={"table": str(tuple(narrow.shape)), "states": str(tuple(wide.shape))},
         )
     return Diagnosis()
+
+
+def _one_position(culprit: Culprit, part: Part) -> Diagnosis | None:
+    """One position of the hidden states, `x[:, -1:]`, that is spread over all of them."""
+    run, event = culprit.run, culprit.event
+    if run is None or event is None or culprit.left is None or culprit.right is None or part.columns is None:
+        return None
+    if part.columns.indices(part.seq)[0] != 0:
+        return None
+    wide = max(culprit.left.inputs, key=lambda t: t.numel())
+    if wide.ndim < 2 or wide.shape[1] != part.seq:
+        return None
+    for info, mine, theirs in zip(event.inputs, culprit.left.inputs, culprit.right.inputs, strict=False):
+        if mine.ndim != wide.ndim or mine.shape[1] != 1 or difference(mine, theirs) is None:
+            continue
+        for before, kept in zip(run.events[: event.index], run.kept[: event.index], strict=True):
+            source = kept.inputs[0] if kept.inputs else None
+            if before.op not in ("slice", "select") or info.storage not in {out.storage for out in before.outputs} or source is None:
+                continue
+            later = [p for p in range(part.columns.indices(part.seq)[1], part.seq) if _holds(source, mine, p, part.seq)]
+            if later:
+                return Diagnosis(
+                    cause=f"position {later[0]} of {tuple(source.shape)}, a later one for all but itself, is used at every position",
+                    fix="use only what stands at the position itself, or before it",
+                )
+    return None
+
+
+def _holds(source: Tensor, one: Tensor, position: int, seq: int) -> bool:
+    """Whether one position of `[batch, seq_len, ...]` is this tensor."""
+    return source.ndim == one.ndim and source.shape[1] == seq and torch.equal(source[:, position : position + 1], one)
 
 
 def mask_added_as_number(recording: Recording) -> tuple[int, Kept] | None:

@@ -8,8 +8,9 @@ tensor that has one. A culprit is confirmed by putting the agreeing values back 
 vanish; where it does not vanish, the next culprit is looked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Culprit:
     """The op where two runs part. `source` is the op that made the pending tensor, where there was one.
 
     `confirmed`: with the agreeing values put back at this line (and at those of the culprits before it) the violation
-    is gone. `module_only`: the op is not known, `where` names the smallest module.
+    is gone. `module_only`: the op is not known, `where` names the smallest module. `run`: the recording of the left run.
     """
 
     where: Where
@@ -85,6 +86,7 @@ class Culprit:
     left: Kept | None = None
     right: Kept | None = None
     source: Event | None = None
+    run: Recording | None = None
     confirmed: bool = False
     module_only: bool = False
 
@@ -110,6 +112,7 @@ def localise(
     sources = Sources(model)
     left = record(model, run_left, keep=True, sources=sources)
     culprits: list[Culprit] = []
+    spreading: list[Culprit] = []  # what only carries on an earlier culprit
     grafted: set[tuple[Any, ...]] = set()
     for _ in range(2 * MOST_CULPRITS):
         right = record(model, run_right, keep=True, sources=sources, replace=_graft(left, grafted, part), catch=True)
@@ -124,7 +127,9 @@ def localise(
             if found is not None and not culprits:
                 culprits.append(found)
             break
-        if not _carries_on(found, culprits, right):
+        if _carries_on(found, culprits, right) or _in_line(found, spreading):
+            spreading.append(found)
+        else:
             culprits.append(found)
         grafted.add(_line(found.event))
     return culprits[:MOST_CULPRITS]
@@ -138,10 +143,25 @@ def _carries_on(found: Culprit, culprits: list[Culprit], right: Recording) -> bo
     for earlier in culprits:
         assert earlier.event is not None
         same = (earlier.where.module, earlier.where.function) == (found.where.module, found.where.function)
-        written = {info.storage for info in right.events[earlier.event.index].outputs}
-        if same and (read & written or earlier.event.index == found.event.index):
+        if same and (earlier.event.index == found.event.index or read & _carried(right.events, earlier.event.index, found.event.index)):
             return True
     return False
+
+
+def _in_line(found: Culprit, spreading: Sequence[Culprit]) -> bool:
+    """Whether an op stands in a line that is known to spread an earlier culprit: an einsum is several ops."""
+    place = (found.where.module, found.where.file, found.where.line)
+    return found.where.line is not None and any(place == (s.where.module, s.where.file, s.where.line) for s in spreading)
+
+
+def _carried(events: Sequence[Event], start: int, stop: int) -> set[int]:
+    """The storages that hold what the op `start` gave when the op `stop` runs: as it was, or cast, copied, dropped out,
+    laid out anew; an op that keeps the number of elements hands it on."""
+    carried = {info.storage for info in events[start].outputs}
+    for event in events[start + 1 : stop]:
+        sizes = {prod(info.shape) for info in event.inputs if info.storage in carried}
+        carried |= {info.storage for info in event.outputs if prod(info.shape) in sizes}
+    return carried
 
 
 def first_break(left: Recording, right: Recording, *, part: Part, limit: float) -> Culprit | None:
@@ -176,6 +196,7 @@ def first_break(left: Recording, right: Recording, *, part: Part, limit: float) 
                 left=mine,
                 right=theirs,
                 source=blamed,
+                run=left,
             )
     return _smallest_module(left, right, part, limit)
 

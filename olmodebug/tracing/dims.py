@@ -2,7 +2,7 @@
 
 from ..subject import HEAD_NAMES, VOCAB_NAMES, Subject
 
-WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "n_embed")
+WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "n_embed", "embed", "model_dim")
 KV_HEAD_NAMES = ("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads")
 MLP_NAMES = ("intermediate_size", "mlp_hidden_size", "ffn_dim", "n_inner", "d_ff", "hidden_dim")
 

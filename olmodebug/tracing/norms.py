@@ -93,8 +93,13 @@ def with_unit_weights(module: nn.Module) -> nn.Module:
     twin = cast(copy.deepcopy(module), torch.float64).eval()
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
-            parameter.fill_(0.0 if "bias" in name else 1.0)
+            parameter.fill_(0.0 if _added(name) else 1.0)
     return twin
+
+
+def _added(name: str) -> bool:
+    """Whether a norm adds this parameter, by the names that people give it."""
+    return "bias" in name or name.rpartition(".")[2] in ("beta", "b", "shift", "offset")
 
 
 def unit_rms(module: nn.Module, width: int) -> float | None:
@@ -103,7 +108,7 @@ def unit_rms(module: nn.Module, width: int) -> float | None:
     for weight in (1.0, 0.0):
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                parameter.fill_(0.0 if "bias" in name else weight)
+                parameter.fill_(0.0 if _added(name) else weight)
         sizes.append(float(isolated(module, width, scale=LARGE).pow(2).mean().sqrt()))
     if sizes[1] > 0:  # 1 + w
         return sizes[1]

@@ -16,6 +16,7 @@ from ..relations.diagnose import is_fused_attention
 from ..settle import set_seed
 from ..sources import Spot
 from ..subject import Subject, own_code, quiet
+from .products import product_at
 from .tracer import Recording, record
 
 # Tables are known by the names that people give their buffers.
@@ -28,13 +29,17 @@ MOVES = ("expand", "view", "_unsafe_view", "transpose", "permute", "clone", "uns
 
 @dataclass(slots=True, kw_only=True)
 class Scores:
-    """One attention: queries and keys `[heads, seq_len, head_dim]` and values where they are seen, as they meet."""
+    """One attention: queries and keys `[heads, seq_len, head_dim]` and values where they are seen, as they meet.
+
+    `values_at`: the op that the values go into, and which of its operands they are.
+    """
 
     module: str
     index: int
     query: Tensor
     key: Tensor
     value: Tensor | None
+    values_at: tuple[int, int] | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -84,14 +89,16 @@ def attentions(recording: Recording, seq: int) -> list[Scores]:
     found: list[Scores] = []
     for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
         value: Tensor | None = None
+        place: tuple[int, int] | None = (index, 2)
         if is_fused_attention(event.op):
             query, key, value = (kept.arguments.get(name) for name in ("query", "key", "value"))
             if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.ndim != 4 or len(query) != 1:
                 continue
             query, key, value = query[0], key[0], value[0] if isinstance(value, Tensor) else None
-        elif event.op == "bmm" and kept.outputs[0].shape[-2:] == (seq, seq):
-            query, key = kept.inputs[0], kept.inputs[1].transpose(-1, -2)
-            value = _values(recording, index, seq)
+        elif (product := product_at(recording, index, seq)) is not None:
+            query, key = product.query, product.key
+            place = _values(recording, index, seq)
+            value = None if place is None else recording.kept[place[0]].inputs[place[1]]
         else:
             continue
         if (
@@ -101,7 +108,7 @@ def attentions(recording: Recording, seq: int) -> list[Scores]:
             and query.shape[-1] == key.shape[-1]
             and len(query) % len(key) == 0
         ):
-            found.append(Scores(module=event.where.module, index=index, query=query, key=key, value=value))
+            found.append(Scores(module=event.where.module, index=index, query=query, key=key, value=value, values_at=place))
     return found
 
 
@@ -123,6 +130,9 @@ def maker(recording: Recording, index: int, operand: int) -> int | None:
         if source is None:
             return None
         event = recording.events[source]
+        if event.op in ("mul", "mul_", "div", "div_") and len(event.inputs) == 1:  # by a number: a scale on what was made before
+            current, place = source, 0
+            continue
         if event.op not in MOVES or not event.inputs:
             return source
         # Of joined parts the one that differs from position to position is the rotated one; it comes first or alone.
@@ -193,9 +203,22 @@ def _rows(tensor: Tensor, seq: int) -> Tensor | None:
     return flat
 
 
-def _values(recording: Recording, index: int, seq: int) -> Tensor | None:
-    """The values that the weights of eager attention meet next."""
-    for event, kept in zip(recording.events[index + 1 : index + 40], recording.kept[index + 1 : index + 40], strict=True):
-        if event.op == "bmm" and kept.inputs[0].shape[-2:] == (seq, seq) and kept.inputs[1].shape[-2] == seq:
-            return kept.inputs[1]
+def projected(recording: Recording, index: int, operand: int) -> Tensor | None:
+    """What an operand of an op was projected from weights as, `[seq_len, width]` on one row; None where that is not seen."""
+    wanted = {recording.events[index].inputs[operand].storage}
+    for event, kept in zip(reversed(recording.events[:index]), reversed(recording.kept[:index]), strict=True):
+        if not wanted & {info.storage for info in event.outputs}:
+            continue
+        if event.op in ("mm", "addmm", "bmm") and event.parameters:
+            return kept.outputs[0].reshape(-1, kept.outputs[0].shape[-1])
+        wanted = wanted | {info.storage for info in event.inputs}
+    return None
+
+
+def _values(recording: Recording, index: int, seq: int) -> tuple[int, int] | None:
+    """The op in which the weights of eager attention meet the values next, and which operand these are."""
+    for later in range(index + 1, min(index + 40, len(recording.events))):
+        event, inputs = recording.events[later], recording.kept[later].inputs
+        if event.op == "bmm" and inputs[0].shape[-1] == seq and inputs[0].shape[-2] % seq == 0 and inputs[1].shape[-2] == seq:
+            return later, 1
     return None

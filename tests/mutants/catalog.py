@@ -47,7 +47,16 @@ def materialize(mutant: Mutant, folder: Path) -> Path:
     return path
 
 
-_BASES = {"hf": "hf_style", "nanogpt": "nanogpt_style", "llama": "llama_style", "lit": "litgpt_style"}
+_BASES = {
+    "hf": "hf_style",
+    "nanogpt": "nanogpt_style",
+    "llama": "llama_style",
+    "lit": "litgpt_style",
+    "jax": "jax_style",
+    "flex": "flex_style",
+    "moe": "moe_style",
+    "heads": "heads_style",
+}
 
 
 def _mutant(
