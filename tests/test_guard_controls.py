@@ -276,6 +276,132 @@ def second_derivatives() -> None:
         optimizer.zero_grad()
 
 
+def wrapper_in_eval_mode_around_a_model_in_train_mode() -> None:
+    model = Model(0.1)
+    wrapper = nn.Sequential(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(4):
+        train(wrapper, optimizer, 1)
+        wrapper.eval()
+        model.train()
+
+
+def two_tasks_of_different_sizes() -> None:
+    model, other = Model(), nn.Linear(16, 5)
+    optimizer = torch.optim.Adam([*model.parameters(), *other.parameters()])
+    for _ in range(3):
+        loss_of(model, ids()).backward()
+        F.cross_entropy(other(model.embed(ids()).mean(1)), torch.randint(0, 5, (3,))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def monte_carlo_dropout() -> None:
+    model = Model(0.2)
+    train(model, torch.optim.Adam(model.parameters()), 3)
+    model.eval()
+    model.dropout.train()
+    with torch.no_grad():
+        loss_of(model, ids())
+
+
+def hard_examples_chosen_without_gradients() -> None:
+    model = Model(0.1)
+
+    def loss() -> Tensor:
+        pool = ids()
+        with torch.no_grad():
+            scores = loss_of(model, pool, reduction="none").view(3, -1).mean(1)
+        return loss_of(model, pool[scores.topk(2).indices])
+
+    train(model, torch.optim.Adam(model.parameters()), 4, loss)
+
+
+class Kahan(torch.optim.AdamW):
+    """Keeps what rounding takes from bfloat16 weights, and adds it later."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                wanted = p.float() + state.get("lost", 0.0) - group["lr"] * p.grad.float().sign()
+                p.copy_(wanted)
+                state["lost"] = wanted - p.float()
+
+
+def bfloat16_weights_with_compensation() -> None:
+    model = Model().bfloat16()
+    train(model, Kahan(model.parameters(), lr=1e-6), 9)
+
+
+def one_part_updated_by_hand() -> None:
+    model = Model()
+    optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if name != "embed.weight"])
+    for _ in range(5):
+        loss_of(model, ids()).backward()
+        optimizer.step()
+        assert model.embed.weight.grad is not None
+        model.embed.weight.data.add_(model.embed.weight.grad, alpha=-0.1)
+        model.zero_grad()
+
+
+def one_scaler_for_two_optimizers() -> None:
+    left, right = Model(), Model()
+    first, second = torch.optim.Adam(left.parameters()), torch.optim.Adam(right.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for _ in range(3):
+        scaler.scale(loss_of(left, ids())).backward()
+        scaler.unscale_(first)
+        scaler.scale(loss_of(right, ids())).backward()
+        nn.utils.clip_grad_norm_(left.parameters(), 1.0)
+        scaler.step(first)
+        scaler.unscale_(second)
+        scaler.step(second)
+        scaler.update()
+        first.zero_grad()
+        second.zero_grad()
+
+
+def loss_scaled_by_hand() -> None:
+    model, scale = Model(), 2.0**127
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(4):
+        optimizer.zero_grad()
+        (loss_of(model, ids()) * scale).backward()
+        if any(p.grad is None or not bool(torch.isfinite(p.grad).all()) for p in model.parameters()):
+            scale /= 2.0**60
+            continue
+        for p in model.parameters():
+            p.grad /= scale  # type: ignore[operator]
+        optimizer.step()
+
+
+def low_precision_copy_and_master_weights() -> None:
+    model = Model()
+    low = copy.deepcopy(model).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    for _ in range(5):
+        for copied, master in zip(low.parameters(), model.parameters(), strict=True):
+            copied.data.copy_(master.data)
+        loss_of(low, ids()).backward()
+        for copied, master in zip(low.parameters(), model.parameters(), strict=True):
+            assert copied.grad is not None
+            master.grad = copied.grad.float()
+        low.zero_grad()
+        optimizer.step()
+
+
+def rolled_by_a_negative_index() -> None:
+    model = Model()
+    train(model, torch.optim.Adam(model.parameters()), 3, lambda: model.embed(ids())[0][torch.arange(11) - 3].pow(2).mean())
+
+
+MET_IN_SCRIPTS = (wrapper_in_eval_mode_around_a_model_in_train_mode, two_tasks_of_different_sizes, monte_carlo_dropout, hard_examples_chosen_without_gradients,
+       bfloat16_weights_with_compensation, one_part_updated_by_hand, one_scaler_for_two_optimizers, loss_scaled_by_hand,
+       low_precision_copy_and_master_weights, rolled_by_a_negative_index)  # fmt: skip
+
+
 CONTROLS: list[Callable[[], None]] = [
     adversarial,
     gradients_set_to_none_by_hand,
@@ -309,7 +435,7 @@ def _name(control: Any) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize("control", CONTROLS, ids=_name)
+@pytest.mark.parametrize("control", [*CONTROLS, *MET_IN_SCRIPTS], ids=_name)
 def test_a_legal_design_is_silent(control: Callable[[], None]) -> None:
     torch.manual_seed(0)
     journal = Journal(None)
@@ -317,3 +443,36 @@ def test_a_legal_design_is_silent(control: Callable[[], None]) -> None:
         control()
     assert not watch.faults
     assert not journal.findings, [(f.probe, f.message) for f in journal.findings]
+
+
+def test_memory_that_ran_out_in_a_search_for_the_largest_batch_is_a_note() -> None:
+    journal = Journal(None)
+    with Watch(GUARDS, journal):
+        with pytest.raises(RuntimeError):
+            torch.empty(1 << 50)
+        torch.empty(4)
+    assert [(f.probe, f.severity) for f in journal.findings] == [("memory.fits", "note")]
+
+
+def test_a_model_left_in_eval_mode_by_its_first_evaluation_is_told() -> None:
+    model = Model(0.1)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        model.eval()
+        loss_of(model, ids())
+
+    journal = Journal(None)
+    with Watch(GUARDS, journal):
+        evaluate()
+        train(model, torch.optim.Adam(model.parameters()), 3)
+    assert [f.probe for f in journal.findings] == ["loop.trains-in-train-mode"]
+    assert "eval() was called for an evaluation" in (journal.findings[0].cause or "")
+
+
+def test_a_script_that_only_evaluates_with_dropout_is_told() -> None:
+    model, journal = Model(0.1), Journal(None)
+    with Watch(GUARDS, journal), torch.inference_mode():
+        loss_of(model, ids())
+        loss_of(model, ids())
+    assert [f.probe for f in journal.findings] == ["loop.evaluates-in-eval-mode"]

@@ -12,7 +12,7 @@ from ..environment import olmodebug_version
 from ..process import innermost
 from ..report import Environment, Finding, Outcome, Report, Severity, SubjectInfo, finding_from, plain
 from .excerpts import lines_at
-from .journal import Event, read_journals
+from .journal import Event, read_journals, softened
 from .run import Ended, stacks_of
 from .settings import Settings, redacted, secrets_of
 
@@ -33,7 +33,7 @@ def diagnose(command: Sequence[str], settings: Settings, ended: Ended, seconds: 
     journals = [events for events in read_journals(settings.folder) if events]
     processes = [_process(events) for events in journals]
     working = [p for p in processes if p["ops"] or p["findings"]] or processes
-    findings = _merged(journals, len(working))
+    findings = _merged(journals, len(working), ended)
     findings += _same_data(journals)
     findings += _death(settings.folder, ended)
     findings.sort(key=lambda finding: ORDER[finding.severity])
@@ -88,16 +88,19 @@ def _process(events: list[Event]) -> dict[str, Any]:
     }
 
 
-def _merged(journals: list[list[Event]], processes: int) -> list[Finding]:
+def _merged(journals: list[list[Event]], processes: int, ended: Ended) -> list[Finding]:
     """The findings of all processes; the same rule at the same line is one finding, with the ranks that met it."""
     merged: dict[tuple[object, ...], Finding] = {}
     ranks: dict[tuple[object, ...], list[str]] = {}
     for events in journals:
         start = next((e for e in events if e["event"] == "start"), {})
+        handled = {(e["probe"], e["file"], e["line"]) for e in events if e["event"] == "handled"} if ended.exit_code == 0 else set()
         for event in events:
             if event["event"] != "finding":
                 continue
             finding = finding_from(event["finding"])
+            if finding.severity == "error" and (finding.probe, finding.where.file, finding.where.line) in handled:
+                finding = softened(finding)
             key: tuple[object, ...] = (finding.probe, finding.where.file, finding.where.line, finding.severity)
             merged.setdefault(key, finding)
             if start.get("rank") is not None:

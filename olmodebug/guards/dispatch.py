@@ -14,6 +14,17 @@ from . import index
 from .index import READS, SAMPLERS
 
 
+def _composites() -> frozenset[Any]:
+    """Ops made of others that hide what guards look at; only inference mode hands them over whole."""
+    names = ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d", "dropout", "lstm", "gru", "rnn_tanh", "rnn_relu", "embedding_bag", "one_hot",
+             "take_along_dim", "scaled_dot_product_attention")  # fmt: skip
+    packets = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+    return frozenset(getattr(packet, overload) for packet in packets for overload in packet.overloads())
+
+
+COMPOSITES = _composites()
+
+
 class Guarded(TorchDispatchMode):
     """Every op passes through; `watch` is asked what to look for and told what was seen."""
 
@@ -46,6 +57,11 @@ class Guarded(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.quiet:
             return func(*args, **kwargs)
+        if func in COMPOSITES:
+            with self:
+                inside = func.decompose(*args, **kwargs)
+            if inside is not NotImplemented:
+                return inside
         self.ops += 1
         if func in self.reads:
             self.check_index(func, args, kwargs)

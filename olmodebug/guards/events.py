@@ -56,6 +56,7 @@ class Events:
         undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
         self._wrap(undo, torch.optim.Optimizer, "zero_grad", self._told("zeroed"))
         self._wrap(undo, nn.Module, "zero_grad", self._told("module_zeroed"))
+        self._wrap(undo, nn.Module, "eval", self._told("module_eval"))
         for name in ("clip_grad_norm_", "clip_grad_value_"):
             wrapped = self._wrap(undo, torch.nn.utils.clip_grad, name, self._told("clip"))
             self._put(undo, torch.nn.utils, name, wrapped)

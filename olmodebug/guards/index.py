@@ -122,9 +122,16 @@ def wraps(func: Any, args: tuple[Any, ...]) -> Bad | None:
         if index is None or index.dtype not in (torch.int64, torch.int32) or index.numel() < 2 or type(index) is not Tensor:
             continue
         smallest, largest = _range(index)
-        if smallest < 0 <= largest and table.is_floating_point() and (len(tensors) == 1 or index.ndim == 1):
+        if not (smallest < 0 <= largest and table.is_floating_point() and (len(tensors) == 1 or index.ndim == 1)):
+            continue
+        if not _is_roll(index, table.shape[dim]):
             return Bad(op="tensor indexing", table=table, index=index, dim=dim, bound=table.shape[dim], low=0)
     return None
+
+
+def _is_roll(index: Tensor, bound: int) -> bool:
+    """Every row once, counted round the end: a roll, which is meant."""
+    return index.ndim == 1 and index.numel() == bound and index.remainder(bound).unique().numel() == bound
 
 
 def _range(index: Tensor) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class Journal:
 
     def find(self, finding: Finding) -> bool:
         """Record a finding once for a rule and a place; False when it is there already, and then it is counted."""
-        key = (finding.probe, finding.where.file, finding.where.line, finding.where.op, finding.severity)
+        key = _key(finding)
         self.seen[key] = self.seen.get(key, 0) + 1
         if self.seen[key] > 1 or len(self.findings) >= MOST_FINDINGS:
             return False
@@ -54,6 +54,22 @@ class Journal:
         self.findings.append(finding)
         self.tell("finding", finding=plain(finding))
         return True
+
+    def handled(self, finding: Finding) -> None:
+        """A finding whose exception the script caught: told after the fact, and less grave from here on."""
+        for number, found in enumerate(self.findings):
+            if _key(found) == _key(finding):
+                self.findings[number] = softened(found)
+                self.tell("handled", probe=found.probe, file=found.where.file, line=found.where.line)
+
+
+def softened(finding: Finding) -> Finding:
+    """Memory that ran out where the script caught it and went on, as a search for the largest batch does: worth a note."""
+    return replace(finding, severity="note", message=f"{finding.message} (the script caught the exception and went on)")
+
+
+def _key(finding: Finding) -> tuple[object, ...]:
+    return finding.probe, finding.where.file, finding.where.line, finding.where.op, finding.severity
 
 
 def read_journals(folder: Path) -> list[list[Event]]:

@@ -87,11 +87,11 @@ class Memory:
         made = self.made.get(tensor.untyped_storage()._cdata)
         return None if made is None or made.code is None else _spot(made)
 
-    def ran_out(self, error: BaseException) -> None:
-        """Called while the failing op's frame and everything that was live still stand."""
+    def ran_out(self, error: BaseException) -> Finding | None:
+        """The finding on an allocation that failed, made while everything that was live still stands; None for another error."""
         requested = requested_bytes(error)
         if requested is None:
-            return
+            return None
         at = place.here(sys._getframe(3))
         live, device = self._live(error)
         numbers = device_numbers(device)
@@ -108,7 +108,9 @@ class Memory:
         }
         self.failed = body
         self.watch.journal.tell("memory", memory=body)
-        self._tell(at, requested, total, holders, numbers, fits, error)
+        finding = _explain(at, requested, total, holders, numbers, fits, error)
+        self.watch.find(finding)
+        return finding
 
     def _live(self, error: BaseException) -> tuple[list[tuple[str, int, Any]], str]:
         """(category, bytes, who made it) of every storage that is alive on the device that ran out."""
@@ -120,38 +122,38 @@ class Memory:
                 found.append(("activation", made.size, ("", made)))
         return found, device
 
-    def _tell(self, at: Any, requested: int, total: int, holders: Any, numbers: Any, fits: list[str], error: BaseException) -> None:
-        where = at.at()
-        evidence: dict[str, Scalar] = {"requested_bytes": requested, "live_bytes": total}
-        evidence |= {name: value for name, value in numbers.items() if value is not None}
-        if at.inside_text:
-            evidence["inside"] = at.inside_text
-        largest = holders[0] if holders else None
-        cause = None
-        free = numbers.get("largest_free_bytes")
-        reserved, allocated = numbers.get("reserved_bytes"), numbers.get("allocated_bytes")
-        if reserved is not None and allocated is not None and reserved - allocated >= requested:
-            cause = (
-                f"fragmentation: {bytes_text(reserved - allocated)} are reserved and free, but in pieces of at most {bytes_text(free or 0)}"
-            )
-        elif largest is not None:
-            cause = f"the largest holder is {largest['category']} made at {largest['place'] or 'an unknown line'}: {bytes_text(largest['bytes'])}"
-        self.watch.find(
-            Finding(
-                probe=FITS,
-                severity="error",
-                message=f"memory ran out: {bytes_text(requested)} were asked for while {bytes_text(total)} of tensors were live",
-                cause=cause,
-                fix="; ".join(fits) or None,
-                where=where,
-                source=lines_at(where),
-                evidence=evidence,
-                raised=str(error).strip().partition("\n")[0][:300],
-            )
-        )
-
     def finish(self) -> None:
         self.made.clear()
+
+
+def _explain(at: Any, requested: int, total: int, holders: Any, numbers: Any, fits: list[str], error: BaseException) -> Finding:
+    """What ran out, who holds the most, and whether it was need or fragmentation."""
+    where = at.at()
+    evidence: dict[str, Scalar] = {"requested_bytes": requested, "live_bytes": total}
+    evidence |= {name: value for name, value in numbers.items() if value is not None}
+    if at.inside_text:
+        evidence["inside"] = at.inside_text
+    largest = holders[0] if holders else None
+    cause = None
+    free = numbers.get("largest_free_bytes")
+    reserved, allocated = numbers.get("reserved_bytes"), numbers.get("allocated_bytes")
+    if reserved is not None and allocated is not None and reserved - allocated >= requested:
+        cause = f"fragmentation: {bytes_text(reserved - allocated)} are reserved and free, but in pieces of at most {bytes_text(free or 0)}"
+    elif largest is not None:
+        cause = (
+            f"the largest holder is {largest['category']} made at {largest['place'] or 'an unknown line'}: {bytes_text(largest['bytes'])}"
+        )
+    return Finding(
+        probe=FITS,
+        severity="error",
+        message=f"memory ran out: {bytes_text(requested)} were asked for while {bytes_text(total)} of tensors were live",
+        cause=cause,
+        fix="; ".join(fits) or None,
+        where=where,
+        source=lines_at(where),
+        evidence=evidence,
+        raised=str(error).strip().partition("\n")[0][:300],
+    )
 
 
 def requested_bytes(error: BaseException) -> int | None:

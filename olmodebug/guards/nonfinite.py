@@ -10,49 +10,29 @@ On a device the sums stay there and are read in one go at the next step, so no o
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..records import TensorInfo
-from ..report import Finding, Scalar
+from ..report import Finding
 from ..sources import Spot
 from . import place
 from .excerpts import lines_at
+from .origins import Origin, describe, explain_origin, first_birth
 from .undefined import cause_of
 
-FINITE = "numerics.finite"
 HEADROOM = "numerics.float16-headroom"
 
 LARGEST_FLOAT16 = 65504.0
 LITTLE_HEADROOM = 0.5  # of 65504: one doubling is left, which a few steps of training make
 DEFERRED_OPS = 4096  # results on a device that wait for one read
+MOST_DROPPED = 8  # losses in a row that a script may drop; a run that drops more of them learns nothing
 MOST_PLACES = 200_000  # forward lines kept for backward; a graph of more ops forgets its oldest lines
 
 NO_VALUES = ("empty", "new_empty", "_efficientzerotensor", "_resize", "resize", "set_", "_local_scalar", "item", "equal", "is_")
 FILLS = ("masked_fill", "full", "fill", "where", "scalar_tensor", "new_full", "constant_pad", "_masked_softmax", "lift")
-
-
-@dataclass(slots=True, kw_only=True)
-class Origin:
-    """Where a non-finite value came from. `kind` is birth, fill (written on purpose), weights or data."""
-
-    kind: str
-    what: str
-    op: str
-    spot: Spot | None
-    module: nn.Module | None = None
-    phase: str = "forward"
-    node: str = ""
-    inputs: tuple[str, ...] = ()
-    output: str = ""
-    name: str = ""
-    cause: str | None = None
-    fix: str | None = None
-    parent: "Origin | None" = None
-    facts: dict[str, Scalar] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -80,8 +60,9 @@ class NonFinite:
         self.kinds: dict[Any, int] = {}
         self.pending: list[_Pending] = []
         self.largest = (0.0, None, "")  # in float16, forward
-        self.skipped = 0
+        self.dropped = 0  # losses in a row whose gradients were dropped
         self.told: set[int] = set()
+        self.waiting: list[tuple[Origin, str, int]] = []  # what reached a loss; told unless the script drops its gradients
 
     def listen(self) -> None:
         events = self.watch.events
@@ -89,6 +70,8 @@ class NonFinite:
         events.on("backward", self.backward)
         events.on("step", self.step)
         events.on("stepped", self.stepped)
+        events.on("zeroed", self._reset)
+        events.on("module_zeroed", self._reset)
 
     def observe(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Look at the result of one op."""
@@ -201,7 +184,7 @@ class NonFinite:
                 continue
             if item.symptom is not None:
                 if (origin := self.origins.get(item.writes)) is not None:
-                    self._tell(origin, item.symptom)
+                    self.waiting.append((origin, item.symptom, self.watch.steps + 1))
                 continue
             what = "nan" if nan else "inf"
             found = [o for pointer in item.reads if (o := self.origins.get(pointer)) is not None]
@@ -268,16 +251,17 @@ class NonFinite:
             if nan or inf:
                 origin = self.origins.get(_pointer(root))
                 if origin is not None and not self._scaled(origin):
-                    self._tell(origin, "the loss")
+                    self.waiting.append((origin, "the loss", self.watch.steps + 1))
 
     def _scaled(self, origin: Origin) -> bool:
-        """Born when the loss scaler multiplied a finite loss: the scaler sees it, skips the step and lowers the scale."""
+        """Born when a finite loss was multiplied by a scale: what counts then are the gradients, which a scaler looks at before a step."""
         code = origin.spot.code.co_name if origin.spot else ""
-        return self.watch.scalers_alive() and origin.op in ("mul", "mul_") and origin.what == "inf" and code != "forward"
+        return origin.op in ("mul", "mul_") and origin.what == "inf" and code != "forward"
 
     def step(self, optimizer: Any, spot: Spot | None) -> None:
         """A gradient that is not finite is about to be applied; a loss scaler would not have come here."""
         self.flush()
+        self._tell_waiting()
         if self.origins:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -291,64 +275,30 @@ class NonFinite:
     def stepped(self, optimizer: Any, spot: Spot | None) -> None:
         self.origins.clear()
 
-    def skip(self, scaler: Any) -> None:
-        """The loss scaler skipped a step."""
-        self.skipped += 1
+    def _reset(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
+        """Gradients are dropped before any step: the script looks for nan itself, or scales its loss by hand."""
+        self.flush()
+        self.dropped = self.dropped + 1 if self.waiting else self.dropped
+        if self.dropped < MOST_DROPPED:
+            self.waiting.clear()
 
-    def _tell(self, origin: Origin, reached: str) -> None:
-        last = origin
-        while origin.parent is not None and origin.parent.kind == "birth":
-            origin = origin.parent  # an overflow or a log of 0 that only later became nan: the first birth is the cause
-        if id(origin) in self.told or (origin.kind == "weights" and self.told):
+    def _tell_waiting(self) -> None:
+        waiting, self.waiting, self.dropped = self.waiting, [], 0
+        for origin, reached, step in waiting:
+            self._tell(origin, reached, step)
+
+    def _tell(self, origin: Origin, reached: str, step: int | None = None) -> None:
+        root = first_birth(origin)
+        if id(root) in self.told or (root.kind == "weights" and self.told):
             return  # weights that the first finding has already spoiled are no second one
-        self.told.add(id(origin))
-        step = self.watch.steps + 1
-        where = place.where_of(origin.spot, module=self.watch.name_of_module(origin.module), op=origin.op)
-        evidence: dict[str, Scalar] = {"step": step, "reached": reached, **origin.facts}
-        for number, text in enumerate(origin.inputs):
-            evidence[f"input_{number}"] = text
-        if origin.output:
-            evidence["output"] = origin.output
-        if last is not origin and last.spot is not None:
-            later = place.where_of(last.spot)
-            evidence["becomes_nan_in"] = f"{last.op} at {later.file}:{later.line}"
-        if origin.parent is not None and origin.parent.spot is not None:
-            parent = place.where_of(origin.parent.spot)
-            evidence["inf_from"] = f"{origin.parent.op} at {parent.file}:{parent.line}"
-        cause, fix = origin.cause, origin.fix
-        if origin.kind == "weights":
-            message = f"`{origin.name}` holds {origin.what} when {origin.op} reads it, and {reached} is not finite"
-            before = self.watch.steps
-            if cause is None and before:
-                fix = "look at the update before: its learning rate, eps, and the gradient norm"
-            elif cause is None:
-                fix = "look at how it was initialised or loaded: no optimizer step had run"
-            evidence["optimizer_steps_before"] = before
-        elif origin.kind == "data":
-            message = f"a tensor that no op of this run made holds {origin.what} when {origin.op} reads it, and {reached} is not finite"
-            fix = "look at the data: torch.isfinite(batch).all() before the model"
-        else:
-            backward = f" in the backward of this line ({origin.node})" if origin.phase == "backward" else ""
-            verb = "is written" if origin.kind == "fill" else "is born"
-            message = f"{origin.what} {verb} in {origin.op}{backward} and reaches {reached} of step {step}"
-        self.watch.find(
-            Finding(
-                probe=FINITE,
-                severity="error",
-                message=message,
-                cause=cause,
-                fix=fix,
-                where=where,
-                source=lines_at(where),
-                expected="finite numbers",
-                observed=origin.output or origin.what,
-                evidence=evidence,
-            )
-        )
+        self.told.add(id(root))
+        module = self.watch.name_of_module(root.module)
+        self.watch.find(explain_origin(origin, reached, module=module, step=step or self.watch.steps + 1, before=self.watch.steps))
 
     def finish(self) -> None:
         """What waits on a device, and how near float16 came to its largest number."""
         self.flush()
+        self._tell_waiting()
         top, spot, op = self.largest
         if top > LITTLE_HEADROOM * LARGEST_FLOAT16:
             where = place.where_of(spot, op=op.partition(".")[0])
@@ -363,22 +313,6 @@ class NonFinite:
                     evidence={"largest": top, "limit": LARGEST_FLOAT16},
                 )
             )
-
-
-def describe(tensor: Tensor) -> str:
-    """`f32[2,8], -1.2 .. 3.4, 3 nan`: the finite range and what is not finite."""
-    info = TensorInfo(shape=tuple(tensor.shape), dtype=str(tensor.dtype)[6:])
-    if not tensor.numel():
-        return str(info)
-    values = tensor.detach().float().flatten()
-    finite = values[torch.isfinite(values)]
-    parts = [str(info)]
-    if finite.numel():
-        parts.append(f"{float(finite.min()):.3g} .. {float(finite.max()):.3g}")
-    nan, inf = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
-    parts += [f"{nan} nan"] if nan else []
-    parts += [f"{inf} inf"] if inf else []
-    return ", ".join(parts)
 
 
 def _kind(func: Any) -> int:

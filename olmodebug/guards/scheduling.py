@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..report import Finding
 from ..sources import OWN, Spot, short_path
-from .excerpts import lines_at
-from .place import rank, where_of
+from .place import rank
 
 UNSCALE = "loop.unscale-before-clip"
 ORDER = "loop.optimizer-before-scheduler"
@@ -50,6 +48,7 @@ class Scheduling:
     def __init__(self, watch: Any) -> None:
         self.watch = watch
         self.scaled: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self.unscaled: weakref.WeakSet[Any] = weakref.WeakSet()
         self.windows: weakref.WeakKeyDictionary[Any, _Window] = weakref.WeakKeyDictionary()
         self.schedules: weakref.WeakKeyDictionary[Any, Spot | None] = weakref.WeakKeyDictionary()
         self.early: dict[int, int] = {}
@@ -61,10 +60,10 @@ class Scheduling:
     def listen(self) -> None:
         events = self.watch.events
         events.on("scaler_scale", self._scale)
-        events.on("scaler_unscale_", lambda scaler, args, spot: self.scaled.__setitem__(scaler, False))
+        events.on("scaler_unscale_", self._unscale)
         events.on("scaler_step", lambda scaler, args, spot: setattr(self, "stepped_in_scaler", False))
         events.on("scaler_step_done", self._scaler_stepped)
-        events.on("scaler_update", lambda scaler, args, spot: self.scaled.__setitem__(scaler, False))
+        events.on("scaler_update", self._update)
         events.on("clip", self._clip)
         events.on("scheduled", self._scheduled)
         events.on("backward", self._backward)
@@ -72,15 +71,20 @@ class Scheduling:
         events.on("step", self._step)
         events.on("stepped", self._stepped)
 
-    def _tell(self, probe: str, severity: Any, spot: Spot | None, message: str, op: str | None = None, **values: Any) -> None:
-        where = where_of(spot, op=op)
-        self.watch.find(Finding(probe=probe, severity=severity, message=message, where=where, source=lines_at(where), **values))
-
     # Scaling and clipping
 
     def _scale(self, scaler: Any, args: Any, spot: Spot | None) -> None:
-        if scaler.is_enabled():
+        if scaler.is_enabled() and scaler not in self.unscaled:
             self.scaled[scaler] = True
+
+    def _unscale(self, scaler: Any, args: Any, spot: Spot | None) -> None:
+        """From here to the scaler's update nothing is said: with two optimizers, which gradients are unscaled is not known."""
+        self.scaled[scaler] = False
+        self.unscaled.add(scaler)
+
+    def _update(self, scaler: Any, args: Any, spot: Spot | None) -> None:
+        self.scaled[scaler] = False
+        self.unscaled.discard(scaler)
 
     def _clip(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
         for scaler, scaled in list(self.scaled.items()):
@@ -88,7 +92,7 @@ class Scheduling:
             if scale == 1.0:
                 continue
             limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
-            self._tell(
+            self.watch.tell(
                 UNSCALE,
                 "error",
                 spot,
@@ -106,7 +110,7 @@ class Scheduling:
             return
         self.skips = 0 if self.stepped_in_scaler else self.skips + 1
         if self.skips == SKIPS:
-            self._tell(
+            self.watch.tell(
                 SCALE,
                 "error",
                 spot,
@@ -146,7 +150,7 @@ class Scheduling:
             self.early[key] = self.early.get(key, 0) + 1 if early else 0
             self.fast[key] = self.fast.get(key, 0) + 1 if fast or late else 0
             if self.early[key] == WINDOWS:
-                self._tell(
+                self.watch.tell(
                     ORDER,
                     "warning",
                     line,
@@ -156,7 +160,7 @@ class Scheduling:
                     evidence={"steps_looked_at": WINDOWS},
                 )
             if self.fast[key] == WINDOWS:
-                self._tell(
+                self.watch.tell(
                     PACE,
                     "warning",
                     line,
@@ -176,7 +180,7 @@ class Scheduling:
             window.backwards += 1
         for device in ("cuda", "cpu"):
             if torch.is_autocast_enabled(device):
-                self._tell(
+                self.watch.tell(
                     AUTOCAST,
                     "warning",
                     spot,
@@ -204,7 +208,7 @@ class Scheduling:
         name, line = _keeper(sys._getframe(3))
         alive = sum(reference() is not None for _, reference in self.graphs)
         kept = f"`{name}` keeps" if name else "something keeps"
-        self._tell(
+        self.watch.tell(
             GRAPH,
             "error",
             line or spot,
@@ -230,7 +234,7 @@ class Scheduling:
             return
         weights = [name for name, p in owner.named_parameters() if p.requires_grad]
         if weights:
-            self._tell(
+            self.watch.tell(
                 CHECKPOINT,
                 "error",
                 spot,
@@ -283,7 +287,7 @@ def _adds(frame: FrameType, name: str) -> Spot | None:
         return None
     for node in ast.walk(tree):
         added = isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and node.target.id == name
-        summed = isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and name in ast.unparse(node.value)
+        summed = isinstance(node, ast.Assign) and any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node.value))
         summed = summed and isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
         call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == f"{name}.append"
         if (added or summed or call) and isinstance(node, ast.stmt):

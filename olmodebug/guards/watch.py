@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import traceback
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType, TracebackType
@@ -18,21 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from ..environment import package_version
-from ..report import Finding
+from ..report import Finding, Severity
+from ..sources import Spot
 from . import index, place
-from .batches import Batches
+from .accumulating import Accumulating
 from .dispatch import Guarded, skip_compiler
+from .evaluating import Evaluating
 from .events import Events
 from .excerpts import lines_at
+from .holding import Holding
 from .index import Bad
 from .journal import Journal
+from .labels import Labels
 from .memory import Memory
 from .models import Models
 from .nonfinite import NonFinite
-from .optimizing import Optimizing
+from .origins import FINITE
+from .place import Place
+from .repeating import Repeating
+from .resetting import Resetting
+from .rounding import Rounding
 from .scheduling import Scheduling
 from .settings import settings_from
+from .tying import Tying
 
+LOOP = (Resetting, Holding, Rounding, Tying, Scheduling, Accumulating, Labels, Evaluating, Repeating)
 MOST_FAULTS = 5  # tracebacks of our own faults that are written
 
 _ALIVE: list["Watch"] = []  # the watch of this process under `olmodebug run`; the interpreter's end finds it here
@@ -52,14 +61,16 @@ class Watch:
         self.backwards = 0
         self.faults = 0
         self.ended = False
+        self.raised: list[tuple[Finding, str]] = []  # memory that ran out, and the exception's text: no frame is held
         self.events = Events(self.looking, self.fault)
         self.models = Models()
-        self.scalers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.parts: list[Any] = []
+        self.looks: dict[Any, list[Callable[[Any, Any], None]]] = {}
         if "nan" in guards:
             self.parts.append(NonFinite(self))
         if "loop" in guards:
-            self.parts += [Optimizing(self), Scheduling(self), Batches(self)]
+            self.parts += [part(self) for part in LOOP]
+            self.observers.append(self._show)
         self.memory = Memory(self) if "oom" in guards else None
         if self.memory is not None:
             self.parts.append(self.memory)
@@ -85,11 +96,6 @@ class Watch:
 
         self.events.on("backward_done", backward)
         self.events.on("stepped", stepped)
-        self.events.on("scaler_scale", lambda scaler, args, spot: self.scalers.add(scaler))
-
-    def scalers_alive(self) -> bool:
-        """Whether a loss scaler that is switched on has scaled a loss."""
-        return any(scaler.is_enabled() for scaler in self.scalers)
 
     def name_of_tensor(self, tensor: Tensor) -> str | None:
         """The path of a parameter or buffer in the models that are alive."""
@@ -120,6 +126,19 @@ class Watch:
             self.observers.remove(observer)
         if self.faults <= MOST_FAULTS:
             self.journal.tell("fault", text=traceback.format_exc())
+
+    def look(self, op: Any, listener: Callable[[Any, Any], None]) -> None:
+        """Show the arguments and the result of one op to a listener."""
+        self.looks.setdefault(op, []).append(listener)
+
+    def _show(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        for listener in self.looks.get(func, ()):
+            listener(args, output)
+
+    def tell(self, probe: str, severity: Severity, at: Place | Spot | None, message: str, op: str | None = None, **values: Any) -> None:
+        """Record a finding at a place."""
+        where = at.at(op) if isinstance(at, Place) else place.where_of(at, op=op)
+        self.find(Finding(probe=probe, severity=severity, message=message, where=where, source=lines_at(where), **values))
 
     def find(self, finding: Finding) -> None:
         """Record a finding; under the guards everything is written at once."""
@@ -156,14 +175,16 @@ class Watch:
     def op_raised(self, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
         """An op raised: what is live is looked at while it lives; the rest can be asked of the exception later."""
         if self.memory is not None and isinstance(error, (RuntimeError, MemoryError)):
-            self.memory.ran_out(error)
+            finding = self.memory.ran_out(error)
+            if finding is not None:
+                self.raised.append((finding, str(error)))
 
     def finish(self, error: BaseException | None) -> None:
         """What only the end can tell; once."""
         if self.ended:
             return
         self.ended = True
-        for end in (*(part.finish for part in self.parts), lambda: self._explain(error)):
+        for end in (*(part.finish for part in self.parts), lambda: self._explain(error), lambda: self._handled(error)):
             try:
                 end()
             except Exception:
@@ -173,13 +194,27 @@ class Watch:
     def _explain(self, error: BaseException | None) -> None:
         """An exception that ended the script, unless a guard has already said what it is."""
         told = any(f.severity == "error" and f.probe.startswith(("index.", "memory.")) for f in self.journal.findings)
-        if error is None or told or "shape" not in self.guards:
+        nan_told = any(f.probe == FINITE for f in self.journal.findings) and isinstance(error, ValueError) and "nan" in str(error)
+        if error is None or told or nan_told or "shape" not in self.guards:
             return
         from .exceptions import explain_exception  # the tracer and its rules: loaded only by a script that failed
 
         finding = explain_exception(error)
         if finding is not None:
             self.find(finding)
+
+    def _handled(self, error: BaseException | None) -> None:
+        """Memory that ran out without ending the script: it caught the exception, as a search for the largest batch does."""
+        if multiprocessing.parent_process() is not None:
+            return  # a worker hands its exception to its parent, which may end of it
+        texts, seen = [], set()
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
+            texts.append(str(error))
+            error = error.__cause__ or error.__context__
+        for finding, text in self.raised:
+            if not any(text in whole for whole in texts):
+                self.journal.handled(finding)
 
     def _numbers(self) -> dict[str, Any]:
         seconds = round(time.perf_counter() - self.started, 3)

@@ -1,0 +1,132 @@
+"""Parameters that get gradients and that no optimizer holds, and what an optimizer decays against the script's own grouping."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..report import Finding, Scalar
+from ..sources import Spot
+from ..units import plural
+from .excerpts import lines_at
+from .gradients import has_plain_gradient, optimizers, parameters, sample
+from .place import where_of
+
+ALL_HELD = "loop.every-parameter-optimized"
+NORMS = "loop.norms-undecayed"
+
+NAMES_SHOWN = 4
+
+
+class Holding:
+    """Compares the parameters of the models with those of the optimizers."""
+
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+        self.made: weakref.WeakKeyDictionary[Any, Spot | None] = weakref.WeakKeyDictionary()
+        self.steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.unheld: list[tuple[Any, Any, int, Tensor]] = []
+
+    def listen(self) -> None:
+        self.watch.events.on("optimizer_made", lambda args, kwargs, spot: self.made.__setitem__(args[0], spot))
+        self.watch.events.on("step", self._step)
+
+    def finish(self) -> None:
+        """Nothing waits for the end."""
+
+    def _step(self, optimizer: Any, spot: Spot | None) -> None:
+        number = self.steps[optimizer] = self.steps.get(optimizer, 0) + 1
+        if number == 1:
+            self.unheld = [(weakref.ref(p), weakref.ref(p.grad), p.grad._version, sample(p).clone()) for p in self._outside()]  # type: ignore[union-attr]
+            self._decayed(optimizer)
+        if number == 3 and self.unheld:
+            self._held(spot)
+
+    def _outside(self) -> list[Tensor]:
+        """Parameters with a gradient that no optimizer holds."""
+        held = {id(p) for o in optimizers() for p in parameters(o)}
+        roots = self.watch.models.roots(again=True)
+        return [p for root in roots for p in root.parameters() if id(p) not in held and has_plain_gradient(p)]
+
+    def _held(self, spot: Spot | None) -> None:
+        """Told at the third step, of those that never changed though their gradient did: a model left over from before has none."""
+        fresh = set()
+        for reference, gradient, version, before in self.unheld:
+            p = reference()
+            if p is None or p.grad is None or not bool(p.grad.any()) or not torch.equal(sample(p), before):
+                continue  # what changed is updated by somebody: by hand, or as a copy of other weights
+            if p.grad is not gradient() or p.grad._version != version:
+                fresh.add(id(p))
+        every = optimizers()
+        held = {id(p) for o in every for p in parameters(o)}
+        roots = self.watch.models.roots(again=True)
+        owned = {id(p) for root in roots for p in root.parameters()}
+        for root in roots:
+            named = [(n, p) for n, p in root.named_parameters() if p.requires_grad and p.grad is not None]
+            missing = [(name, p) for name, p in named if id(p) not in held and id(p) in fresh]
+            if not missing or len(named) < 2:
+                continue
+            stale = [o for o in every if o in self.steps and parameters(o) and not any(id(p) in owned for p in parameters(o))]
+            self._tell_missing(root, missing, len(named), stale, spot)
+
+    def _tell_missing(self, root: nn.Module, missing: list[Any], total: int, stale: list[Any], spot: Spot | None) -> None:
+        made = self.made.get(stale[0]) if stale else next((s for o, s in self.made.items() if o in self.steps), None)
+        where = where_of(made or spot)
+        names = [name for name, _ in missing]
+        shown = ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+        evidence: dict[str, Scalar] = {"missing": len(missing), "with_gradient": total, "model": type(root).__name__}
+        if stale and len(missing) == total:
+            self.watch.find(
+                Finding(
+                    probe=ALL_HELD,
+                    severity="error",
+                    message=f"the optimizer holds parameters of no model: all {total} parameters of {type(root).__name__} that get gradients never change",
+                    cause="the optimizer was built before the model's parameters were replaced (to_empty, wrapping, tying or a new model)",
+                    fix="build the optimizer after the last change of the model's parameters",
+                    where=where,
+                    source=lines_at(where),
+                    observed=shown,
+                    evidence=evidence,
+                )
+            )
+            return
+        self.watch.find(
+            Finding(
+                probe=ALL_HELD,
+                severity="warning",
+                message=f"{plural(len(missing), 'parameter')} of {type(root).__name__} get gradients, and no optimizer holds them: {shown}",
+                fix="give them to the optimizer; if they are meant to stay, requires_grad_(False) also saves their backward",
+                where=where,
+                source=lines_at(where),
+                expected=f"all {total} parameters with a gradient in an optimizer",
+                observed=f"{total - len(missing)} of them",
+                evidence=evidence,
+            )
+        )
+
+    def _decayed(self, optimizer: Any) -> None:
+        """Only where the groups show that decay was meant to be chosen: one group for all is a legal default."""
+        decays = {float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups}
+        if len(decays) < 2 or 0.0 not in decays:
+            return
+        names = {id(p): n for root in self.watch.models.roots() for n, p in root.named_parameters()}
+        wrong = [
+            names.get(id(p), "?")
+            for group in optimizer.param_groups
+            if float(group.get("weight_decay", 0.0)) > 0
+            for p in group["params"]
+            if p.ndim == 1 and "norm" in names.get(id(p), "").lower()
+        ]
+        if wrong:
+            where = where_of(self.made.get(optimizer))
+            self.watch.find(
+                Finding(
+                    probe=NORMS,
+                    severity="note",
+                    message=f"{plural(len(wrong), 'norm weight')} in a group with weight decay, beside a group without: {', '.join(wrong[:NAMES_SHOWN])}",
+                    fix="put one-dimensional parameters into the group with weight_decay 0",
+                    where=where,
+                    source=lines_at(where),
+                )
+            )

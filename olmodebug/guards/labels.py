@@ -1,0 +1,206 @@
+"""Silent faults of the labels: shifted twice or not at all, padding that is learned, an eos that is not.
+
+Token ids are seen at the embedding, labels at the cross-entropy, the attention mask in the arguments of the outermost module.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sources import Spot
+from . import place
+from .place import Place
+
+SHIFT = "loop.labels-shifted-once"
+PADDING = "loop.padding-unlabelled"
+EOS = "loop.eos-is-learned"
+
+LABELS_LOOKED_AT = 16  # losses whose labels are compared with the ids; a collator does the same to every batch
+FEWEST = 8  # labels that must agree before a shift is believed
+FEWEST_KINDS = 4  # different tokens among them: a constant sequence agrees under every shift
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What the last forward read: ids, which of them are real, labels as they were passed, and the model."""
+
+    ids: Tensor
+    real: Tensor | None = None
+    known_by: str = ""
+    labels: Tensor | None = None
+    model: nn.Module | None = None
+
+
+class Labels:
+    """Compares the labels of the first losses with the ids that were read before."""
+
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+        self.batch: _Batch | None = None
+        self.losses = 0
+        self.shifted_right: set[int] = set()
+        self.eos_lost = self.eos_kept = 0
+        self.twice: list[Callable[[], None]] = []
+
+    def listen(self) -> None:
+        self.watch.look(aten.embedding.default, self._embedding)
+        for op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
+            self.watch.look(op, self._loss)
+        self.watch.events.on("step", self._step)
+
+    def finish(self) -> None:
+        """Nothing waits for the end: what a collator does wrong, it does to its first batches."""
+
+    def _embedding(self, args: Any, output: Any) -> None:
+        ids = args[1]
+        if self.losses >= LABELS_LOOKED_AT or not are_tokens(ids):
+            return
+        batch = self.batch = _Batch(ids=ids)
+        here = place.here(sys._getframe(3))
+        batch.model = here.modules[0] if here.modules else None
+        if here.call is not None:
+            given = here.call[1]
+            mask = _matching(given.get("attention_mask"), ids)
+            batch.labels = _matching(given.get("labels"), ids)
+            if mask is not None:
+                batch.real, batch.known_by = mask.bool(), "attention_mask is 0 there"
+        padding = args[2] if len(args) > 2 else -1
+        if batch.real is None and padding >= 0:
+            batch.real, batch.known_by = (
+                ~_trailing(ids == padding),
+                f"the embedding's padding_idx is {padding}, and it fills the rows there",
+            )
+
+    def _loss(self, args: Any, output: Any) -> None:
+        batch, self.losses = self.batch, self.losses + 1
+        if batch is None or self.losses > LABELS_LOOKED_AT or type(args[1]) is not Tensor:
+            return
+        ids, labels, ignore = batch.ids.cpu(), args[1].cpu(), args[4]
+        rows = ids.shape[0]
+        if labels.numel() % rows or labels.numel() // rows not in range(ids.shape[1] - 2, ids.shape[1] + 1):
+            return
+        labels = labels.reshape(rows, -1)
+        here = place.here(sys._getframe(3))
+        shift = _shift(ids, labels, ignore)
+        if shift == 1:
+            self.shifted_right.add(self.watch.steps)
+            if args[3] != 0:  # a mean or a sum; a loss per token may be masked afterwards
+                self._padding(batch, labels, ignore, here)
+                self._eos(batch, labels, ignore, here)
+        elif shift == 2 and self.watch.steps not in self.shifted_right:
+            self._shifted_twice(batch, here)
+        elif shift == 0 and labels.shape[1] == ids.shape[1]:
+            message = "labels are not shifted: position i learns token i, which it has just read"
+            fix = "logits[:, :-1] against labels[:, 1:]; right only for a model that does not see its own token"
+            self.watch.tell(SHIFT, "warning", here, message, "cross_entropy", fix=fix, expected="token i + 1", observed="token i")
+
+    def _shifted_twice(self, batch: _Batch, here: Place) -> None:
+        """Told at the step: a head that predicts two ahead beside a loss on the next token is legal, in either order."""
+        handed = batch.labels is not None and not torch.equal(batch.labels.cpu(), batch.ids.cpu())
+        cause = (
+            "the labels that were passed to the model are already shifted by one, and the model shifts them again"
+            if handed
+            else "labels[i] equals input_ids[i + 2] at every position"
+        )
+        fix = "pass labels=input_ids (the model shifts them)" if handed else "shift once: logits[:, :-1] against labels[:, 1:]"
+        message, words = "labels are shifted twice: position i learns token i + 2", ("token i + 1", "token i + 2")
+
+        def tell() -> None:
+            self.watch.tell(SHIFT, "error", here, message, "cross_entropy", cause=cause, fix=fix, expected=words[0], observed=words[1])
+
+        self.twice.append(tell)
+
+    def _step(self, optimizer: Any, spot: Spot | None) -> None:
+        if self.twice and self.watch.steps not in self.shifted_right:
+            self.twice[0]()
+        self.twice.clear()
+        self.shifted_right.clear()
+
+    def _padding(self, batch: _Batch, labels: Tensor, ignore: int, here: Place) -> None:
+        """Labels at padded positions that all name one token: padding is learned. The first one of a row may be the eos."""
+        if batch.real is None:
+            return
+        real = batch.real.cpu()[:, 1 : labels.shape[1] + 1]
+        told = labels[:, : real.shape[1]]
+        wrong = (told != ignore) & ~real
+        values = told[wrong]
+        if int(wrong.sum(1).max()) < 2 or len(set(values.tolist())) != 1:
+            return
+        share = int(wrong.sum()) / max(1, int((told != ignore).sum()))
+        self.watch.tell(
+            PADDING,
+            "error",
+            here,
+            f"the loss is computed on padding: {int(wrong.sum())} labels at masked positions are token {int(values[0])}, not {ignore}",
+            "cross_entropy",
+            cause=f"{batch.known_by}, and {share:.0%} of all labels of this batch are padding",
+            fix=f"labels[attention_mask == 0] = {ignore}",
+            expected=f"{ignore} wherever a position is padding",
+            observed=f"token {int(values[0])} at {int(wrong.sum())} of {int((~real).sum())} padded positions",
+            evidence={"share_of_labels": share},
+        )
+
+    def _eos(self, batch: _Batch, labels: Tensor, ignore: int, here: Place) -> None:
+        """Attended eos tokens that are never a label though their neighbours are, in a model whose pad is its eos."""
+        config = getattr(batch.model, "config", None)
+        eos, pad = getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)
+        if batch.real is None or not isinstance(eos, int) or pad not in (None, eos):
+            return
+        ids, mask = batch.ids.cpu(), batch.real.cpu()
+        width = labels.shape[1]
+        is_eos = ((ids == eos) & mask)[:, 1 : width + 1]
+        asked = labels[:, : is_eos.shape[1]] != ignore
+        before = torch.zeros_like(asked)
+        before[:, 1:] = asked[:, :-1]
+        self.eos_kept += int((is_eos & asked).sum())
+        self.eos_lost += int((is_eos & ~asked & before).sum())
+        if self.eos_lost >= 2 and not self.eos_kept:
+            self.watch.tell(
+                EOS,
+                "warning",
+                here,
+                f"no eos is ever a label: {self.eos_lost} of {self.eos_lost} attended eos tokens ({eos}) are masked, so the model never learns to stop",
+                "cross_entropy",
+                cause="pad_token_id equals eos_token_id, and the labels are masked by token and not by attention_mask"
+                if pad == eos
+                else "labels are masked wherever the token is eos, though attention_mask is 1 there",
+                fix="mask labels by attention_mask == 0, or give padding a token of its own",
+            )
+
+
+def are_tokens(ids: Tensor) -> bool:
+    """Whether an embedding's index `[batch, seq]` is read as text: no ramp of positions."""
+    if ids.ndim != 2 or type(ids) is not Tensor or ids.device.type == "meta" or ids.shape[1] < 2:
+        return False
+    return not bool((ids[:, 1:] - ids[:, :-1] == 1).all())
+
+
+def _matching(value: Any, ids: Tensor) -> Tensor | None:
+    return value if isinstance(value, Tensor) and value.shape == ids.shape else None
+
+
+def _trailing(padded: Tensor) -> Tensor:
+    """Where a row is padding up to its end."""
+    return padded.flip(1).long().cumprod(1).bool().flip(1)
+
+
+def _shift(ids: Tensor, labels: Tensor, ignore: int) -> int | None:
+    """The k for which labels[:, j] is ids[:, j + k] wherever it is asked; None where none fits or several could."""
+    fits = {}
+    for k in (0, 1, 2):
+        width = min(labels.shape[1], ids.shape[1] - k)
+        asked = labels[:, :width] != ignore
+        values, tokens = labels[:, :width][asked], ids[:, k : k + width][asked]
+        if values.numel() < FEWEST or len(set(values.tolist())) < FEWEST_KINDS:
+            return None
+        fits[k] = float((values == tokens).float().mean())
+    exact = [k for k, share in fits.items() if share == 1.0]
+    if len(exact) != 1 or any(share > 0.5 for k, share in fits.items() if k != exact[0]):
+        return None
+    return exact[0]

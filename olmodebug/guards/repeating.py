@@ -1,0 +1,90 @@
+"""Batches that come again and again: a loader started anew for every step, workers that each read everything, equal ranks."""
+
+from typing import Any
+
+import torch
+
+from ..sources import Spot
+from .labels import are_tokens
+
+FRESH = "loop.fresh-batches"
+
+SAME_BATCHES = 4  # steps in a row
+HASHED_TOKENS = 4096
+
+aten = torch.ops.aten
+
+
+class Repeating:
+    """Remembers every batch that was trained on by a hash of its tokens."""
+
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+        self.now: list[int] = []
+        self.steps: list[tuple[int, ...]] = []
+        self.loaders: list[tuple[int, Spot | None, int]] = []
+        self.told_ranks = False
+
+    def listen(self) -> None:
+        self.watch.look(aten.embedding.default, self._embedding)
+        self.watch.events.on("step", self._step)
+        self.watch.events.on("loader_iter", self._loader)
+
+    def finish(self) -> None:
+        """Nothing waits for the end."""
+
+    def _embedding(self, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and torch._C._current_autograd_node() is None and are_tokens(args[1]):
+            self.now.append(hash(tuple(args[1].flatten()[:HASHED_TOKENS].tolist())))
+
+    def _loader(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
+        loader = args[0]
+        workers = loader.num_workers if isinstance(loader.dataset, torch.utils.data.IterableDataset) else 0
+        endless = workers or isinstance(loader.dataset, torch.utils.data.IterableDataset)
+        if endless or len(loader) > 1:  # a data set of one batch gives that batch in every epoch
+            self.loaders.append((self.watch.steps, spot, workers))
+
+    def _step(self, optimizer: Any, spot: Spot | None) -> None:
+        if not self.now:
+            return
+        steps = self.steps
+        steps.append(tuple(self.now))
+        self.now = []
+        if len(steps) == SAME_BATCHES and not self.told_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.told_ranks = True
+            replicated = any(type(root).__name__ == "DistributedDataParallel" for root in self.watch.models.roots())
+            self.watch.journal.tell("batches", steps=[list(step) for step in steps], replicated=replicated)
+        if len(steps) >= SAME_BATCHES:
+            self._started_anew()
+            self._every_worker_alike()
+
+    def _started_anew(self) -> None:
+        same = len(set(self.steps[-SAME_BATCHES:])) == 1
+        started = [(step, spot) for step, spot, _ in self.loaders]
+        if same and len([step for step, _ in started if step > len(self.steps) - SAME_BATCHES - 1]) >= SAME_BATCHES - 1:
+            self.watch.tell(
+                FRESH,
+                "warning",
+                started[-1][1],
+                f"the last {SAME_BATCHES} steps saw the same batch: the data loader is started anew for every step",
+                "DataLoader.__iter__",
+                cause="each step takes the first batch of a new iterator",
+                fix="loop over the loader, or keep one iterator and call next on it",
+            )
+
+    def _every_worker_alike(self) -> None:
+        steps = self.steps
+        workers = max((count for _, _, count in self.loaders), default=0)
+        tail = steps[-2 * workers :]
+        if workers < 2 or len(steps) != 2 * workers or len(tail) != 2 * workers or len(set(tail)) != 2:
+            return
+        if len(set(tail[:workers])) == 1 and len(set(tail[workers:])) == 1:
+            self.watch.tell(
+                FRESH,
+                "warning",
+                self.loaders[-1][1],
+                f"every batch comes {workers} times: each of the {workers} workers reads the whole IterableDataset",
+                "DataLoader.__iter__",
+                cause="torch hands every worker its own copy of an IterableDataset",
+                fix="in __iter__, take every n-th item by torch.utils.data.get_worker_info()",
+            )

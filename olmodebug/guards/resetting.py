@@ -1,0 +1,112 @@
+"""Gradients that nobody reset: those of the step before are still there, and a backward adds to them."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from ..report import Finding
+from ..sources import Spot, short_path
+from .excerpts import lines_at
+from .gradients import has_plain_gradient, parameters
+from .place import where_of
+
+RESET = "loop.gradients-reset"
+
+WATCHED = 3  # parameters of an optimizer whose gradients are followed from step to step
+
+
+class Resetting:
+    """Follows the gradients that were applied until they are gone, replaced or added to."""
+
+    def __init__(self, watch: Any) -> None:
+        self.watch = watch
+        self.steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.applied: dict[int, list[tuple[Any, Any, int]]] = {}
+        self.step_lines: dict[int, Spot | None] = {}
+        self.begun: dict[int, Spot | None] = {}  # backward passes that found the applied gradients in place
+        self.carried: dict[int, Spot | None] = {}  # and then added to them
+
+    def listen(self) -> None:
+        events = self.watch.events
+        events.on("backward", self._backward)
+        events.on("backward_done", self._done)
+        events.on("zeroed", lambda args, kwargs, spot: self._reset(id(args[0])))
+        events.on("module_zeroed", self._module_zeroed)
+        events.on("step", self._step)
+        events.on("stepped", self._stepped)
+
+    def finish(self) -> None:
+        """Nothing waits for the end."""
+
+    def _backward(self, roots: list[Tensor], spot: Spot | None) -> None:
+        """Before a backward: are the gradients that were applied still there, unchanged?"""
+        for key, followed in list(self.applied.items()):
+            states = [_state(*item) for item in followed]
+            if "gone" in states:
+                self._reset(key)
+            elif key in self.carried:
+                continue
+            elif states and all(state == "same" for state in states):
+                self.begun[key] = spot
+            else:
+                del self.applied[key]
+
+    def _done(self, roots: list[Tensor], spot: Spot | None) -> None:
+        """After it: only gradients that this backward wrote to were carried over; another model's are replaced later."""
+        for key, line in list(self.begun.items()):
+            if any(_state(*item) == "changed" for item in self.applied.get(key, ())):
+                self.carried[key] = line
+        self.begun.clear()
+
+    def _reset(self, key: int) -> None:
+        self.applied.pop(key, None)
+        self.begun.pop(key, None)
+        self.carried.pop(key, None)
+
+    def _module_zeroed(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
+        owned = {id(parameter) for parameter in args[0].parameters()}
+        for key, followed in list(self.applied.items()):
+            if any((parameter := reference()) is None or id(parameter) in owned for reference, _, _ in followed):
+                self._reset(key)
+
+    def _step(self, optimizer: Any, spot: Spot | None) -> None:
+        number = self.steps[optimizer] = self.steps.get(optimizer, 0) + 1
+        key = id(optimizer)
+        if key in self.carried:
+            self._tell_carried(key, self.carried[key], self.step_lines.get(key), number)
+        self._reset(key)
+
+    def _stepped(self, optimizer: Any, spot: Spot | None) -> None:
+        key = id(optimizer)
+        followed = sorted((p for p in parameters(optimizer) if has_plain_gradient(p)), key=lambda p: p.numel())[:WATCHED]
+        self.applied[key] = [(weakref.ref(p), weakref.ref(p.grad), p.grad._version) for p in followed]  # type: ignore[union-attr]
+        self.step_lines[key] = spot
+
+    def _tell_carried(self, key: int, spot: Spot | None, before: Spot | None, number: int) -> None:
+        where = where_of(spot, op="backward")
+        line = f" at {short_path(before.file)}:{before.line}" if before else ""
+        self.watch.find(
+            Finding(
+                probe=RESET,
+                severity="error",
+                message=f"backward adds to the gradients of the step before: nothing reset them after optimizer.step(){line}",
+                cause="the same gradient tensors, unchanged since they were applied and not zero, were there when this backward began",
+                fix="optimizer.zero_grad() after optimizer.step(), or before the first backward of a step",
+                where=where,
+                source=lines_at(where),
+                expected=f"gradients of step {number} alone",
+                observed=f"gradients of steps 1 .. {number} added up"
+                if number == 2
+                else f"gradients of step {number - 1} in those of step {number}",
+                evidence={"optimizer_step": number},
+            )
+        )
+
+
+def _state(parameter: Any, gradient: Any, version: int) -> str:
+    """`same` where the very tensor that was applied is still the gradient, unchanged and not zero; `gone`, `changed`."""
+    p = parameter()
+    if p is None or p.grad is None or not bool(p.grad.any()):
+        return "gone"
+    return "same" if p.grad is gradient() and p.grad._version == version else "changed"
