@@ -15,7 +15,7 @@ from olmodebug.subject import Subject, from_model
 from olmodebug.training.dataset import Dataset, open_dataset
 from olmodebug.training.diagnose_step import diagnose
 from olmodebug.training.head import find_head
-from olmodebug.training.loop import Ending, Options, batch_loss, train
+from olmodebug.training.loop import Ending, LossOf, Options, train
 from olmodebug.training.recipe import OURS, Recipe
 
 RECIPE = dataclasses.replace(OURS, steps=8, batch_size=2, seq_len=16, warmup_steps=2)
@@ -162,7 +162,7 @@ def test_the_loss_behind_a_head_is_the_plain_loss_and_cutting_leaves_no_hook(spe
     with torch.no_grad():
         logits = under_test.model(batch).logits[:, :-1].flatten(0, 1)
         expected = F.cross_entropy(logits, batch[:, 1:].flatten())
-        assert float(batch_loss(under_test, head, batch, "float32")) == pytest.approx(float(expected), rel=1e-6)
+        assert float(LossOf(under_test, head, "float32")(batch)) == pytest.approx(float(expected), rel=1e-6)
     assert not head.module._forward_pre_hooks
 
 

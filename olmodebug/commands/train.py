@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from .shared import Commands, add_command, add_output, add_subject, check_output
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
+    from ..training.trainer import RankOf, TrainOrder
 
 DTYPES = ("float32", "bfloat16", "float16")
+STRATEGIES = ("ddp", "fsdp")
 
 
 def declare(commands: Commands) -> None:
@@ -45,6 +48,8 @@ def declare(commands: Commands) -> None:
     one.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
     one.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of the data (default 0)")
     one.add_argument("--compare", action="store_true", help="train olmo1-4M, GPT-NeoX and GPT-NeoX with SwiGLU, and lay them side by side")
+    one.add_argument("--ranks", type=_positive, metavar="N", help="train on N processes; torchrun's own are used as they are")
+    one.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="how the model is spread over the processes (default ddp)")
     one.add_argument("--output", metavar="DIR", help="where results.json, the checkpoint and the state go (default: the run's record)")
     one.add_argument("--resume", metavar="DIR", help="go on with an interrupted run, from the DIR of its state")
     one.add_argument("--save-every", type=_positive, default=50, metavar="N", help="steps between saved states (default 50)")
@@ -60,33 +65,20 @@ def train(arguments: argparse.Namespace) -> int:
     from ..render.training import Live
     from ..store import new_run
     from ..supervise import InternalFault
-    from ..training.trainer import TrainOrder, run_training
+    from ..training.trainer import run_training
 
     check_output(arguments)
+    world = _world(arguments)
+    if world.rank:
+        return _follow(arguments, world)
     run = new_run(Path.cwd())
     if run.problem:
         say(f"olmodebug: {run.problem}")
     if arguments.compare and arguments.resume:
         raise UsageError("--resume goes on with one run, and --compare makes three; give the subject and the DIR of the one")
-    chosen = _recipe(arguments)
     home = _home(arguments, run.folder)
-    specs = _compared() if arguments.compare else (arguments.subject,)
-    order = TrainOrder(
-        jobs=tuple(_job(arguments, spec) for spec in specs),
-        recipe=chosen.to_dict(),
-        data=tuple(arguments.data),
-        text_field=arguments.text_field,
-        tokenizer=arguments.tokenizer,
-        eos_id=arguments.eos_id,
-        protocol=arguments.protocol,
-        dtype=arguments.dtype,
-        tf32=arguments.tf32,
-        resume=arguments.resume is not None,
-        save_every=arguments.save_every,
-        cache=str(run.folder.parents[1] / "tokenizers") if run.folder else None,
-        timeout_seconds=arguments.timeout,
-        command=shlex.join(["olmodebug", *arguments.argv]),
-    )
+    order = _order(arguments, world, cache=str(run.folder.parents[1] / "tokenizers") if run.folder else None)
+    specs = [str(job["spec"]) for job in order.jobs]
     folders = [home / spec.rpartition(":")[2] for spec in specs] if arguments.compare else [home]
     stop = home / "stop"
     stop.unlink(missing_ok=True)
@@ -107,6 +99,59 @@ def train(arguments: argparse.Namespace) -> int:
         say(f"olmodebug: stopped; go on with the same command and --resume {place}")
         return 130
     return code
+
+
+def _follow(arguments: argparse.Namespace, world: "RankOf") -> int:
+    """A rank of torchrun other than the first: it trains its share, and the first one reports."""
+    import tempfile
+
+    from ..store import Run
+    from ..training.trainer import run_training
+
+    with tempfile.TemporaryDirectory(prefix="olmodebug-") as scratch:
+        home = Path(arguments.resume).resolve() if arguments.resume else Path(scratch)
+        order = _order(arguments, world, cache=None)
+        folders = [home / str(job["spec"]).rpartition(":")[2] for job in order.jobs] if arguments.compare else [home]
+        report = run_training(order, Run(id="", folder=None), folders, lambda _: None, stop=home / "stop")
+    for finding in report.findings:
+        if finding.severity == "error":
+            say(f"olmodebug: {finding.message}")
+    return 1 if any(finding.severity == "error" for finding in report.findings) else 0
+
+
+def _order(arguments: argparse.Namespace, world: "RankOf", *, cache: str | None) -> "TrainOrder":
+    from ..training.trainer import TrainOrder
+
+    specs = _compared() if arguments.compare else (arguments.subject,)
+    return TrainOrder(
+        jobs=tuple(_job(arguments, spec) for spec in specs),
+        recipe=_recipe(arguments).to_dict(),
+        data=tuple(arguments.data),
+        text_field=arguments.text_field,
+        tokenizer=arguments.tokenizer,
+        eos_id=arguments.eos_id,
+        protocol=arguments.protocol,
+        dtype=arguments.dtype,
+        tf32=arguments.tf32,
+        resume=arguments.resume is not None,
+        save_every=arguments.save_every,
+        cache=cache,
+        timeout_seconds=arguments.timeout,
+        command=shlex.join(["olmodebug", *arguments.argv]),
+        world=world,
+    )
+
+
+def _world(arguments: argparse.Namespace) -> "RankOf":
+    """The ranks that were asked for, or those that torchrun has started, of which this process is one."""
+    from ..training.trainer import RankOf
+
+    started, rank = os.environ.get("WORLD_SIZE"), os.environ.get("RANK")
+    if started is not None and rank is not None and started.isdigit() and rank.isdigit() and "MASTER_ADDR" in os.environ:
+        if arguments.ranks is not None:
+            raise UsageError("--ranks starts processes of its own, and torchrun has started some already; give one of the two")
+        return RankOf(size=int(started), strategy=arguments.strategy, rank=int(rank) if int(started) > 1 else None)
+    return RankOf(size=arguments.ranks or 1, strategy=arguments.strategy)
 
 
 def _job(arguments: argparse.Namespace, spec: str) -> dict[str, Any]:

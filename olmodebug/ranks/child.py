@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 from torch.utils._pytree import tree_flatten
 
+from ..group import lost_a_peer
 from ..load import SubjectCodeError
 from ..records import Case, Where
 from ..serve import Tell, serve
@@ -72,7 +73,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
         original = error.__cause__ if isinstance(error, SubjectCodeError) and error.__cause__ else error
         spot = Sources(nn.Module()).spot_of(original)
         where = Where(function=spot.function, file=short_path(spot.file), line=spot.line) if spot else Where()
-        lost = any(word in str(original) for word in ("Connection closed by peer", "Timed out waiting", "Connection reset by peer"))
+        lost = lost_a_peer(original)
         tell(
             "raised", text=f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}", where=plain(where), lost_a_peer=lost
         )

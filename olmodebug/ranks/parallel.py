@@ -55,7 +55,7 @@ def spread(strategy: str, launch: str | None, model: nn.Module, mesh: Any, *, lo
     elif strategy == "ddp":
         made = nn.parallel.DistributedDataParallel(model)
     elif strategy == "fsdp":
-        made = _fully_sharded(model, mesh)
+        made = fully_sharded(model, mesh)
     elif strategy == "tp":
         made = _tensor_parallel(model, mesh)
     else:
@@ -116,7 +116,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def _fully_sharded(model: nn.Module, mesh: Any) -> nn.Module:
+def fully_sharded(model: nn.Module, mesh: Any) -> nn.Module:
+    """The model under FSDP2: each block a group of its own, and what stands outside of them another."""
     from torch.distributed.fsdp import fully_shard
 
     for block in _blocks(model):

@@ -7,19 +7,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..errors import OlmodebugError, UsageError
-from ..process import Child, Death, innermost, last_line, run_child
+from ..group import Rank, first_to_fail, run_group
+from ..process import Child, innermost, last_line
 from ..records import Where
 from ..report import Environment, Finding, Outcome, Report, SubjectInfo, plain, with_reproduction
 from ..store import Run
 
 COMPLETES, MATCH = "ranks.step-completes", "ranks.collectives-match"
-GRACE_SECONDS = 15.0  # what the other ranks are given to tell why they stop, once one has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,28 +34,6 @@ class RankOrder:
     timeout_seconds: float = 300.0
     patience_seconds: float = 60.0
     command: str = ""
-
-
-@dataclass(slots=True)
-class _Rank:
-    """What one rank told, and how it ended."""
-
-    number: int
-    step: str = "starting"
-    raised: dict[str, Any] | None = None
-    death: Death | None = None
-    unusable: str | None = None
-    fault: str | None = None
-    abandoned: bool = False
-    ended_at: float = field(default=0.0)
-
-    @property
-    def ended_well(self) -> bool:
-        return self.death is None and self.raised is None
-
-
-class _Abandoned(Exception):
-    """Another rank has ended the run; there is nothing to wait for."""
 
 
 def compare_step(order: RankOrder, run: Run, progress: Callable[[str, float], None]) -> Report:
@@ -88,12 +66,10 @@ def compare_step(order: RankOrder, run: Run, progress: Callable[[str, float], No
     return with_reproduction(report, lambda _: order.command)
 
 
-def _run_ranks(order: RankOrder, folder: Path, told: dict[str, Any], progress: Callable[[str, float], None], started: float) -> list[_Rank]:
-    ranks = [_Rank(number=number) for number in range(order.ranks)]
-    lock = threading.Lock()
-
-    def follow(rank: _Rank) -> None:
-        place = folder / f"child-{rank.number}"
+def _run_ranks(order: RankOrder, folder: Path, told: dict[str, Any], progress: Callable[[str, float], None], started: float) -> list[Rank]:
+    children = []
+    for number in range(order.ranks):
+        place = folder / f"child-{number}"
         place.mkdir()
         child = Child(
             module="olmodebug.ranks.child",
@@ -103,7 +79,7 @@ def _run_ranks(order: RankOrder, folder: Path, told: dict[str, Any], progress: C
         )
         message = {
             "job": dict(order.job),
-            "rank": rank.number,
+            "rank": number,
             "world": order.ranks,
             "strategy": order.strategy,
             "launch": order.launch,
@@ -111,49 +87,24 @@ def _run_ranks(order: RankOrder, folder: Path, told: dict[str, Any], progress: C
             "store": str(folder / "store"),
             "patience": order.patience_seconds,
         }
+        children.append((child, message))
+    lock = threading.Lock()
 
-        def note(event: dict[str, Any]) -> None:
-            kind = event["event"]
-            if kind == "start":
-                rank.step = event["step"]
-            elif kind == "subject":
-                told["subject"] = event["value"]
-            elif kind == "dtypes":
-                with lock:
-                    told.setdefault("dtypes", set()).update(event["value"])
-            elif kind == "raised":
-                rank.raised = event
-            elif kind == "unusable":
-                rank.unusable = event["text"]
-            elif kind == "fault":
-                rank.fault = event["traceback"]
-
-        def tick() -> None:
-            if rank.number == 0:
-                progress(f"rank 0: {rank.step}", time.monotonic() - started)
+    def note(_: Rank, event: dict[str, Any]) -> None:
+        if event["event"] == "subject":
+            told["subject"] = event["value"]
+        elif event["event"] == "dtypes":
             with lock:
-                gone = [r.ended_at for r in ranks if r.ended_at and not r.ended_well]
-            if gone and time.monotonic() - min(gone) > GRACE_SECONDS:
-                raise _Abandoned
+                told.setdefault("dtypes", set()).update(event["value"])
 
-        try:
-            rank.death = run_child(child, message, note, tick)
-        except _Abandoned:
-            rank.death, rank.abandoned = Death(text="was still running when another rank had given up"), True
-        with lock:
-            rank.ended_at = time.monotonic()
+    def tick(rank: Rank) -> None:
+        if rank.number == 0:
+            progress(f"rank 0: {rank.step}", time.monotonic() - started)
 
-    threads = [threading.Thread(target=follow, args=(rank,), daemon=True) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return ranks
+    return run_group(children, note, tick)
 
 
-def _judged(
-    order: RankOrder, ranks: list[_Rank], told: dict[str, Any], folder: Path
-) -> tuple[list[Finding], list[Outcome], dict[str, Any]]:
+def _judged(order: RankOrder, ranks: list[Rank], told: dict[str, Any], folder: Path) -> tuple[list[Finding], list[Outcome], dict[str, Any]]:
     from ..compare import roundings_limit
     from .compare import compare_ranks, first_unlike_collectives
     from .record import read_records
@@ -186,13 +137,13 @@ def _judged(
     return findings + comparison.findings, outcomes + comparison.outcomes, section
 
 
-def _died(bad: list[_Rank], ranks: list[_Rank], unlike: tuple[int, list[Any]] | None, folder: Path) -> Finding:
+def _died(bad: list[Rank], ranks: list[Rank], unlike: tuple[int, list[Any]] | None, folder: Path) -> Finding:
     """The finding on a step that did not come to its end: the rank that began it, not those that lost their peer."""
     calls = unlike[1] if unlike is not None else []
-    own = [rank for rank in bad if rank.raised is not None and not rank.raised["lost_a_peer"]]
-    dead = [rank for rank in bad if rank.death is not None and not rank.death.hung and not rank.abandoned]
-    late = [rank for rank in bad if rank.abandoned or (rank.death is not None and rank.death.hung)]
-    first = min(own or dead or late or bad, key=lambda rank: rank.ended_at)
+    first = first_to_fail(bad)
+    assert first is not None
+    own = first.raised is not None and not first.raised["lost_a_peer"]
+    dead = first.death is not None and not first.death.hung and not first.abandoned
     place = folder / f"child-{first.number}"
     evidence = {f"rank {rank.number}": _ending(rank) for rank in ranks if rank is not first}
     where, cause = innermost(place / "stacks.txt"), None
@@ -200,10 +151,10 @@ def _died(bad: list[_Rank], ranks: list[_Rank], unlike: tuple[int, list[Any]] | 
         words = ", ".join(f"rank {r} {_call(call)}" for r, call in enumerate(calls))
         cause = f"the ranks do not call the same collectives: at number {unlike[0] if unlike else 0} {words}"
         where = next((call.where for call in calls if call.where.line), where)
-    if first in own and first.raised is not None:
+    if own and first.raised is not None:
         message = f"rank {first.number} raised while {first.step}: {first.raised['text'][:300]}"
         where = Where(**first.raised["where"])
-    elif first in dead and first.death is not None:
+    elif dead and first.death is not None:
         message = f"rank {first.number} {first.death.text} while {first.step}"
         if last := last_line(place / "output.txt"):
             evidence["last line of its output"] = last
@@ -213,7 +164,7 @@ def _died(bad: list[_Rank], ranks: list[_Rank], unlike: tuple[int, list[Any]] | 
     return Finding(probe=COMPLETES, severity="error", message=message, where=where, cause=cause, evidence=evidence)
 
 
-def _ending(rank: _Rank) -> str:
+def _ending(rank: Rank) -> str:
     if rank.raised is not None:
         return str(rank.raised["text"])[:160]
     return rank.death.text if rank.death else "ended well"

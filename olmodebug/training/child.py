@@ -4,6 +4,7 @@ The order comes as JSON on standard input, and every step and result goes to the
 """
 
 import math
+import os
 import resource
 import sys
 import time
@@ -20,6 +21,10 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     """Train one subject as ordered."""
     from ..errors import OlmodebugError
 
+    if order["world"]["size"] > 1:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // order["world"]["size"]))
     try:
         _run(order, tell)
     except OlmodebugError as error:
@@ -124,14 +129,34 @@ def _must_fit(subject: Any, dataset: Any) -> None:
 
 def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe: Any, dtype: str, head: Any, started: float) -> None:
     from ..explain import explain
+    from ..group import lost_a_peer
     from ..load import SubjectCodeError
     from ..report import Finding, plain
+    from ..spec import Job, resolve
     from .diagnose_step import diagnose
-    from .head import as_case
+    from .head import as_case, find_head
     from .loop import Options, StepFailed, train
+    from .world import gathered, join_world, leave_world
 
     folder, stop = Path(order["folder"]), Path(order["stop"])
+    longest = subject.max_positions
+    if longest is not None and recipe.seq_len > longest:
+        from ..errors import UsageError
+
+        raise UsageError(f"{subject.spec} knows {longest} positions; --seq-len {recipe.seq_len} is longer")
+    leads = order["world"]["rank"] == 0
+
+    def evaluate(part: str, when: str) -> None:
+        tell("start", step=f"{part} perplexity {when}")
+        tell("evaluated", part=part, when=when, value=_evaluated(subject, dataset, part, head, recipe.seq_len))
+
+    if leads:
+        evaluate("validation", "before")
+        tell("sample", when="before", value=_sample(subject, dataset))
+    tell("start", step="meeting the other ranks" if order["world"]["size"] > 1 else "train.runs")
+    world = join_world({**order, "dtype": dtype})
     options = Options(
+        world=world,
         dtype=dtype,
         seed=int(order["job"]["seed"]),
         folder=folder,
@@ -139,26 +164,18 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
         resume=order["resume"],
         should_stop=stop.exists,
     )
-    longest = subject.max_positions
-    if longest is not None and recipe.seq_len > longest:
-        from ..errors import UsageError
-
-        raise UsageError(f"{subject.spec} knows {longest} positions; --seq-len {recipe.seq_len} is longer")
-
-    def evaluate(part: str, when: str) -> None:
-        tell("start", step=f"{part} perplexity {when}")
-        tell("evaluated", part=part, when=when, value=_evaluated(subject, dataset, part, head, recipe.seq_len))
-
-    evaluate("validation", "before")
-    tell("sample", when="before", value=_sample(subject, dataset))
     tell("start", step="train.runs")
     try:
         ending = train(subject, dataset, recipe, options, tell)
     except StepFailed as failed:
         cause = failed.__cause__
         assert cause is not None
+        if world.size > 1 and lost_a_peer(cause):
+            tell("raised", text=f"lost another rank in step {failed.step + 1}: {_first_line(cause).partition('. ')[0]}", lost_a_peer=True)
+            return
         if _out_of_memory(cause):
             tell("failed", finding=plain(_memory_finding(failed, cause, subject)), stopped="out of memory")
+            _raised(tell, failed, cause)
             return
         error = SubjectCodeError("training step", subject=subject, case=as_case(failed.batch[:2]))
         error.__cause__ = cause
@@ -166,8 +183,17 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
         values = {name: getattr(finding, name) for name in Finding.__dataclass_fields__}
         values |= {"probe": "train.runs", "message": f"step {failed.step + 1} raises: {finding.message}"}
         tell("failed", finding=plain(Finding(**values)), stopped="raised")
+        _raised(tell, failed, cause)
         return
     tell("ended", value=_ended(ending, subject, head, recipe, dtype))
+    if world.size > 1:
+        weights = gathered(subject.model.state_dict())
+        leave_world(world)
+        if not world.leads:
+            return
+        subject = resolve(_sized(Job(**order["job"]), order)[0])  # a whole model again, whatever the ranks made of this one
+        subject.model.load_state_dict(weights)
+        head = find_head(subject)
     if ending.stopped in ("nan", "overflow"):
         tell("start", step="train.finite")
         assert ending.batch is not None
@@ -181,6 +207,15 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
     tell("sample", when="after", value=_sample(subject, dataset))
     tell("start", step="train.checkpoint")
     _checkpoint(tell, subject, dataset, folder / "checkpoint")
+
+
+def _raised(tell: Tell, failed: Any, cause: BaseException) -> None:
+    """For the other ranks: this one has ended the run, by something of its own."""
+    tell("raised", text=f"step {failed.step + 1} raises {_first_line(cause)}", lost_a_peer=False)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _ended(ending: Any, subject: Any, head: Any, recipe: Any, dtype: str) -> dict[str, Any]:

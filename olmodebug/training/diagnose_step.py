@@ -11,7 +11,7 @@ from ..settle import settled
 from ..subject import Subject
 from ..tracing.tracer import record
 from .head import as_case
-from .loop import batch_loss
+from .loop import LossOf
 
 PROBE = "train.finite"
 
@@ -32,7 +32,7 @@ def diagnose(subject: Subject, batch: Tensor, step: int, dtype: str, *, reason: 
     row = _bad_row(subject, batch, dtype)
     piece = batch[row : row + 1]
     with settled(subject.model, seed=subject.seed):
-        recording = record(subject.model, lambda: batch_loss(subject, None, piece, dtype).backward(), statistics=True)
+        recording = record(subject.model, lambda: LossOf(subject, None, dtype)(piece).backward(), statistics=True)
     first = next((event for event in recording.events if _makes_bad(event)), None)
     message = f"step {step + 1}: {_reason(reason)}"
     if first is None:
@@ -69,6 +69,6 @@ def _bad_row(subject: Subject, batch: Tensor, dtype: str) -> int:
     """The first row whose loss alone is not finite; 0 where each is."""
     with settled(subject.model, seed=subject.seed), torch.no_grad():
         for row in range(len(batch)):
-            if not math.isfinite(float(batch_loss(subject, None, batch[row : row + 1], dtype))):
+            if not math.isfinite(float(LossOf(subject, None, dtype)(batch[row : row + 1]))):
                 return row
     return 0

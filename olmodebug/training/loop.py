@@ -1,7 +1,8 @@
 """The loop: it trains a subject by a recipe, watches what goes wrong in training, and tells every step.
 
 Forward under autocast, parameters in float32, backward outside of it; with float16 the gradients are unscaled before they are
-clipped, and a step whose gradients overflow is left out and counted. Every step is told before the next begins.
+clipped, and a step whose gradients overflow is left out and counted. Every step is told before the next begins. On several
+ranks every rank runs this loop, and what a step shows is that of the whole batch.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..convention import find_logits
 from ..errors import UsageError
@@ -29,6 +30,7 @@ from .loss import linear_cross_entropy
 from .optimizer import Optimizers, make_optimizers
 from .packing import Packing, windows
 from .recipe import Recipe
+from .world import World, gathered, load_weights, whole
 
 LOOKED_AT_EVERY = 10  # steps between the watches that cost: the update, the largest logit
 SPIKE_NATS = 1.0  # above the median of the last ten losses
@@ -47,6 +49,7 @@ class Options:
     save_every: int = 50
     resume: bool = False
     should_stop: Callable[[], bool] = lambda: False
+    world: World = field(default_factory=World)
 
 
 @dataclass(slots=True)
@@ -80,26 +83,30 @@ class StepFailed(Exception):
 
 def train(subject: Subject, dataset: Dataset, recipe: Recipe, options: Options, tell: Tell) -> Ending:
     """Train the subject's model in place. StepFailed where its code raises."""
-    model, device = subject.model, subject.device
+    model, device, world = subject.model, subject.device, options.world
+    if recipe.batch_size < world.size:
+        raise UsageError(f"--batch-size {recipe.batch_size}: {world.size} ranks need at least a window each")
     head = find_head(subject)
     model.train()
+    loss_of = world.spread(LossOf(subject, head, options.dtype))
     optimizers = make_optimizers(model, recipe, head=head.module if head else None)
     scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
     watch = Watch(untouched={name for name, parameter in model.named_parameters() if parameter.requires_grad})
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed + world.rank)  # of dropout: ranks draw masks of their own
     first, before = _resumed(subject, optimizers, scaler, watch, recipe, options)
     packing = Packing(seq_len=recipe.seq_len, seed=options.seed, document_tokens=recipe.document_tokens, aligned=recipe.aligned)
     stream = windows(dataset.train_texts, dataset.encoder, packing, skip=first * recipe.batch_size)
     started = time.perf_counter()
     row = 0
     for step in range(first, recipe.steps):
-        if options.should_stop():
+        world.watch()
+        if world.any(options.should_stop()):
             _save(subject, optimizers, scaler, watch, recipe, options, step, before + time.perf_counter() - started)
             return Ending(stopped="interrupted", watch=watch, seconds=before + time.perf_counter() - started, steps=step)
         batch = _next_batch(stream, recipe.batch_size, device)
         optimizers.set_rates(recipe.rate_share(step))
         begun = time.perf_counter()
-        seen = _step(subject, head, batch, optimizers, scaler, recipe, options, watch, step)
+        seen = _step(subject, loss_of, batch, optimizers, scaler, recipe, options, watch, step)
         seen["seconds"] = time.perf_counter() - begun
         watch.steps.append(seen)
         tell("step", value=seen)
@@ -114,28 +121,36 @@ def train(subject: Subject, dataset: Dataset, recipe: Recipe, options: Options, 
     return Ending(stopped=None, watch=watch, seconds=seconds, steps=recipe.steps)
 
 
-def batch_loss(subject: Subject, head: Head | None, batch: Tensor, dtype: str, *, kept: list[Tensor] | None = None) -> Tensor:
-    """The mean loss of the next tokens in a batch of windows, each of which predicts all of its own but the first.
+class LossOf(nn.Module):
+    """The subject's model as a module that returns the loss of a batch: what spreads a model over ranks acts around a forward.
 
-    `kept` gets the first window's hidden states, where the loss is taken from them.
+    The mean loss of the next tokens in a batch of windows, each of which predicts all of its own but the first.
     """
-    device = batch.device.type
-    low = getattr(torch, dtype)
-    autocast: AbstractContextManager[Any] = torch.autocast(device, dtype=low) if dtype != "float32" else nullcontext()
-    targets = batch[:, 1:].flatten()
-    with autocast:
-        if head is not None:
-            states = head.hidden_states(lambda: run_on(subject, batch))[:, :-1].flatten(0, 1)
-            if kept is not None:
-                kept.append(states[: batch.shape[1] - 1].detach())
-            return linear_cross_entropy(states, head.module.weight, targets, dtype=low)
-        logits = find_logits(run_on(subject, batch), batch_size=batch.shape[0], seq_len=batch.shape[1]).logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets)
+
+    def __init__(self, subject: Subject, head: Head | None, dtype: str) -> None:
+        super().__init__()
+        self.model, self.subject, self.head, self.dtype = subject.model, subject, head, dtype
+        self.largest_logit: float | None = None  # of the first window, where `look` asked for it
+
+    def forward(self, batch: Tensor, look: bool = False) -> Tensor:
+        device = batch.device.type
+        low = getattr(torch, self.dtype)
+        autocast: AbstractContextManager[Any] = torch.autocast(device, dtype=low) if self.dtype != "float32" else nullcontext()
+        targets = batch[:, 1:].flatten()
+        with autocast:
+            if self.head is not None:
+                states = self.head.hidden_states(lambda: run_on(self.subject, batch))[:, :-1].flatten(0, 1)
+                weight = self.head.module.weight
+                self.largest_logit = _largest_logit(states[: batch.shape[1] - 1].detach(), weight) if look else None
+                return linear_cross_entropy(states, weight, targets, dtype=low)
+            called = run_on(self.subject, batch)
+            logits = find_logits(called, batch_size=batch.shape[0], seq_len=batch.shape[1]).logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets)
 
 
 def _step(
     subject: Subject,
-    head: Head | None,
+    loss_of: nn.Module,
     batch: Tensor,
     optimizers: Optimizers,
     scaler: torch.amp.GradScaler,
@@ -147,16 +162,18 @@ def _step(
     """One step, and what it showed."""
     parameters = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
     look = step % LOOKED_AT_EVERY == 0 or step == recipe.steps - 1
-    kept: list[Tensor] = []
+    world = options.world
+    share = world.share(batch)
     try:
-        loss = batch_loss(subject, head, batch, options.dtype, kept=kept if look else None)
-        scaler.scale(loss).backward()
+        loss = loss_of(world.rows(batch), look)
+        # The ranks' gradients are averaged, so that each rank's loss counts `size` times its share.
+        scaler.scale(loss * (share * world.size) if world.size > 1 else loss).backward()
+        value = world.sum(float(loss.detach()) * share)
     except Exception as error:
         raise StepFailed(step, batch) from error
-    value = float(loss.detach())
     for optimizer in optimizers.each:
         scaler.unscale_(optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)))
     overflowed = not math.isfinite(norm)
     finite = math.isfinite(value) and (not overflowed or scaler.is_enabled())
     seen: dict[str, Any] = {
@@ -165,7 +182,7 @@ def _step(
         "rate": recipe.learning_rate * recipe.rate_share(step),
         "grad_norm": norm if not overflowed else None,
         "update_ratio": None,
-        "largest_logit": _largest_logit(head, kept),
+        "largest_logit": _looked(loss_of),
         "loss_scale": scaler.get_scale() if scaler.is_enabled() else None,
         "tokens": batch.numel(),
         "skipped": overflowed,
@@ -194,23 +211,28 @@ def _touch(subject: Subject, watch: Watch) -> None:
     """Take the parameters that got a gradient other than zero off the list."""
     if watch.untouched:
         for name, parameter in subject.model.named_parameters():
-            if name in watch.untouched and parameter.grad is not None and bool(parameter.grad.count_nonzero()):
+            if name in watch.untouched and parameter.grad is not None and bool(whole(parameter.grad).count_nonzero()):
                 watch.untouched.discard(name)
 
 
 def _ratio(old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
     """The norm of the last update as a share of the parameters' norm before it."""
-    change = math.sqrt(sum(float((b.detach() - a).double().pow(2).sum()) for a, b in zip(old, new, strict=True)))
-    size = math.sqrt(sum(float(a.double().pow(2).sum()) for a in old))
+    change = math.sqrt(sum(float(whole((b.detach() - a).double().pow(2).sum())) for a, b in zip(old, new, strict=True)))
+    size = math.sqrt(sum(float(whole(a.double().pow(2).sum())) for a in old))
     return change / size if size else math.inf
 
 
+def _looked(loss_of: nn.Module) -> float | None:
+    """The largest logit that the last look of a module, wrapped or not, has seen."""
+    found = next(module for module in loss_of.modules() if isinstance(module, LossOf))
+    return found.largest_logit
+
+
 @torch.no_grad()
-def _largest_logit(head: Head | None, kept: list[Tensor]) -> float | None:
-    """The largest magnitude among the logits of these hidden states; None where there are none or it is not finite."""
-    if head is None or not kept:
-        return None
-    largest = max(float((part.float() @ head.module.weight.T.float()).abs().max()) for part in kept[0].split(128))
+def _largest_logit(states: Tensor, weight: Tensor) -> float | None:
+    """The largest magnitude among the logits of these hidden states; None where it is not finite."""
+    with torch.autocast(states.device.type, enabled=False):
+        largest = max(float((part.float() @ weight.T.float()).abs().max()) for part in states.split(128))
     return largest if math.isfinite(largest) else None
 
 
@@ -231,13 +253,16 @@ def _save(
     step: int,
     seconds: float,
 ) -> None:
+    model, moments = gathered(subject.model.state_dict()), gathered(optimizers.state_dict())
+    if not options.world.leads:
+        return
     save_state(
         options.folder / "resume.pt",
         {
             "step": step,
             "seconds": seconds,
-            "model": subject.model.state_dict(),
-            "optimizers": optimizers.state_dict(),
+            "model": model,
+            "optimizers": moments,
             "scaler": scaler.state_dict(),
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -262,7 +287,7 @@ def _resumed(
     for name, asked in (("recipe", recipe.to_dict()), ("dtype", options.dtype), ("seed", options.seed)):
         if state[name] != asked:
             raise UsageError(f"--resume: the run was begun with another {name} ({_difference(state[name], asked)})")
-    subject.model.load_state_dict(state["model"])
+    load_weights(subject.model, state["model"])
     optimizers.load_state_dict(state["optimizers"])
     scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["random"])

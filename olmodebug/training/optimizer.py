@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..convention import first_embedding
 from ..errors import UsageError
 from .recipe import Recipe
+from .world import dealt
 
 Kind = Literal["matrix", "embedding", "vector"]
 
@@ -38,7 +39,8 @@ class Optimizers:
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self.each, states, strict=True):
-            optimizer.load_state_dict(state)
+            numbered = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+            optimizer.load_state_dict(dealt(state, numbered))
 
 
 def kinds(model: nn.Module, head: nn.Module | None = None) -> dict[Kind, list[Tensor]]:

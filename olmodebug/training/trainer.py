@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..process import Child, Death, innermost, last_line, run_child
+from ..group import Rank, first_to_fail, run_group
+from ..process import Child, Death, innermost, last_line
 from ..report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from
 from ..store import Run
 from ..supervise import InternalFault
@@ -51,6 +52,16 @@ class TrainOrder:
     cache: str | None = None
     timeout_seconds: float = 300.0
     command: str = ""
+    world: "RankOf" = field(default_factory=lambda: RankOf())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOf:
+    """How many ranks train together, and which of them this process starts: None for all of them, a number under torchrun."""
+
+    size: int = 1
+    strategy: str = "ddp"
+    rank: int | None = None
 
 
 @dataclass(slots=True)
@@ -96,24 +107,71 @@ def _one(order: TrainOrder, job: Mapping[str, Any], run: Run, folder: Path, watc
     told = Told(spec=str(job["spec"]))
     names = ("recipe", "data", "text_field", "tokenizer", "eos_id", "protocol", "dtype", "tf32", "resume", "save_every", "cache", "command")
     message = {name: getattr(order, name) for name in names} | {"job": dict(job), "folder": str(folder), "stop": str(stop)}
+    message["timeout_seconds"] = order.timeout_seconds
     folder.mkdir(parents=True, exist_ok=True)
 
-    def note(event: dict[str, Any]) -> None:
-        _note(told, event)
-        watch(told)
+    def note(rank: Rank, event: dict[str, Any]) -> None:
+        if rank.number == 0:
+            _note(told, event)
+            watch(told)
+        elif event["event"] == "failed":
+            ahead[rank.number] = event
 
+    def tick(rank: Rank) -> None:
+        if rank.number == 0:
+            watch(told)
+
+    ahead: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="olmodebug-") as scratch:
         place = run.folder or Path(scratch)
-        child = Child(module="olmodebug.training.child", folder=place, timeout_seconds=order.timeout_seconds)
-        death = run_child(child, message, note, lambda: watch(told))
-        if told.unusable is not None:
-            raise UsageError(told.unusable)
-        if told.fault is not None:
-            raise InternalFault(told.fault)
-        if death is not None:
-            _record_death(told, death, child)
+        started = _children(order, message, place, Path(scratch))
+        ranks = run_group(started, note, tick)
+        for rank in ranks:
+            if rank.unusable is not None:
+                raise UsageError(rank.unusable)
+            if rank.fault is not None:
+                raise InternalFault(rank.fault)
+        first = first_to_fail(ranks)
+        if first is not None:
+            _record_end(told, order.world, first, ahead.get(first.number), started[first.number][0])
     _judge(told)
     return told
+
+
+def _children(order: TrainOrder, message: Mapping[str, Any], place: Path, scratch: Path) -> list[tuple[Child, Mapping[str, Any]]]:
+    """The processes to start: one for each rank, or the one that this process stands for."""
+    world = order.world
+    store = str(scratch / "store") if world.rank is None and world.size > 1 else None
+    local = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"} if store else {}
+    started: list[tuple[Child, Mapping[str, Any]]] = []
+    for rank in range(world.size) if world.rank is None else (world.rank,):
+        folder = place if rank == 0 else scratch / f"rank-{rank}"
+        folder.mkdir(exist_ok=True)
+        child = Child(module="olmodebug.training.child", folder=folder, timeout_seconds=order.timeout_seconds, environment=local)
+        device = "cuda:" + str(rank) if store and message["job"]["device"] == "cuda" else message["job"]["device"]
+        told = {"rank": rank, "size": world.size, "strategy": world.strategy, "store": store}
+        started.append((child, {**message, "job": {**message["job"], "device": device}, "world": told}))
+    return started
+
+
+def _record_end(told: Told, world: RankOf, rank: Rank, failed: Mapping[str, Any] | None, child: Child) -> None:
+    """How the rank that ended the run ended, as a finding that names it where there are several."""
+    who = "the process" if world.size == 1 else f"rank {rank.number if world.rank is None else world.rank}"
+    if failed is not None:  # what another rank than the leading one has found out about its own end
+        finding = finding_from(failed["finding"])
+        told.findings.append(replace(finding, message=f"{who}: {finding.message}"))
+        told.stopped = failed["stopped"]
+    elif rank.raised is not None:
+        if rank.raised["lost_a_peer"]:
+            told.findings.append(Finding(probe=RUNS, severity="error", message=f"{who} {rank.raised['text']}"))
+            told.stopped = "raised"
+    elif rank.abandoned and rank.death is not None:
+        told.stopped = "hung"
+        where = innermost(child.stacks)
+        message = f"{who} does not come to the collective that the others wait in, at step {len(told.steps) + 1}"
+        told.findings.append(Finding(probe=RUNS, severity="error", message=message, where=where))
+    elif rank.death is not None:
+        _record_death(told, rank.death, child, who, rank.step)
 
 
 def _note(told: Told, event: dict[str, Any]) -> None:
@@ -152,16 +210,16 @@ def _note(told: Told, event: dict[str, Any]) -> None:
         told.fault = event["traceback"]
 
 
-def _record_death(told: Told, death: Death, child: Child) -> None:
-    at = f"at step {len(told.steps) + 1}" if told.step == RUNS else f"during {told.step}"
+def _record_death(told: Told, death: Death, child: Child, who: str, step: str) -> None:
+    at = f"at step {len(told.steps) + 1}" if step == RUNS else f"during {step}"
     last = last_line(child.output)
     killed = death.signal == 9 and not death.hung
     told.stopped = "hung" if death.hung else "died"
     told.findings.append(
         Finding(
-            probe=RUNS if told.step != BUILD else BUILD,
+            probe=RUNS if step != BUILD else BUILD,
             severity="error",
-            message=f"the process {death.text} {at}",
+            message=f"{who} {death.text} {at}",
             where=innermost(child.stacks),
             fix="the operating system kills a process so when memory runs out; try a smaller --batch-size" if killed else None,
             evidence={"last line of its output": last} if last else {},

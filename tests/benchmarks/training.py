@@ -23,7 +23,7 @@ from olmodebug.presets import preset
 from olmodebug.subject import from_model
 from olmodebug.training.checkpoint import hugging_face_config
 from olmodebug.training.head import find_head
-from olmodebug.training.loop import batch_loss
+from olmodebug.training.loop import LossOf
 from olmodebug.training.optimizer import make_optimizers
 from olmodebug.training.recipe import SHORT
 
@@ -93,7 +93,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     losses, times = [], []
     for batch in batches(arguments):
         begun = time.perf_counter()
-        loss = batch_loss(subject, head, batch.to(subject.device), "float16" if cuda else "float32")
+        loss = LossOf(subject, head, "float16" if cuda else "float32")(batch.to(subject.device))
         scaler.scale(loss).backward()
         for optimizer in optimizers.each:
             scaler.unscale_(optimizer)
