@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 
 from olmodebug.errors import UsageError
-from olmodebug.training.packing import Packing, windows
+from olmodebug.training.packing import Packing, train_windows, windows
 from olmodebug.training.tokenization import Encoder
 
 
@@ -73,3 +73,20 @@ def test_aligned_documents_start_windows_and_their_rests_are_joined() -> None:
 def test_documents_too_short_for_one_window_are_refused() -> None:
     with pytest.raises(UsageError, match="fill no window of 512 tokens"):
         next(windows(lambda: iter(["1 2 3"]), ENCODER, Packing(seq_len=512)))
+
+
+def test_documents_begin_at_the_end_of_a_run_and_are_left_out_before() -> None:
+    packing = Packing(seq_len=4, aligned=True)  # 12 documents of two windows: 1-4 and 5-7 with the end
+    found = list(train_windows(lambda: iter(TEXTS), ENCODER, packing, count=18, starts=6))
+    assert all(window[0] % 10 == 5 for window in found[:12])
+    assert all(window[0] % 10 == 1 for window in found[12:])
+    for skip in (0, 5, 12, 15):
+        resumed = train_windows(lambda: iter(TEXTS), ENCODER, packing, count=18, starts=6, skip=skip)
+        assert list(resumed) == found[skip:]
+
+
+def test_documents_of_one_window_or_less_are_trained_on_whatever_the_order() -> None:
+    for seq_len, starts in ((8, 4), (20, 1)):
+        packing = Packing(seq_len=seq_len, aligned=True)
+        found = list(train_windows(lambda: iter(TEXTS), ENCODER, packing, count=8, starts=starts))
+        assert len(found) == 8 and all(len(window) == seq_len for window in found)

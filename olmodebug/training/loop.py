@@ -28,7 +28,7 @@ from .dataset import Dataset
 from .head import Head, find_head, run_on
 from .loss import linear_cross_entropy
 from .optimizer import Optimizers, make_optimizers
-from .packing import Packing, windows
+from .packing import Packing, train_windows
 from .recipe import Recipe
 from .world import World, gathered, load_weights, whole
 
@@ -95,7 +95,14 @@ def train(subject: Subject, dataset: Dataset, recipe: Recipe, options: Options, 
     torch.manual_seed(options.seed + world.rank)  # of dropout: ranks draw masks of their own
     first, before = _resumed(subject, optimizers, scaler, watch, recipe, options)
     packing = Packing(seq_len=recipe.seq_len, seed=options.seed, document_tokens=recipe.document_tokens, aligned=recipe.aligned)
-    stream = windows(dataset.train_texts, dataset.encoder, packing, skip=first * recipe.batch_size)
+    stream = train_windows(
+        dataset.train_texts,
+        dataset.encoder,
+        packing,
+        count=recipe.steps * recipe.batch_size,
+        starts=recipe.starts(),
+        skip=first * recipe.batch_size,
+    )
     started = time.perf_counter()
     row = 0
     for step in range(first, recipe.steps):

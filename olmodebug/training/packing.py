@@ -6,8 +6,9 @@ used. Two buffers bound the memory: one of documents and one of windows.
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal, TypeVar
 
 from ..errors import UsageError
 from .tokenization import Encoder
@@ -26,13 +27,15 @@ class Packing:
     """How documents become windows. `document_tokens`: only so many of each document's first tokens; None takes all.
 
     `aligned`: every document starts a window, so that first tokens stand at first positions, as where documents are evaluated
-    from their start; what fills no window of its own is joined with the rests of others.
+    from their start; what fills no window of its own is joined with the rests of others. `first`: the tokens of a
+    document's first window are left out, or are all there is; a document shorter than a window is kept whole in either.
     """
 
     seq_len: int
     seed: int = 0
     document_tokens: int | None = None
     aligned: bool = False
+    first: Literal["kept", "left out", "only"] = "kept"
 
 
 def windows(texts: Callable[[], Iterable[str]], encoder: Encoder, packing: Packing, *, skip: int = 0) -> Iterator[Window]:
@@ -50,6 +53,24 @@ def windows(texts: Callable[[], Iterable[str]], encoder: Encoder, packing: Packi
         if given == before:
             raise UsageError(f"the training documents fill no window of {packing.seq_len} tokens; give more data or a shorter --seq-len")
         epoch += 1
+
+
+def train_windows(
+    texts: Callable[[], Iterable[str]], encoder: Encoder, packing: Packing, *, count: int, starts: int, skip: int = 0
+) -> Iterator[Window]:
+    """The `count` windows of a run, of which the last `starts` are those with which documents begin, and the others are not,
+    where documents are long enough for others. UsageError when they fill no window."""
+    before = count - starts
+    if skip < before:
+        others = replace(packing, first="left out" if starts else "kept")
+        try:
+            next(windows(texts, encoder, others))
+        except UsageError:
+            others = packing
+        yield from islice(windows(texts, encoder, others, skip=skip), before - skip)
+    if starts:
+        only = replace(packing, first="only")
+        yield from islice(windows(texts, encoder, only, skip=max(0, skip - before)), count - max(skip, before))
 
 
 def _epoch(texts: Iterable[str], encoder: Encoder, packing: Packing, draw: random.Random) -> Iterator[Window]:
@@ -74,6 +95,10 @@ def _packed(documents: Iterable[list[int]], eos_id: int, packing: Packing) -> It
         whole = [*ids, eos_id]
         if packing.document_tokens is not None:
             whole = whole[: packing.document_tokens]
+        if packing.first == "only":
+            whole = whole[: packing.seq_len]
+        elif packing.first == "left out" and len(whole) >= packing.seq_len:
+            whole = whole[packing.seq_len :]
         if packing.aligned:
             while len(whole) >= packing.seq_len:
                 yield whole[: packing.seq_len]

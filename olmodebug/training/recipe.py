@@ -22,7 +22,9 @@ class Recipe:
 
     `final_share`: the share of its peak at which a rate ends. `initializer_range`: the std that matrices and embedding are
     drawn with; None leaves the model's own. `zero_residual`: what layers add to the residual stream begins at 0.
-    `document_tokens`: only so many first tokens of each document are trained on; `aligned`: each document starts a window.
+    `document_tokens`: only so many first tokens of each document are trained on; `aligned`: each document starts a window;
+    `starts_share`: the share of the steps, the last ones, that train on the windows with which documents begin, and the
+    steps before them on all others.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Recipe:
     zero_residual: bool = False
     document_tokens: int | None = None
     aligned: bool = False
+    starts_share: float = 0.0
 
     def rate_share(self, step: int) -> float:
         """The share of its peak that every rate has at a step, from 0: linear warmup, then the schedule."""
@@ -54,6 +57,10 @@ class Recipe:
         done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         shape = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.final_share + (1 - self.final_share) * shape
+
+    def starts(self) -> int:
+        """How many of the run's windows are such with which documents begin: whole steps, the last ones."""
+        return round(self.starts_share * self.steps) * self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "betas": list(self.betas)}
@@ -125,8 +132,9 @@ OURS = Recipe(
     final_share=0.0,
     initializer_range=0.05,
     zero_residual=True,
-    document_tokens=5120,  # ten windows: 80 documents fill the 800 windows of the run once
+    document_tokens=5120,  # ten windows: 80 documents fill about the 800 windows of the run once
     aligned=True,
+    starts_share=0.2,  # 80 documents' first windows, twice
 )
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (OURS, SHORT, *map(_ladder, LADDER))}
