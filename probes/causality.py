@@ -30,6 +30,8 @@ QUERY_KEY = re.compile(
 )
 # Causal-LM classes of transformers whose published architecture reads a prefix in both directions.
 PREFIX_MODELS = ("cpmant",)
+# Those whose published architecture hashes keys into as many buckets as the length of the sequence asks for.
+HASHING_MODELS = ("reformer",)
 # A finite mask constant such as -1e4 is beaten when scores reach this size; float16 training gets there (minGPT#75).
 BEATING_SCORE = 1e5
 UNMEASURED_GROWTH = 300.0  # of weights, where a fused kernel hides the scores
@@ -79,6 +81,8 @@ def prefix_alone(subject: Subject) -> Iterator[Finding]:
     Why: a model that looks at the length of its input computes one thing in training and another in use.
     Catches: scores divided by the square root of the sequence length; positions counted from the end.
     """
+    if (kind := subject.setting("model_type")) in (*PREFIX_MODELS, *HASHING_MODELS):
+        not_applicable(f"{kind} lets a token's attention depend on the length of the sequence, by design")
     if rope_type(subject) in LENGTH_DEPENDENT:
         not_applicable("its RoPE scaling depends on the length of the sequence, by design")
     twin = subject.twin()
@@ -101,7 +105,7 @@ def prefix_alone(subject: Subject) -> Iterator[Finding]:
             message=f"the first {length} tokens alone give logits {apart.max_abs:.3g} away from those they give at the start of {seq} tokens",
             where=where,
             source=source_lines(where),
-            cause="the line computes with the length of the sequence" if told else None,
+            cause="what this line gives depends on the length of the sequence" if told else None,
             fix="let nothing depend on how many tokens follow: neither positions nor factors" if told else None,
             expected="no difference beyond rounding",
             observed=f"{apart.max_abs:.3g} at position {apart.index[1]}",
