@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from olmodebug.footprint.cuda_policy import attention_kernel, autocast_lists, cuda_policies, no_packed_sequences
+from olmodebug.footprint.cuda_policy import attention_kernel, autocast_lists, cuda_policies, no_packed_sequences, values_unread
 from olmodebug.footprint.fake_model import fake_mode
 from olmodebug.footprint.gpus import GPUS
 
@@ -77,6 +77,8 @@ def test_the_cpu_differs_where_the_emulation_changes_it_and_is_put_back() -> Non
         ("A100", torch.float16, 64, True, "efficient"),
         ("A100", torch.float32, 64, False, "efficient"),
         ("A100", torch.float16, 512, False, "efficient"),
+        ("A100", torch.float16, 20, True, "math"),  # rows of 40 bytes: tensor cores read 16 at a time
+        ("T4", torch.float32, 9, True, "efficient"),  # no tensor cores for float32 before Ampere
         ("T4", torch.float16, 64, False, "efficient"),
         ("T4", torch.bfloat16, 64, False, "math"),
         ("H100", torch.float64, 64, False, "math"),
@@ -86,6 +88,36 @@ def test_the_attention_kernel_follows_card_dtype_head_and_mask(
     gpu: str, dtype: torch.dtype, head_dim: int, masked: bool, kernel: str
 ) -> None:
     assert attention_kernel(GPUS[gpu], dtype=dtype, head_dim=head_dim, masked=masked) == kernel
+
+
+def test_values_of_another_head_size_go_to_the_efficient_kernel_and_keep_it() -> None:
+    with fake_mode(), cuda_policies(GPUS["A100"], autocast=False):
+        query = torch.empty(2, 4, 16, 24, dtype=torch.float16, requires_grad=True)
+        value = torch.empty(2, 4, 16, 16, dtype=torch.float16, requires_grad=True)
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, value, is_causal=True)
+        out.sum().backward()
+        assert out.shape == value.shape and value.grad is not None and value.grad.shape == value.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("left", "right", "rows"),
+    [((10, 8), (3, 8, 16), 10), ((3, 10, 8), (3, 8, 16), None), ((16, 24), (24, 16), 24), ((3, 10, 8), (8, 24), 24)],
+)
+def test_grouped_products_of_fake_tensors_have_the_shape_and_dtype_of_real_ones(
+    dtype: torch.dtype, left: tuple[int, ...], right: tuple[int, ...], rows: int | None
+) -> None:
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+
+    def product() -> tuple[torch.Size, torch.dtype, int]:
+        ends = None if rows is None else torch.tensor([0, 8, rows], dtype=torch.int32)
+        out = torch.nn.functional.grouped_mm(torch.ones(left, dtype=dtype), torch.ones(right, dtype=dtype), offs=ends)
+        return out.shape, out.dtype, out.untyped_storage().nbytes()
+
+    with fake_mode(), values_unread():
+        fake = product()
+    assert fake == product()
 
 
 @pytest.mark.parametrize(("heads", "masked"), [(4, False), (2, False), (4, True)])

@@ -26,6 +26,9 @@ CASES = [
     ("transformers:GPT2LMHeadModel", {"precision": "fp16-amp"}),
     ("transformers:Olmo2ForCausalLM", {"precision": "bf16-amp", "optimizer": "sgd-momentum"}),
     ("transformers:GPTNeoXForCausalLM", {"precision": "fp32", "optimizer": "adamw-fused"}),
+    ("transformers:MixtralForCausalLM", {"precision": "fp32"}),  # experts, in a grouped product
+    ("transformers:DeepseekV2ForCausalLM", {"precision": "fp16-amp", "checkpointing": True}),  # values of another head size
+    ("transformers:JambaForCausalLM", {"precision": "bf16", "inference": True, "new_tokens": 2}),
 ]
 
 

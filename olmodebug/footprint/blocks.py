@@ -11,17 +11,24 @@ from ..tracing.norms import acts_as_norm, norm_width
 FINAL_NORM = re.compile(
     r"(^|\.)(norm|ln_f|norm_f|ln_out|ln_final|final_norm|final_layernorm|final_layer_norm|model_norm|out_norm)(\.weight)?$"
 )
+HOLDERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
 
 
-def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of the repeated blocks: the list of modules of one class that holds the most parameters."""
+def blocks_of(model: nn.Module, *, alike: bool = True) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the repeated blocks: the list of modules of one class that holds the most parameters.
+
+    Where they need not be alike, also a ModuleList of several classes that all run: a hybrid has blocks of attention and of
+    recurrence.
+    """
     best: list[tuple[str, nn.Module]] = []
     most = 0
     for path, holder in model.named_modules():
         if not isinstance(holder, nn.ModuleList | nn.Sequential) or len(holder) == 0:
             continue
         size = sum(p.numel() for p in holder.parameters())
-        if len({type(child) for child in holder}) == 1 and size > most:
+        one_class = len({type(child) for child in holder}) == 1
+        several = not alike and isinstance(holder, nn.ModuleList) and not any(isinstance(child, HOLDERS) for child in holder)
+        if (one_class or several) and size > most:
             best = [(f"{path}.{name}" if path else name, child) for name, child in holder.named_children()]
             most = size
     return best

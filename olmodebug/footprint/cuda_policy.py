@@ -25,6 +25,7 @@ AttentionKernel = Literal["flash", "efficient", "math"]
 
 LOW = (torch.float16, torch.bfloat16)
 FLASH_MOST_HEAD_DIM = 256
+ALIGNED_BYTES = 16
 KEY = "AutocastCPU"
 
 # The macros of the header and what each list of operators gets.
@@ -45,8 +46,43 @@ def cuda_policies(gpu: Gpu, *, autocast: bool) -> Iterator[None]:
             if autocast:
                 stack.callback(_emulate_autocast()._destroy)
             stack.callback(_emulate_attention(gpu)._destroy)
-        stack.enter_context(no_packed_sequences())
+        stack.enter_context(values_unread())
         yield
+
+
+@contextmanager
+def values_unread() -> Iterator[None]:
+    """Inside, torch and transformers do with fake tensors what they do with real ones, in two places where they would not."""
+    with no_packed_sequences(), grouped_products():
+        yield
+
+
+@contextmanager
+def grouped_products() -> Iterator[None]:
+    """The grouped product of experts in any dtype, as its kernels take it; torch's rule for fake tensors refuses all but bfloat16.
+
+    Its output has a row for each row that comes in, wherever the router sends it, so no routing need be assumed.
+    """
+    if not hasattr(torch.ops.aten, "_grouped_mm"):
+        yield
+        return
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        library.impl("_grouped_mm", _grouped_product, "Meta", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _grouped_product(
+    left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """What the product allocates: [rows, columns] of rows and a stack of matrices, or the other way round; a stack of two."""
+    rows, columns = left.shape[-2], right.shape[-1]
+    stack = left.shape[0] if left.dim() == right.dim() == 3 else len(offs) if left.dim() == right.dim() and offs is not None else None
+    return left.new_empty((rows, columns) if stack is None else (stack, rows, columns), dtype=out_dtype or left.dtype)
 
 
 @contextmanager
@@ -79,17 +115,23 @@ def autocast_lists() -> dict[str, str]:
     return policies
 
 
-def attention_kernel(gpu: Gpu, *, dtype: torch.dtype, head_dim: int, masked: bool, dropout: float = 0.0) -> AttentionKernel:
-    """The kernel of scaled_dot_product_attention on this GPU.
+def attention_kernel(
+    gpu: Gpu, *, dtype: torch.dtype, head_dim: int, masked: bool, dropout: float = 0.0, value_dim: int | None = None
+) -> AttentionKernel:
+    """The kernel of scaled_dot_product_attention on this GPU; `value_dim` where the values have another size of head.
 
-    flash: float16 or bfloat16, no mask, head_dim up to 256, Ampere and later. efficient: float32 too, and masks; bfloat16
-    from Ampere on. On Hopper and Blackwell torch may prefer cuDNN's kernel where flash fits as well: it returns tensors of
-    the same size (output and one float32 a row and head), so it counts as flash here.
+    flash: float16 or bfloat16, no mask, one head_dim up to 256, Ampere and later. efficient: float32 too, masks, and values
+    of another size; bfloat16 from Ampere on; rows of 16 bytes wherever it uses tensor cores (sdp_utils.cpp). On Hopper and
+    Blackwell torch may prefer cuDNN's kernel where flash fits as well: it returns tensors of the same size (output and one
+    float32 a row and head), so it counts as flash here.
     """
     ampere = gpu.capability >= (8, 0)
-    if ampere and dtype in LOW and not masked and head_dim <= FLASH_MOST_HEAD_DIM:
+    value_dim = head_dim if value_dim is None else value_dim
+    if ampere and dtype in LOW and not masked and head_dim == value_dim <= FLASH_MOST_HEAD_DIM:
         return "flash"
-    if dtype in (torch.float32, torch.float16) or (dtype == torch.bfloat16 and ampere):
+    tensor_cores = ampere or (gpu.capability >= (7, 0) and dtype in LOW)
+    aligned = not tensor_cores or all(size * dtype.itemsize % ALIGNED_BYTES == 0 for size in (head_dim, value_dim))
+    if aligned and (dtype in (torch.float32, torch.float16) or (dtype == torch.bfloat16 and ampere)):
         return "efficient"
     return "math"
 
@@ -190,7 +232,9 @@ def _emulate_attention(gpu: Gpu) -> torch.library.Library:
     ) -> Tensor:
         aten = torch.ops.aten
         head_dim = query.shape[-1]
-        kernel = attention_kernel(gpu, dtype=query.dtype, head_dim=head_dim, masked=attn_mask is not None, dropout=dropout_p)
+        kernel = attention_kernel(
+            gpu, dtype=query.dtype, head_dim=head_dim, masked=attn_mask is not None, dropout=dropout_p, value_dim=value.shape[-1]
+        )
         if kernel == "efficient" and (enable_gqa and key.shape[-3] != query.shape[-3]):
             kernel = "math"  # the efficient kernel takes as many key heads as query heads
         if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..spec import Job
 from ..subject import Subject, quiet
-from .cuda_policy import cuda_policies, no_packed_sequences
+from .cuda_policy import cuda_policies, no_packed_sequences, values_unread
 from .fake_model import fake_copy, fake_mode, fake_subject
 from .gpus import Gpu
 from .kv_cache import cache_tensors
@@ -40,7 +40,7 @@ def trace_fake(prepared: Prepared, plan: StepPlan, gpu: Gpu | None, *, steps: in
     """The storages of a plan on fake tensors; with a GPU its policies are emulated, without one it is the CPU itself."""
     subject = prepared.subject
     _must_fit_positions(subject, plan)
-    policies: AbstractContextManager[Any] = no_packed_sequences()
+    policies: AbstractContextManager[Any] = values_unread()
     if gpu is not None:
         policies = cuda_policies(gpu, autocast=plan.precision in AUTOCAST)
     with prepared.mode, quiet(), policies:

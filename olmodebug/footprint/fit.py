@@ -87,6 +87,10 @@ def what_ifs(
         except UsageError as error:
             rows.append(WhatIf(change=text, reason=str(error).partition(": ")[2] or str(error)))
             continue
+        except Exception as error:  # the model's own code may not stand the change: the prediction itself remains
+            first = str(error).strip().partition("\n")[0]
+            rows.append(WhatIf(change=text, reason=f"it does not run so: {type(error).__name__}: {first}"))
+            continue
         rows.append(
             WhatIf(
                 change=text,

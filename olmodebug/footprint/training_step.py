@@ -161,20 +161,22 @@ def chunked_loss(subject: Subject, input_ids: Tensor) -> Tensor:
     head = output_head(subject)
     if head is None:
         raise UsageError("chunked cross-entropy: this model has no output head (a Linear with a row for each token) that could be chunked")
-    path, module = head
-    parent = subject.model.get_submodule(path.rpartition(".")[0])
-    name = path.rpartition(".")[2]
-    setattr(parent, name, nn.Identity())  # the model then returns what would go into its head
+    module = head[1]
+    module.forward = _unchanged  # type: ignore[method-assign]  # the model then returns what would go into its head
     try:
         result = run(subject, call_arguments(subject, input_ids))
         hidden = find_logits(result, batch_size=len(input_ids), seq_len=input_ids.shape[1]).logits.flatten(0, 1)
     finally:
-        setattr(parent, name, module)
+        del module.__dict__["forward"]
     targets = next_tokens(input_ids).flatten()
     total = hidden.new_zeros((), dtype=torch.float32)
     for states, labels in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
         total = total + checkpoint(_chunk_loss, module, states, labels, use_reentrant=False, preserve_rng_state=False)
     return total / (len(input_ids) * (input_ids.shape[1] - 1))
+
+
+def _unchanged(states: Tensor) -> Tensor:
+    return states
 
 
 def _chunk_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
@@ -217,14 +219,14 @@ def output_head(subject: Subject) -> tuple[str, nn.Module] | None:
 def checkpointed(model: nn.Module, on: bool, *, preserve_random_state: bool = False) -> Iterator[None]:
     """Each repeated block recomputed in the backward pass, as `torch.utils.checkpoint` without reentrance does it.
 
-    UsageError where the model has no list of equal blocks.
+    UsageError where the model has no list of blocks.
     """
     if not on:
         yield
         return
-    blocks = [block for _, block in blocks_of(model)]
+    blocks = [block for _, block in blocks_of(model, alike=False)]
     if len(blocks) < 2:
-        raise UsageError("gradient checkpointing: this model has no list of equal blocks that could be recomputed")
+        raise UsageError("gradient checkpointing: this model has no list of blocks that could be recomputed")
     try:
         for block in blocks:
             block.forward = partial(  # type: ignore[method-assign]
