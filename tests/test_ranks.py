@@ -18,9 +18,11 @@ from olmodebug.cli import main
 from olmodebug.commands.ranks import STRATEGIES
 from olmodebug.compare import roundings_limit
 from olmodebug.errors import ReportError, UsageError
-from olmodebug.ranks.compare import compare_ranks, first_unlike_collectives, gather, join, unlike_replicas
+from olmodebug.ranks.compare import compare_ranks
+from olmodebug.ranks.logical import gather, wholes
 from olmodebug.ranks.parallel import STRATEGIES as parallel_strategies
 from olmodebug.ranks.record import Collective, RankWriter, digest, plain_name, read_records
+from olmodebug.ranks.replicas import first_unlike_collectives, unlike_replicas
 from olmodebug.ranks.run import RankOrder, compare_step
 from olmodebug.render.ranks import ranks_view
 from olmodebug.report import Report
@@ -209,12 +211,12 @@ def test_shards_are_put_together_by_their_placements(tmp_path: Path) -> None:
         write(tmp_path, rank, 2, [("gradient", "w", part)])
     records = read_records(tmp_path)
     held = gather(records).of("gradient")["w"]
-    assert join(held, records) is None, "a plain tensor does not say how it lies"
+    assert wholes(held, records) is None, "a plain tensor does not say how it lies"
     for placements, expected in (("shard:0", whole), ("replicate", held.parts[0])):
         held.events = [type(e)(**{**{f: getattr(e, f) for f in e.__dataclass_fields__}, "placements": (placements,)}) for e in held.events]
-        joined = join(held, records)
+        joined = wholes(held, records)
         assert joined is not None
-        assert torch.equal(joined, expected)
+        assert torch.equal(joined[0], expected)
 
 
 def test_the_first_unlike_collective_is_found_and_uneven_shards_are_none(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ compared on one machine; the tensors say what the ranks hold together.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ReportError
@@ -28,8 +29,9 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEvent:
-    """One tensor of one rank. `placements` are DTensor's words, one a mesh dimension (`shard:0`, `replicate`, `partial`);
-    empty for a plain tensor, whose layout has to be found. `key` names the tensor in the record's file."""
+    """One tensor of one rank. `placements` are DTensor's words, one a mesh dimension (`shard:0`, `strided:0`, `replicate`,
+    `partial`), and `coordinate` is this rank's in the tensor's own mesh; both are empty for a plain tensor, whose layout has
+    to be found. `key` names the tensor in the record's file."""
 
     stage: str
     name: str
@@ -37,6 +39,7 @@ class RankEvent:
     shape: tuple[int, ...] = ()
     dtype: str = ""
     placements: tuple[str, ...] = ()
+    coordinate: tuple[int, ...] = ()
     where: Where = field(default_factory=Where)
     key: str | None = None
 
@@ -64,6 +67,7 @@ class RankWriter:
     def tensor(self, stage: str, name: str, value: Tensor, *, where: Where | None = None) -> None:
         """Note a tensor: its local part, and how that part lies in the whole where it is a DTensor."""
         placements = tuple(_word(p) for p in getattr(value, "placements", ()))
+        mesh = getattr(value, "device_mesh", None)
         local = value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]
         local = local.detach().cpu().contiguous()
         key = None
@@ -78,6 +82,7 @@ class RankWriter:
             shape=tuple(local.shape),
             dtype=str(local.dtype).removeprefix("torch."),
             placements=placements,
+            coordinate=tuple(mesh.get_coordinate() or ()) if mesh is not None else (),
             where=where or Where(),
             key=key,
         )
@@ -106,13 +111,18 @@ class RankRecord:
     world: int
     coordinate: tuple[int, ...]
     mesh: tuple[int, ...]
-    _tensors: dict[str, Tensor] | None = None
 
     def events(self) -> Iterator[RankEvent]:
         """Its tensors in the order they were noted."""
         for body in self._lines():
             if body["stage"] != "collective":
-                values = {**body, "shape": tuple(body["shape"]), "placements": tuple(body["placements"]), "where": Where(**body["where"])}
+                values = {
+                    **body,
+                    "shape": tuple(body["shape"]),
+                    "placements": tuple(body["placements"]),
+                    "coordinate": tuple(body.get("coordinate", ())),
+                    "where": Where(**body["where"]),
+                }
                 yield RankEvent(**values)
 
     def collectives(self) -> Iterator[Collective]:
@@ -121,14 +131,14 @@ class RankRecord:
             if body["stage"] == "collective":
                 yield Collective(op=body["op"], shape=tuple(body["shape"]), where=Where(**body["where"]))
 
-    def load(self, event: RankEvent) -> Tensor | None:
-        """The tensor of an event; None where the record was too large to keep it."""
-        if event.key is None:
-            return None
-        if self._tensors is None:
-            file = self.path.with_suffix(".safetensors")
-            self._tensors = load_file(file) if file.is_file() else {}
-        return self._tensors.get(event.key)
+    def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
+        """The tensors of some keys, under the names that they are asked by; what a process that was killed left out is not there."""
+        file = self.path.with_suffix(".safetensors")
+        if not keys or not file.is_file():
+            return {}
+        with safe_open(file, framework="pt") as tensors:
+            kept = set(tensors.keys())
+            return {name: tensors.get_tensor(key) for name, key in keys.items() if key in kept}
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         with self.path.with_suffix(".jsonl").open(encoding="utf-8") as lines:
@@ -182,6 +192,8 @@ def plain_name(name: str) -> str:
 
 
 def _word(placement: Any) -> str:
+    if type(placement).__name__ == "_StridedShard":  # torch's own word for a dimension that a later mesh dimension splits first
+        return f"strided:{placement.dim}"
     if placement.is_shard():
         return f"shard:{placement.dim}"
     return "replicate" if placement.is_replicate() else "partial"

@@ -106,8 +106,9 @@ def _run_ranks(order: RankOrder, folder: Path, told: dict[str, Any], progress: C
 
 def _judged(order: RankOrder, ranks: list[Rank], told: dict[str, Any], folder: Path) -> tuple[list[Finding], list[Outcome], dict[str, Any]]:
     from ..compare import roundings_limit
-    from .compare import compare_ranks, first_unlike_collectives
+    from .compare import compare_ranks
     from .record import read_records
+    from .replicas import first_unlike_collectives
 
     section: dict[str, Any] = {"world": order.ranks, "strategy": order.launch or order.strategy, "compared": None, "collectives": []}
     bad = [rank for rank in ranks if not rank.ended_well]

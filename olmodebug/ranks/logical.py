@@ -1,0 +1,131 @@
+"""Tensors of many ranks in their logical form: a DTensor's shards put together by its placements, a plain one as it lies."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..records import Where
+from .record import RankEvent, RankRecord
+
+
+@dataclass(slots=True, kw_only=True)
+class Held:
+    """One named tensor on every rank: its events and local parts, in the order of ranks."""
+
+    events: list[RankEvent]
+    parts: list[Tensor]
+
+    @property
+    def where(self) -> Where:
+        return self.events[0].where
+
+
+@dataclass(slots=True, kw_only=True)
+class Stages:
+    """Everything noted, by stage and name, in the order of notes; `missing` are on some ranks only, or too large to be kept."""
+
+    by_stage: dict[str, dict[str, Held]] = field(default_factory=dict)
+    missing: set[tuple[str, str]] = field(default_factory=set)
+
+    def of(self, stage: str) -> dict[str, Held]:
+        return self.by_stage.get(stage, {})
+
+
+def gather(records: list[RankRecord]) -> Stages:
+    """The tensors of some records by stage and name. What several ranks hold bit for bit is read once, by its digest."""
+    stages = Stages()
+    found: dict[tuple[str, str], list[tuple[RankEvent, Tensor | None]]] = {}
+    known: dict[str, Tensor] = {}
+    for record in records:
+        events = list(record.events())
+        known |= record.load({event.digest: event.key for event in events if event.key is not None and event.digest not in known})
+        for event in events:
+            found.setdefault((event.stage, event.name), []).append((event, known.get(event.digest)))
+    for (stage, name), items in found.items():
+        parts = [part for _, part in items if part is not None]
+        if stage == "data" and parts and len(items) % len(records) == 0:  # several forwards a step: their rows together
+            per_rank = len(items) // len(records)
+            parts = [torch.cat(parts[i : i + per_rank]) for i in range(0, len(parts), per_rank)]
+        if len(parts) == len(records):
+            stages.by_stage.setdefault(stage, {})[name] = Held(events=[event for event, _ in items], parts=parts)
+        else:
+            stages.missing.add((stage, name))
+    return stages
+
+
+def wholes(held: Held, ranks: list[RankRecord]) -> list[Tensor] | None:
+    """A DTensor put together from its local parts; None for a plain tensor. There are as many wholes as ranks hold the
+    same shard: the copies along replicated mesh dimensions, and along those that the tensor's own mesh lacks."""
+    placements = held.events[0].placements
+    if not placements:
+        return None
+    spread = [dim for dim, kind in enumerate(placements) if kind != "replicate"]
+    copies: list[dict[tuple[int, ...], Tensor]] = []
+    for record, event, part in zip(ranks, held.events, held.parts, strict=True):
+        coordinate = event.coordinate or record.coordinate
+        mine = tuple(coordinate[dim] for dim in spread)
+        copy = next((copy for copy in copies if mine not in copy), None)
+        if copy is None:
+            copies.append(copy := {})
+        copy[mine] = part
+    kinds = [placements[dim] for dim in spread]
+    return [_joined(copy, kinds) for copy in copies]
+
+
+def _joined(parts: dict[tuple[int, ...], Tensor], kinds: list[str]) -> Tensor:
+    """Mesh dimension by mesh dimension: those that split what another one had split already, then from the last."""
+    order = sorted(range(len(kinds)), key=lambda dim: (not kinds[dim].startswith("strided"), -dim))
+    for dim in order:
+        groups: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        for coordinate, part in parts.items():
+            groups.setdefault((*coordinate[:dim], 0, *coordinate[dim + 1 :]), []).append((coordinate[dim], part))
+        ordered = {key: [part for _, part in sorted(group, key=lambda item: item[0])] for key, group in groups.items()}
+        parts = {key: _combined(kinds[dim], group) for key, group in ordered.items()}
+    return next(iter(parts.values()))
+
+
+def _combined(kind: str, parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0) if kind == "partial" else torch.cat(parts, int(kind.rpartition(":")[2]))
+
+
+def is_whole(held: Held) -> bool:
+    """Whether every rank holds a plain tensor of one shape."""
+    return not held.events[0].placements and len({part.shape for part in held.parts}) == 1
+
+
+def shards(parts: list[Tensor], expected: Tensor) -> list[Tensor]:
+    """What plain parts give when they are put together along each dimension where the sizes fit, or as flat pieces."""
+    found = [torch.cat(parts, dim) for dim in range(expected.ndim) if _fits(parts, dim, expected)]
+    flat = expected.ndim > 1 and all(part.ndim == 1 for part in parts) and sum(map(len, parts)) == expected.numel()
+    return [*found, torch.cat(parts).view(expected.shape)] if flat else found
+
+
+def _fits(parts: list[Tensor], dim: int, expected: Tensor) -> bool:
+    rest = [[size for d, size in enumerate(part.shape) if d != dim] for part in parts]
+    others = [size for d, size in enumerate(expected.shape) if d != dim]
+    same = all(part.ndim == expected.ndim for part in parts) and all(shape == others for shape in rest)
+    return same and sum(part.shape[dim] for part in parts) == expected.shape[dim]
+
+
+def distance(expected: Tensor, part: Tensor) -> float:
+    """The largest difference; infinite between shapes that are unlike, and where one side alone is NaN."""
+    if expected.shape != part.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    gap = (expected.double() - part.double()).abs().max()
+    return float("inf") if torch.isnan(gap) else float(gap)
+
+
+def ratio(expected: Tensor, part: Tensor, limit: float) -> float | None:
+    """The number that the expected tensor times gives the part to rounding; None where there is none, or it is 1."""
+    if expected.shape != part.shape or not expected.numel():
+        return None
+    flat, other = expected.double().flatten(), part.double().flatten()
+    square = float(flat.dot(flat))
+    if not square:
+        return None
+    factor = float(flat.dot(other)) / square
+    near = float((other - factor * flat).abs().max()) <= limit * max(float(other.abs().max()), 1e-300)
+    return factor if near and abs(factor - 1) > limit and factor else None

@@ -1,0 +1,132 @@
+"""One process's tensors beside those of all ranks: how far apart they are, under the layout that the ranks' tensors have."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..compare import ROUNDINGS
+from .logical import Held, Stages, distance, is_whole, shards, wholes
+from .record import RankRecord
+
+
+class Pair:
+    """Both sides of a comparison. `limit` is relative, as `roundings_limit` gives it; `floor` is one rounding of it.
+
+    `rows` are the rows of the batch that each rank saw, by content; None where one is not in the batch. Ranks that saw the
+    same rows are a group: in it a plain tensor may be whole, sharded, or a share of a sum.
+    """
+
+    def __init__(self, truth: Stages, held: Stages, ranks: list[RankRecord], limit: float) -> None:
+        self.truth, self.held, self.ranks, self.limit = truth, held, ranks, limit
+        self.world = len(ranks)
+        self.floor = limit / ROUNDINGS
+        self.rows = self._rows()
+        self.groups = self._groups()
+        self._scales: dict[str, float] = {}
+        self._undo_clipping()
+
+    def scale(self, stage: str) -> float:
+        """The largest magnitude in the single process's tensors of a stage."""
+        if stage not in self._scales:
+            parts = [held.parts[0] for held in self.truth.of(stage).values()]
+            self._scales[stage] = max((float(p.abs().max()) for p in parts if p.numel() and p.is_floating_point()), default=0.0)
+        return self._scales[stage]
+
+    def unlike(self, stage: str) -> Iterator[tuple[str, Held, float]]:
+        """Named tensors whose logical form is not the single process's, with the largest difference."""
+        scale = self.scale(stage)
+        for name, held in self.held.of(stage).items():
+            expected = self.truth.of(stage).get(name)
+            if expected is None:
+                continue
+            gap = self.gap(expected.parts[0], held)
+            own = float(expected.parts[0].abs().max()) if expected.parts[0].numel() else 0.0
+            if gap > max(self.limit * own, self.floor * scale):
+                yield name, held, gap
+
+    def joined(self, held: Held) -> list[Tensor]:
+        """The wholes of a DTensor, or the parts of a plain one."""
+        found = wholes(held, self.ranks)
+        return held.parts if found is None else found
+
+    def gap(self, expected: Tensor, held: Held) -> float:
+        """How far the logical tensor is from the expected one, under the layout that comes nearest."""
+        joined = wholes(held, self.ranks)
+        if joined is not None:
+            return max(distance(expected, whole) for whole in joined)
+        if is_whole(held) and held.parts[0].shape == expected.shape:
+            return max(distance(expected, part) for part in held.parts)
+        inside = [shards([held.parts[rank] for rank in group], expected) for group in self.groups]
+        together = shards(held.parts, expected)
+        nearest = [min((distance(expected, whole) for whole in found), default=float("inf")) for found in inside]
+        return min([distance(expected, whole) for whole in together] + [max(nearest)])
+
+    def layout(self, expected: Tensor, held: Held) -> str | None:
+        """How a module's tensor lies over the ranks: `whole`, `rows`, `shard`, `share`; None where nothing fits."""
+        own = float(expected.abs().max()) if expected.is_floating_point() and expected.numel() else 0.0
+        bound = max(self.limit * own, self.floor * self.scale("forward"))
+        joined = wholes(held, self.ranks)
+        if joined is not None:
+            return "whole" if all(distance(expected, whole) <= bound for whole in joined) else None
+        mine = self._expected_by_group(expected)
+        for word, fits in (("whole", _is_equal), ("shard", _is_sharded), ("share", _is_share)):
+            if fits(expected, held.parts, bound):
+                return word
+            if mine and all(fits(e, [held.parts[r] for r in g], bound) for e, g in zip(mine, self.groups, strict=True)):
+                return "rows" if word == "whole" else word
+        return None
+
+    def ids(self, stages: Stages) -> list[list[list[int]]]:
+        """The token ids that each process saw, row by row."""
+        held = stages.of("data").get("input_ids")
+        return [part.tolist() for part in held.parts] if held else [[]]
+
+    def _expected_by_group(self, expected: Tensor) -> list[Tensor]:
+        """What each group should hold of a tensor over the whole batch; empty where that cannot be told."""
+        if self.rows is None or not expected.ndim:
+            return []
+        rows = [self.rows[group[0]] for group in self.groups]
+        return [expected[mine] for mine in rows] if len(expected) > max((max(mine, default=0) for mine in rows), default=0) else []
+
+    def _rows(self) -> list[list[int]] | None:
+        batch = [tuple(row) for row in self.ids(self.truth)[0]]
+        found = []
+        for rank in self.ids(self.held):
+            if not all(tuple(row) in batch for row in rank):
+                return None
+            found.append([batch.index(tuple(row)) for row in rank])
+        return found
+
+    def _groups(self) -> list[list[int]]:
+        if self.rows is None or len(self.rows) != self.world:
+            return [list(range(self.world))]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank, rows in enumerate(self.rows):
+            groups.setdefault(tuple(rows), []).append(rank)
+        return list(groups.values())
+
+    def _undo_clipping(self) -> None:
+        """Scale each rank's gradients back to the norm that its step reports, which it had before it clipped them."""
+        norms, gradients = self.held.of("norm").get("grad_norm"), self.held.of("gradient")
+        if norms is None or not gradients or norms.events[0].placements == ("partial",):
+            return
+        joined = {name: wholes(held, self.ranks) for name, held in gradients.items()}
+        for rank, reported in enumerate(norms.parts):
+            mine = [held.parts[rank] if (whole := joined[name]) is None else whole[0] for name, held in gradients.items()]
+            norm = sum(float(part.double().pow(2).sum()) for part in mine) ** 0.5
+            for held in gradients.values():
+                held.parts[rank] = held.parts[rank] * (float(reported) / norm if norm else 1.0)
+
+
+def _is_equal(expected: Tensor, parts: list[Tensor], bound: float) -> bool:
+    return all(distance(expected, part) <= bound for part in parts)
+
+
+def _is_sharded(expected: Tensor, parts: list[Tensor], bound: float) -> bool:
+    return any(distance(expected, whole) <= bound for whole in shards(parts, expected))
+
+
+def _is_share(expected: Tensor, parts: list[Tensor], bound: float) -> bool:
+    same_shape = all(part.shape == expected.shape for part in parts)
+    return same_shape and distance(expected, torch.stack(parts).sum(0)) <= bound
