@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,13 @@ LIMIT = roundings_limit({"float64"})
 QUICK = ("per_rank_mean", "bias_on_each_rank")
 
 
-def step_on(spec: str, *, strategy: str = "ddp", wrap: str | None = None, ranks: int = 2, patience: float = 8.0) -> Report:
+def step_on(
+    spec: str, *, strategy: str = "ddp", wrap: str | None = None, ranks: int = 2, mesh: tuple[int, ...] = (), patience: float = 8.0
+) -> Report:
     launch = f"{Path(parallel.__file__)}:{wrap}" if wrap else None
-    order = RankOrder(job={"spec": spec}, ranks=ranks, strategy=strategy, launch=launch, patience_seconds=patience, timeout_seconds=120)
+    order = RankOrder(
+        job={"spec": spec}, ranks=ranks, strategy=strategy, launch=launch, mesh=mesh, patience_seconds=patience, timeout_seconds=120
+    )
     return compare_step(order, Run(id="test", folder=None), lambda *_: None)
 
 
@@ -85,6 +90,30 @@ def test_every_strategy_takes_the_step_of_one_process(spec: str, strategy: str) 
     expect_clean(step_on(spec, strategy=strategy))
 
 
+@pytest.mark.slow
+def test_shards_over_data_and_tensor_parallel_ranks_at_once_are_put_together() -> None:
+    expect_clean(step_on("olmo1-tiny", strategy="fsdp", ranks=4, mesh=(2, 2), patience=60))
+
+
+@pytest.mark.slow
+def test_plain_tensors_over_two_mesh_dimensions_stay_clean() -> None:
+    expect_clean(step_on(MODEL, wrap="clean_rows_by_heads", ranks=4, mesh=(2, 2), patience=60))
+
+
+@pytest.mark.slow
+def test_flat_shards_without_a_layout_are_left_out_and_accuse_nobody() -> None:
+    report = step_on(MODEL, wrap="flat_shards", patience=60)
+    assert report.findings == () and report.verdict == "pass"
+    compared = report.sections["ranks"]["compared"]
+    assert compared["forward"] > 10 > compared["gradient"]  # outputs are whole; of gradients only those that are in one piece
+
+
+@pytest.mark.slow
+def test_a_mesh_of_two_dimensions_that_nobody_declared_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="give --mesh DPxTP"):
+        step_on(MODEL, wrap="own_mesh", ranks=4, patience=60)
+
+
 def test_one_rank_is_no_comparison() -> None:
     with pytest.raises(UsageError, match="at least 2"):
         step_on("olmo1-tiny", ranks=1)
@@ -100,7 +129,16 @@ def test_the_command_line_names_the_strategies_that_there_are() -> None:
     assert parallel_strategies == STRATEGIES
 
 
-@pytest.mark.parametrize(("line", "words"), [("--ranks 1", "needs at least 2"), ("a.bundle b.bundle --ranks 2", "takes one subject")])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--ranks 1", "needs at least 2"),
+        ("a.bundle b.bundle --ranks 2", "takes one subject"),
+        ("--ranks 4 --mesh 2", "expected two sizes"),
+        ("--ranks 2 --mesh 2x2", "has 4 places, and --ranks is 2"),
+        ("--ranks 4 --mesh 2x2", "goes with --strategy fsdp or --launch"),
+    ],
+)
 def test_a_wrong_turn_is_one_line(line: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["parity", *line.split()]) == 2
@@ -213,10 +251,27 @@ def test_shards_are_put_together_by_their_placements(tmp_path: Path) -> None:
     held = gather(records).of("gradient")["w"]
     assert wholes(held, records) is None, "a plain tensor does not say how it lies"
     for placements, expected in (("shard:0", whole), ("replicate", held.parts[0])):
-        held.events = [type(e)(**{**{f: getattr(e, f) for f in e.__dataclass_fields__}, "placements": (placements,)}) for e in held.events]
+        held.events = [replace(event, placements=(placements,)) for event in held.events]
         joined = wholes(held, records)
         assert joined is not None
         assert torch.equal(joined[0], expected)
+
+
+def test_a_dimension_that_two_mesh_dimensions_split_is_put_together_and_every_copy_is_compared(tmp_path: Path) -> None:
+    whole = torch.arange(16.0).view(8, 2)
+    first, second = whole.chunk(2)  # tensor parallel ranks; data parallel ranks split what each of them has
+    parts = [first.chunk(2)[0], second.chunk(2)[0], first.chunk(2)[1], second.chunk(2)[1]]
+    for rank, part in enumerate(parts):
+        write(tmp_path, rank, 4, [("start", "w", part)])
+    records = read_records(tmp_path)
+    for record, coordinate in zip(records, [(0, 0), (0, 1), (1, 0), (1, 1)], strict=True):
+        record.coordinate = coordinate
+    held = gather(records).of("start")["w"]
+    held.events = [replace(event, placements=("strided:0", "shard:0")) for event in held.events]
+    assert [torch.equal(found, whole) for found in wholes(held, records) or []] == [True]
+    held.events = [replace(event, placements=("shard:0", "replicate")) for event in held.events]
+    copies = wholes(held, records) or []
+    assert [copy.tolist() for copy in copies] == [torch.cat([parts[0], parts[2]]).tolist(), torch.cat([parts[1], parts[3]]).tolist()]
 
 
 def test_the_first_unlike_collective_is_found_and_uneven_shards_are_none(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ranks", type=int, metavar="N", help="take one training step on N processes and in one, and compare")
     group.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="how the model is spread over them (default ddp)")
     group.add_argument("--launch", metavar="FILE.py:NAME", help="your own wrap(model, mesh): the parallel model, or (model, train_step)")
+    group.add_argument("--mesh", metavar="DPxTP", help="two mesh dimensions, dp and tp: with --strategy fsdp both at once, as in 2x2")
     group.add_argument("--patience", type=float, default=60.0, metavar="SECONDS", help="how long a collective may wait (default 60)")
 
 
@@ -34,6 +35,7 @@ def compare_ranks(arguments: argparse.Namespace) -> int:
         ranks=arguments.ranks,
         strategy=arguments.strategy,
         launch=arguments.launch,
+        mesh=_sizes(arguments.mesh),
         timeout_seconds=arguments.timeout,
         patience_seconds=arguments.patience,
         command=shlex.join(["olmodebug", *arguments.argv]),
@@ -49,3 +51,13 @@ def compare_ranks(arguments: argparse.Namespace) -> int:
     with contextlib.suppress(OSError):
         run.save(report, order_record(order))
     return deliver(arguments, report)
+
+
+def _sizes(text: str | None) -> tuple[int, ...]:
+    """`2x2` as sizes; none without a text."""
+    if text is None:
+        return ()
+    words = text.split("x")
+    if len(words) != 2 or not all(word.isdigit() and int(word) for word in words):
+        raise UsageError(f"--mesh {text}: expected two sizes, data parallel times tensor parallel, as in 2x2")
+    return tuple(map(int, words))

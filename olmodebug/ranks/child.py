@@ -125,7 +125,8 @@ def together(subject: Subject, batch: Batch, folder: Path, order: dict[str, Any]
     store = dist.FileStore(order["store"], world)
     backend = "nccl" if subject.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=order["patience"]))
-    mesh = init_device_mesh(subject.device.type, (world,))
+    sizes = tuple(order["mesh"])
+    mesh = init_device_mesh(subject.device.type, sizes or (world,), mesh_dim_names=("dp", "tp") if sizes else None)
     late = Path(order["stacks"]).open("a", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
     faulthandler.dump_traceback_later(order["patience"] + SECONDS_TO_TELL, file=late)  # where this rank is when another gives up
     tell("start", step="wrapping the model")

@@ -37,9 +37,8 @@ class Spread:
 def spread(strategy: str, launch: str | None, model: nn.Module, mesh: Any, *, logits: Logits) -> Spread:
     """The model under a strategy, or under the user's wrapper `file.py:wrap(model, mesh)`, which returns the parallel
     model, or it and a `train_step(model, optimizer, batch)` that gets the global batch."""
-    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    rank, world = dist.get_rank(), dist.get_world_size()
     if launch:
         wrap = load_attribute(launch)
         if not callable(wrap):
@@ -55,19 +54,27 @@ def spread(strategy: str, launch: str | None, model: nn.Module, mesh: Any, *, lo
     elif strategy == "ddp":
         made = nn.parallel.DistributedDataParallel(model)
     elif strategy == "fsdp":
-        made = fully_sharded(model, mesh)
+        made = fully_sharded(_tensor_parallel(model, mesh["tp"]) if mesh.ndim > 1 else model, mesh["dp"] if mesh.ndim > 1 else mesh)
     elif strategy == "tp":
         made = _tensor_parallel(model, mesh)
     else:
         raise UsageError(f"--strategy {strategy}: expected {', '.join(STRATEGIES)}")
     shares_rows = _averages_gradients(made)
+    if shares_rows and mesh.ndim == 1 and any(getattr(p, "device_mesh", mesh).ndim > 1 for p in made.parameters()):
+        raise UsageError("the model lies on a mesh of two dimensions: give --mesh DPxTP, or return (model, train_step) from the wrapper")
+    data = mesh["dp"] if mesh.ndim > 1 else mesh
+    rank, world = data.get_local_rank(), data.size()
     rows = slice(rank, None, world) if shares_rows else slice(None)
-    knows_norm = not launch or shares_rows  # shards that are plain tensors do not tell that they are shards
-    return Spread(model=made, step=global_mean_step(logits, rows=rows, world=world if shares_rows else 1, knows_norm=knows_norm))
+    # Shards that are plain tensors do not tell that they are shards, and the first FSDP's are.
+    knows_norm = not launch or (shares_rows and not isinstance(made, FullyShardedDataParallel))
+    return Spread(
+        model=made,
+        step=global_mean_step(logits, rows=rows, world=world if shares_rows else 1, group=data.get_group(), knows_norm=knows_norm),
+    )
 
 
-def global_mean_step(logits: Logits, *, rows: slice, world: int, knows_norm: bool = True) -> Step:
-    """One step on these rows of the global batch. Gradients are averaged over `world` ranks by what wraps the model, so
+def global_mean_step(logits: Logits, *, rows: slice, world: int, group: Any = None, knows_norm: bool = True) -> Step:
+    """One step on these rows of the global batch. Gradients are averaged over the `world` ranks of a group by what wraps the model, so
     the sum of this rank's losses is divided by the labelled tokens of the whole batch and multiplied by `world`."""
 
     def step(model: nn.Module, optimizer: optim.Optimizer, batch: Batch) -> Mapping[str, Any]:
@@ -78,7 +85,7 @@ def global_mean_step(logits: Logits, *, rows: slice, world: int, knows_norm: boo
         (summed * world / counted).backward()
         loss = summed.detach().clone() / counted
         if world > 1:
-            torch.distributed.all_reduce(loss)
+            torch.distributed.all_reduce(loss, group=group)
         result = {"loss": loss} | ({"grad_norm": gradient_norm(model)} if knows_norm else {})
         optimizer.step()
         return result

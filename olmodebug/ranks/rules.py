@@ -172,7 +172,11 @@ def step(pair: Pair) -> Finding | None:
             expected = gradients[name].parts[0] * factor
             gap = pair.gap(expected, held)
             # the change is a difference of two weights, each rounded
-            rounding = pair.floor * float(start[name].parts[0].abs().max()) if name in start else 0.0
+            rounding = (
+                pair.floor * max((float(part.abs().max()) for part in start[name].parts if part.numel()), default=0.0)
+                if name in start
+                else 0.0
+            )
             if gap > 64 * pair.limit * scale + rounding:
                 return _finding(
                     f"after the step the {what} {name} differs by {gap:.3g} from {factor:.3g} times its gradient, though the gradient agrees",

@@ -3,6 +3,7 @@
 A rank that raises, dies or waits in a collective that the others never call is a finding that names it.
 """
 
+import math
 import tempfile
 import threading
 import time
@@ -24,13 +25,15 @@ COMPLETES, MATCH = "ranks.step-completes", "ranks.collectives-match"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOrder:
-    """What to run: the job that makes the subject, on how many ranks, spread how. `patience_seconds` is how long a
+    """What to run: the job that makes the subject, on how many ranks, spread how. `mesh` are
+    the sizes of two mesh dimensions, dp and tp, or empty for one. `patience_seconds` is how long a
     collective may wait for the other ranks."""
 
     job: Mapping[str, Any]
     ranks: int = 2
     strategy: str = "ddp"
     launch: str | None = None
+    mesh: tuple[int, ...] = ()
     timeout_seconds: float = 300.0
     patience_seconds: float = 60.0
     command: str = ""
@@ -41,6 +44,10 @@ def compare_step(order: RankOrder, run: Run, progress: Callable[[str, float], No
     wrapper cannot be used."""
     if order.ranks < 2:
         raise UsageError("--ranks needs at least 2")
+    if order.mesh and math.prod(order.mesh) != order.ranks:
+        raise UsageError(f"--mesh {'x'.join(map(str, order.mesh))} has {math.prod(order.mesh)} places, and --ranks is {order.ranks}")
+    if order.mesh and not order.launch and order.strategy != "fsdp":
+        raise UsageError(f"--mesh goes with --strategy fsdp or --launch, not with {order.strategy}")
     started = time.monotonic()
     told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="olmodebug-ranks-") as scratch:
@@ -83,6 +90,7 @@ def _run_ranks(order: RankOrder, folder: Path, told: dict[str, Any], progress: C
             "world": order.ranks,
             "strategy": order.strategy,
             "launch": order.launch,
+            "mesh": list(order.mesh),
             "records": str(folder),
             "store": str(folder / "store"),
             "patience": order.patience_seconds,
@@ -110,7 +118,7 @@ def _judged(order: RankOrder, ranks: list[Rank], told: dict[str, Any], folder: P
     from .record import read_records
     from .replicas import first_unlike_collectives
 
-    section: dict[str, Any] = {"world": order.ranks, "strategy": order.launch or order.strategy, "compared": None, "collectives": []}
+    section: dict[str, Any] = {"world": order.ranks, "strategy": _spread(order), "compared": None, "collectives": []}
     bad = [rank for rank in ranks if not rank.ended_well]
     try:
         records = read_records(folder / "ranks")
@@ -136,6 +144,10 @@ def _judged(order: RankOrder, ranks: list[Rank], told: dict[str, Any], folder: P
     comparison = compare_ranks(single, records, limit=roundings_limit(told["dtypes"]))
     section["compared"] = comparison.compared
     return findings + comparison.findings, outcomes + comparison.outcomes, section
+
+
+def _spread(order: RankOrder) -> str:
+    return (order.launch or order.strategy) + (f" on a mesh of {'x'.join(map(str, order.mesh))}" if order.mesh else "")
 
 
 def _died(bad: list[Rank], ranks: list[Rank], unlike: tuple[int, list[Any]] | None, folder: Path) -> Finding:

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,37 +182,38 @@ def norm_of_the_shard(model, mesh):
 
 class Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, group=None):
         x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        return grad
+        return grad, None
 
 
 class Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, group=None):
+        ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
 
 
 class ColumnParallelLinear(nn.Module):
-    def __init__(self, linear):
+    def __init__(self, linear, group=None):
         super().__init__()
-        rank, world = dist.get_rank(), dist.get_world_size()
+        self.group, rank, world = group, dist.get_rank(group), dist.get_world_size(group)
         self.weight = nn.Parameter(linear.weight.detach().chunk(world, 0)[rank].clone())
         self.bias = nn.Parameter(linear.bias.detach().chunk(world, 0)[rank].clone())
 
     def forward(self, x):
-        return F.linear(Copy.apply(x), self.weight, self.bias)
+        return F.linear(Copy.apply(x, self.group), self.weight, self.bias)
 
 
 class ColumnParallelLinearUncopied(ColumnParallelLinear):
@@ -218,14 +222,14 @@ class ColumnParallelLinearUncopied(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    def __init__(self, linear):
+    def __init__(self, linear, group=None):
         super().__init__()
-        rank, world = dist.get_rank(), dist.get_world_size()
+        self.group, rank, world = group, dist.get_rank(group), dist.get_world_size(group)
         self.weight = nn.Parameter(linear.weight.detach().chunk(world, 1)[rank].clone())
         self.bias = nn.Parameter(linear.bias.detach().clone())
 
     def forward(self, x):
-        return Reduce.apply(F.linear(x, self.weight)) + self.bias
+        return Reduce.apply(F.linear(x, self.weight), self.group) + self.bias
 
 
 class RowParallelBiasTwice(RowParallelLinear):
@@ -279,6 +283,37 @@ def shards_swapped(model, mesh):
 
 def input_gradient_not_reduced(model, mesh):
     return tensor_parallel(model, column=ColumnParallelLinearUncopied)
+
+
+def clean_rows_by_heads(model, mesh):
+    """Two mesh dimensions of plain tensors: each pair of ranks has its rows, and splits the MLP between its two."""
+    group = mesh["tp"].get_group()
+    tensor_parallel(model, column=lambda linear: ColumnParallelLinear(linear, group), row=lambda linear: RowParallelLinear(linear, group))
+
+    def train_step(model, optimizer, batch):
+        optimizer.zero_grad()
+        rank, world = mesh["dp"].get_local_rank(), mesh["dp"].size()
+        rows = [batch[name][rank::world].contiguous() for name in ("input_ids", "labels")]
+        loss = loss_of(model, *rows) / counted(batch["labels"])
+        loss.backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad, group=mesh["dp"].get_group())
+        optimizer.step()
+        return {}
+
+    return model, train_step
+
+
+def flat_shards(model, mesh):
+    """The first FSDP: weights are flat pieces without a layout, and some ranks hold nothing of some."""
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def own_mesh(model, mesh):
+    own = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan = {f"transformer.h.0.mlp.{name}": style for name, style in (("c_fc", ColwiseParallel()), ("c_proj", RowwiseParallel()))}
+    return fully_shard(parallelize_module(model, own["tp"], plan), mesh=own["dp"])
 
 
 # --- sequence parallel: each rank norms its part of the sequence
