@@ -1,12 +1,14 @@
 """The faults of the parity benchmark: what a device or a kernel may do wrong, what an implementation may, and what is legal.
 
 A device fault replaces the output of one op, known by its name, phase and module; an implementation fault changes one
-module of a copy of the model. `legal` ones must not be flagged.
+module of a copy of the model. `legal` ones must not be flagged. Layers are counted as in a model of four: a deeper one
+gets its faults in its last four (`deep`), where the free run has drifted most.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,12 @@ from torch import Tensor, nn
 
 GENERATIONS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny")
 ALL = GENERATIONS
+WRITTEN_FOR = 4  # layers
+
+
+def deep(path: str, layers: int) -> str:
+    """A module of a model of four layers as the one at that distance from the end of a deeper model."""
+    return re.sub(r"layers\.(\d+)", lambda found: f"layers.{int(found[1]) + layers - WRITTEN_FOR}", path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +265,11 @@ NORMED = (
 
 
 def _layer(model: nn.Module, index: int) -> Any:
-    return model.model.layers[index]  # type: ignore[union-attr,index]
+    return model.model.layers[index - WRITTEN_FOR]  # type: ignore[union-attr,index]
+
+
+def _within(model: nn.Module, path: str) -> str:
+    return deep(path, len(model.model.layers))  # type: ignore[union-attr,arg-type]
 
 
 def _forward(module: Any, function: Callable[..., Any]) -> None:
@@ -336,7 +348,7 @@ def _residual(model: Any) -> None:
 
 
 def _no_norm(path: str) -> Callable[[Any], None]:
-    return lambda model: _forward(model.get_submodule(path), lambda self, hidden: hidden * 1.0)
+    return lambda model: _forward(model.get_submodule(_within(model, path)), lambda self, hidden: hidden * 1.0)
 
 
 def _head_swap(model: Any) -> None:
@@ -353,7 +365,7 @@ def _head_swap(model: Any) -> None:
 def _weight(path: str, change: Callable[[Tensor], None]) -> Callable[[Any], None]:
     def apply(model: Any) -> None:
         with torch.no_grad():
-            change(model.get_parameter(path))
+            change(model.get_parameter(_within(model, path)))
 
     return apply
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from olmodebug.subject import Subject
 from olmodebug.tracing.recording import Moment
 from olmodebug.tracing.tracer import record
 
-from .parity_fault_list import DEVICE, GENERATIONS, MODEL, NORMED, RMS, DeviceFault, ModelFault
+from .parity_fault_list import DEVICE, GENERATIONS, MODEL, NORMED, RMS, DeviceFault, ModelFault, deep
 from .parity_peers import PEERS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +70,12 @@ def main() -> None:
     parser.add_argument("--generation", default="", help="one generation")
     parser.add_argument("--dtype", default="", help="one dtype")
     parser.add_argument("--clean", action="store_true", help="clean runs only")
+    parser.add_argument("--store", metavar="FILE", help="also write the counts, to draw one table of several runs")
+    parser.add_argument("--stored", nargs="+", metavar="FILE", help="run nothing: one table of these")
     arguments = parser.parse_args()
+    if arguments.stored:
+        print(joined([json.loads(Path(name).read_text()) for name in arguments.stored]))
+        return
     torch.set_num_threads(1)
     started = time.perf_counter()
     scores: dict[tuple[str, str], Score] = defaultdict(Score)
@@ -79,8 +86,24 @@ def main() -> None:
             for dtype in [one for one in DTYPES if arguments.dtype in str(one)]:
                 bench.run(dtype, scores, missed, arguments.only, arguments.clean)
                 print(table(scores, arguments.layers, time.perf_counter() - started), *missed, sep="\n", file=sys.stderr, flush=True)
-    print(table(scores, arguments.layers, time.perf_counter() - started))
+    seconds = time.perf_counter() - started
+    print(table(scores, arguments.layers, seconds))
     print("\n".join(missed))
+    if arguments.store:
+        counts = [[*key, asdict(score)] for key, score in scores.items()]
+        values = {"layers": arguments.layers, "seconds": seconds, "scores": counts, "missed": missed}
+        Path(arguments.store).write_text(json.dumps(values), encoding="utf-8")
+
+
+def joined(runs: list[dict[str, Any]]) -> str:
+    """One table of runs that were made apart: a generation or a dtype each."""
+    scores: dict[tuple[str, str], Score] = defaultdict(Score)
+    for run in runs:
+        for rule, kind, counts in run["scores"]:
+            for name, count in counts.items():
+                setattr(scores[rule, kind], name, getattr(scores[rule, kind], name) + count)
+    lines = [table(scores, runs[0]["layers"], sum(run["seconds"] for run in runs))]
+    return "\n".join([*lines, "", "Missed or misplaced by olmodebug:", "", *(line for run in runs for line in run["missed"])])
 
 
 def table(scores: dict[tuple[str, str], Score], layers: int, seconds: float) -> str:
@@ -109,6 +132,7 @@ class Bench:
 
     def __init__(self, name: str, layers: int) -> None:
         self.name = name
+        self.layers = layers
         config: dict[str, Any] = {"num_hidden_layers": layers, "attn_implementation": "eager"}
         if name == "olmo3-tiny":
             config["layer_types"] = (["sliding_attention"] * 3 + ["full_attention"]) * ((layers + 3) // 4)
@@ -156,7 +180,11 @@ class Bench:
 
         def before(event: Event, func: Any, args: Any, kwargs: Any) -> None:
             state["expected"] = expect(func, args, kwargs) if judged else None
-            hit = fault is not None and (event.op, event.phase) == (fault.op, fault.phase) and _selected(event.where.module, fault.module)
+            hit = (
+                fault is not None
+                and (event.op, event.phase) == (fault.op, fault.phase)
+                and _selected(event.where.module, deep(fault.module, self.layers))
+            )
             state["hit"] = hit and state["seen"] == fault.nth if fault else False
             state["seen"] += bool(hit)
             state["args"] = [a.clone() for a in args if isinstance(a, Tensor)] if state["hit"] else []
@@ -239,7 +267,7 @@ class Bench:
         def right_place(op: dict[str, Any]) -> bool:
             if isinstance(fault, DeviceFault):
                 return bool(op.get("hit"))
-            return _same(op["module"], fault.module)
+            return _same(op["module"], deep(fault.module, self.layers))
 
         _count(scores[OURS, kind], legal, bool(flagged), bool(flagged) and right_place(flagged[0]))
         if legal and flagged:
