@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.catalog import MUTANTS, NEUTRAL, Mutant, materialize
+from tests.mutants.strangers import LEGAL, STRANGERS
 
-CLEAN = ("hf_style", "nanogpt_style", "llama_style", "litgpt_style", "titan_style")
+STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled".split()
+CLEAN = tuple(f"{style}_style" for style in STYLES)
+ALL = (*MUTANTS, *STRANGERS)
 PRESETS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny")
 WORKERS = 2
 
@@ -98,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-k", dest="select", help="only probes whose name fits")
     parser.add_argument("--json", type=Path, help="write every row here")
     arguments = parser.parse_args(argv)
-    mutants = [m for m in MUTANTS if re.search(arguments.only, m.name)]
-    neutral = [m for m in NEUTRAL if re.search(arguments.only, m.name)]
+    mutants = [m for m in ALL if re.search(arguments.only, m.name)]
+    neutral = [m for m in (*NEUTRAL, *LEGAL) if re.search(arguments.only, m.name)]
     here = Path(__file__).parent / "mutants" / "clean"
     models = [(f"clean/{name}", f"{here / name}.py:build") for name in CLEAN] + [(f"preset/{name}", name) for name in PRESETS]
     models = [(name, spec) for name, spec in models if re.search(arguments.only, name)]
