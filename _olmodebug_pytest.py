@@ -86,7 +86,12 @@ class ProbeItem(pytest.Item):
     bench: Any
 
     def runtest(self) -> None:
-        self.bench.judge(self.name)
+        from olmodebug.testing import SubjectUnusable
+
+        try:
+            self.bench.judge(self.name)
+        except SubjectUnusable as error:  # there is nothing to test: the exit code of every other command
+            pytest.exit(str(error), returncode=2)
 
     def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
         """A probe that fails needs no traceback: the finding is the message."""

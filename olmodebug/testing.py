@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 BUILD, FIRST_RUN = "build.constructs", "build.runs"
 
 
+class SubjectUnusable(pytest.fail.Exception):  # type: ignore[name-defined, misc]
+    """The subject cannot be had at all: a mistake in what was asked, and nothing about a model."""
+
+
 class ProbeFailure(AssertionError):
     """A probe failed. `headline` is its name, the culprit's place and what is wrong, in one line."""
 
@@ -215,7 +219,7 @@ class Bench:
                 self.results[name] = Result(outcome=Outcome(probe=failure.finding.probe, status="failed"), findings=(failure.finding,))
                 raise
             except OlmodebugError as error:
-                raise pytest.fail.Exception(f"olmodebug: {error}", pytrace=False) from None
+                raise SubjectUnusable(f"olmodebug: {error}", pytrace=False) from None
         if self._subject is None:
             self.results[name] = Result(outcome=Outcome(probe=name, status="skipped", reason=self._stopped))
             pytest.skip(self._stopped or "")

@@ -1,5 +1,6 @@
 """What `import olmodebug` offers."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -92,6 +93,17 @@ def test_a_notebook_gets_the_tree_of_shapes_and_python_one_line() -> None:
     assert repr(tree).startswith("<ShapeTree Olmo: ")
     assert "\n" not in repr(tree)
     assert "q_proj" in tree._repr_html_()
+
+
+def test_a_notebook_gets_the_ops_of_a_trace_and_a_long_one_is_cut_in_its_middle() -> None:
+    model = Olmo(preset("olmo1-tiny"))
+    recording = olmodebug.trace(model, lambda: model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward())
+    text = recording._repr_html_()
+    assert text.startswith("<div><p>&lt;Recording of ")
+    assert "model.layers.0.self_attn" in text and "model.py:" in text and "i64[1,3]" in text
+    assert text.count("<tr>") == min(len(recording), 200) + 1 and f"{len(recording) - 200} more" in text
+    values = json.loads(json.dumps(recording.to_dict()))
+    assert len(values["events"]) == len(recording) and values["events"][0]["op"] == recording.events[0].op
 
 
 def test_the_package_says_that_it_is_typed() -> None:

@@ -182,8 +182,8 @@ def test_a_subject_that_does_not_build_fails_once_and_skips_the_rest(folder: pyt
 
 def test_a_subject_that_does_not_exist_is_one_clear_line(folder: pytest.Pytester) -> None:
     result = run(folder, "--olmodebug", "modell.py:Tiny", "-k", "vocab.rows-are-alive")
-    assert result.ret == 1
-    result.stdout.fnmatch_lines(["olmodebug: no such file: modell.py; near it: model.py*"])
+    assert result.ret == 2
+    result.stdout.fnmatch_lines(["*olmodebug: no such file: modell.py; near it: model.py*"])
 
 
 def test_one_line_in_a_suite_runs_every_probe_with_plain_ids(folder: pytest.Pytester) -> None:

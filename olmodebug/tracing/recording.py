@@ -1,7 +1,7 @@
 """What a traced run gave: its events and module calls, and the tensors that were asked for."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +76,16 @@ class Recording:
 
     def __repr__(self) -> str:
         return f"<Recording of {len(self.events)} ops in {len(self.calls)} module calls>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from ..render.notebook import events_fragment
+
+        return events_fragment(repr(self), self.events)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The events and module calls as JSON-able values."""
+        return {"events": [asdict(event) for event in self.events], "calls": [asdict(call) for call in self.calls]}
 
     def dtypes(self) -> set[str]:
         """Every floating dtype that an op wrote."""
