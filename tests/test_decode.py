@@ -80,6 +80,37 @@ def test_each_text_is_known_by_its_name(log: str, name: str) -> None:
     assert [found.name for found in decode(log)] == [name]
 
 
+@pytest.mark.parametrize(
+    ("log", "name"),
+    [
+        ("RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5030", "peer-lost"),
+        ("RuntimeError: Application timeout caused pair closure", "collective-timeout"),
+        (
+            "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//cuda//0",
+            "collective-timeout",
+        ),
+        (
+            "RuntimeError: Some tensors share memory, this will lead to duplicate memory on disk and potential differences when loading "
+            "them again: [{'lm_head.weight', 'model.embed_tokens.weight'}].",
+            "shared-tensors",
+        ),
+        (
+            "RuntimeError: DataLoader worker (pid 4711) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+            "shared memory. Please try to raise your shared memory limit.",
+            "worker-bus-error",
+        ),
+        ("RuntimeError: DataLoader worker (pid 4711) is killed by signal: Killed.", "cpu-memory"),
+        ("RuntimeError: DataLoader worker (pid(s) 4711, 4712) exited unexpectedly", "worker-gone"),
+        ("torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found in ...", "compile-failed"),
+        ("RuntimeError: FlashAttention only support fp16 and bf16 data type", "flash-dtype"),
+        ("huggingface/tokenizers: The current process just got forked, after parallelism has already been used.", "tokenizers-fork"),
+    ],
+)
+def test_texts_of_processes_and_kernels_around_the_model_are_known(log: str, name: str) -> None:
+    found = decode(f"step 10 loss 3.2\n{log}\n")
+    assert [each.name for each in found] == [name]
+
+
 def test_what_the_cpu_really_raises_is_known() -> None:
     import torch
     import torch.nn.functional as F

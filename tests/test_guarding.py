@@ -107,7 +107,6 @@ def test_the_requested_size_is_read_from_the_allocators_words() -> None:
     assert requested_bytes(RuntimeError("shape mismatch")) is None
 
 
-@pytest.mark.slow
 def test_the_transformers_callback_watches_a_training() -> None:
     pytest.importorskip("accelerate")
     import tempfile

@@ -239,13 +239,86 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     Signature(
         name="collective-timeout",
-        pattern=r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for (?:recv|send) operation|NCCL WARN Timeout",
+        pattern=r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for (?:recv|send) operation|NCCL WARN Timeout|Some NCCL operations have failed or timed out|Application timeout caused pair closure|wait timeout after \d+ms, keys",
         meaning="a rank waited for the others in a collective, and they did not come",
         guard="loop",
         causes=(
             Cause(text="one rank died or raised first", tell="the first traceback of any rank, not the last", hints=("Traceback",)),
             Cause(text="ranks ran a different number of steps: uneven data", tell="print len(loader) on every rank", hints=("loader", "epoch")),
             Cause(text="a collective under `if rank == 0`", tell="barrier, save or evaluation on one rank only", hints=("rank == 0", "barrier", "save")),
+        ),
+    ),
+    Signature(
+        name="peer-lost",
+        pattern=r"Connection closed by peer|NCCL (?:remote process|communicator was) (?:exited|aborted)[^\n]*|ncclRemoteError[^\n]*",
+        meaning="another rank ended, and this one found out in a collective",
+        guard="loop",
+        root=False,
+        causes=(
+            Cause(text="the other rank raised or died first", tell="the first traceback or signal of any rank, not this one's", hints=("Traceback", "Signal", "exitcode")),
+        ),
+    ),
+    Signature(
+        name="shared-tensors",
+        pattern=r"Some tensors share memory, this will lead to duplicate memory on disk[^\n]*|The weights trying to be saved contained shared tensors[^\n]*",
+        meaning="safetensors stores no tensor under two names, and two weights of this model are one",
+        guard="",
+        command="olmodebug check SUBJECT -k lifecycle",
+        causes=(
+            Cause(text="the head is tied to the embedding, and the class does not say so", tell="the names in the message are lm_head and embed_tokens; name them in _tied_weights_keys, or use safetensors.torch.save_model", hints=("lm_head", "embed", "wte")),
+            Cause(text="a module stands in two places, or weights are views of one buffer", tell="the names in the message are of layers", hints=("layers", "blocks")),
+        ),
+    ),
+    Signature(
+        name="worker-bus-error",
+        pattern=r"DataLoader worker \(pid[^)]*\) is killed by signal: Bus error[^\n]*|unable to (?:open|allocate|mmap) shared memory[^\n]*|insufficient shared memory \(shm\)[^\n]*",
+        meaning="a data-loader worker could not put its batch into shared memory",
+        guard="",
+        command="df -h /dev/shm",
+        causes=(
+            Cause(text="/dev/shm is full: 64 MB by default in a container", tell="df -h /dev/shm; start the container with --shm-size, or num_workers=0", hints=("docker", "shm", "container")),
+            Cause(text="too many open files: each tensor of a batch is a descriptor", tell="ulimit -n; torch.multiprocessing.set_sharing_strategy('file_system')", hints=("Too many open files", "descriptor")),
+        ),
+    ),
+    Signature(
+        name="worker-gone",
+        pattern=r"DataLoader worker \(pid\(?s?\)? ?[\d, ]+\) exited unexpectedly[^\n]*",
+        meaning="a data-loader worker died without a word",
+        guard="",
+        causes=(
+            Cause(text="the machine ran out of memory: each worker holds a copy of what the dataset touches", tell="dmesg speaks of oom-kill; fewer workers, or a memory-mapped dataset", hints=("Killed", "oom")),
+            Cause(text="the worker's own code crashed", tell="num_workers=0 shows the traceback", hints=("exited unexpectedly",)),
+        ),
+    ),
+    Signature(
+        name="compile-failed",
+        pattern=r"torch\._dynamo\.exc\.BackendCompilerFailed[^\n]*|torch\._inductor\.exc\.\w+[^\n]*|backend='inductor' raised[^\n]*",
+        meaning="torch.compile's backend failed on a graph; the model itself may be right",
+        guard="",
+        command="TORCH_COMPILE_DISABLE=1 in the environment runs the same code uncompiled",
+        causes=(
+            Cause(text="no C++ compiler, or no triton, where the backend needs one", tell="the message names g++, cl or triton", hints=("g++", "compiler", "triton", "InvalidCxxCompiler")),
+            Cause(text="an op with fake tensors that its own rule refuses: the same shape or dtype error comes without compile", tell="it fails uncompiled, too", hints=("FakeTensor", "fake", "shape")),
+        ),
+    ),
+    Signature(
+        name="flash-dtype",
+        pattern=r"FlashAttention only support(?:s)? fp16 and bf16 data type|Flash Attention (?:2\.0 )?only supports torch\.float16 and torch\.bfloat16[^\n]*",
+        meaning="the flash-attention kernel got float32 queries, keys or values",
+        guard="shape",
+        causes=(
+            Cause(text="the model was loaded in float32", tell="next(model.parameters()).dtype; give dtype=torch.bfloat16 to from_pretrained", hints=("from_pretrained", "float32")),
+            Cause(text="a norm or rotary embedding returns float32, and its output is not cast back", tell="the dtypes of query and value differ just before the kernel", hints=("norm", "rotary", "q_norm")),
+        ),
+    ),
+    Signature(
+        name="tokenizers-fork",
+        pattern=r"The current process just got forked, after parallelism has already been used[^\n]*",
+        meaning="a notice of tokenizers, no error: it turns its threads off in data-loader workers to be safe",
+        guard="",
+        command="TOKENIZERS_PARALLELISM=false in the environment silences it",
+        causes=(
+            Cause(text="the tokenizer was used before the loader forked its workers", tell="it is printed once a worker; nothing is lost but speed", hints=("forked",)),
         ),
     ),
     Signature(
