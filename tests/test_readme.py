@@ -69,7 +69,6 @@ def test_the_table_of_probes_is_up_to_date() -> None:
     assert probe_table() in TEXT, "run python -m tests.readme"
 
 
-@pytest.mark.slow  # every new module changes it
 def test_the_generated_parts_are_up_to_date() -> None:
     assert renewed(TEXT) == TEXT, "run python -m tests.readme"
 
