@@ -11,6 +11,7 @@ from typing import Any
 
 from .process import Child, Death, Event, run_child
 
+COLLECTIVE_NAMESPACES = ("c10d", "_c10d_functional")  # of the ops by which ranks speak to each other
 GRACE_SECONDS = 15.0  # what the other ranks are given to tell why they stop, once one has
 
 # What gloo and NCCL say where another rank is gone or late: what comes of somebody else's end.

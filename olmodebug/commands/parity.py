@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..ranks.records_of import ranks_in
 from .ranks import add_ranks, compare_ranks
 from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
 
@@ -20,7 +21,13 @@ FORMS = "device, dtype, attention, compile and flags with commas, as in cpu,bflo
 def declare(commands: Commands) -> None:
     """The arguments of `parity`."""
     one = add_command(commands, parity)
-    one.add_argument("subject", nargs="*", default=[DEFAULT_SUBJECT], metavar="SUBJECT|BUNDLE", help=f"{SUBJECT_HELP}; or two bundles")
+    one.add_argument(
+        "subject",
+        nargs="*",
+        default=[DEFAULT_SUBJECT],
+        metavar="SUBJECT|BUNDLE|RECORD",
+        help=f"{SUBJECT_HELP}; or two bundles; or two records",
+    )
     one.add_argument("--config", action="append", default=[], metavar="KEY=VALUE|FILE", help="what a class that needs a config gets")
     one.add_argument("--device", default="cpu", help="the device that is compared with float64 on the CPU (default cpu)")
     one.add_argument("--dtype", help="one dtype instead of float32, TF32 (CUDA), bfloat16 and float16 in turn")
@@ -67,8 +74,11 @@ def parity_report(arguments: argparse.Namespace) -> "Report":
 
     command = shlex.join(["olmodebug", *arguments.argv])
     bundles = [name for name in arguments.subject if name.rstrip("/").endswith(".bundle")]
+    records = [name for name in arguments.subject if ranks_in(Path(name))]
+    if records:
+        return _recorded(records, arguments.subject, command)
     if len(arguments.subject) > 1 and len(bundles) != 2:
-        raise UsageError("expected one subject, or two bundles (folders that end in .bundle)")
+        raise UsageError("expected one subject, two bundles (folders that end in .bundle), or two records of olmodebug run --record")
     run = new_run(Path.cwd())
     if run.problem:
         say(f"olmodebug: {run.problem}")
@@ -85,6 +95,20 @@ def parity_report(arguments: argparse.Namespace) -> "Report":
         report, job = _executed(arguments, run, command)
     with contextlib.suppress(OSError):
         run.save(report, job)
+    return report
+
+
+def _recorded(records: list[str], given: list[str], command: str) -> "Report":
+    """Two recorded training runs (`olmodebug run --record`), on any numbers of processes."""
+    from ..ranks.recorded import compare_recorded
+    from ..store import new_run
+
+    if len(records) != 2 or len(given) != 2:
+        raise UsageError("a recorded run is compared with another one: give two folders that olmodebug run --record wrote")
+    run = new_run(Path.cwd())
+    report = compare_recorded(Path(records[0]), Path(records[1]), command=command, id=run.id)
+    with contextlib.suppress(OSError):
+        run.save(report, {"records": records})
     return report
 
 

@@ -15,8 +15,11 @@ ALL_GUARDS = "index,nan,shape,oom,loop"
 def declare(commands: Commands) -> None:
     """The arguments of `run`."""
     one = add_command(commands, run)
-    one.usage = "olmodebug run [--guard NAMES] [--json FILE] [-v] -- CMD ..."
+    one.usage = "olmodebug run [--guard NAMES] [--record FOLDER] [--json FILE] [-v] -- CMD ..."
     one.add_argument("--guard", default=ALL_GUARDS, metavar="NAMES", help=f"which guards, separated by commas (default {ALL_GUARDS})")
+    one.add_argument(
+        "--record", metavar="FOLDER", help="note the first training step of every process there; olmodebug parity A B compares two of them"
+    )
     one.add_argument("--json", metavar="FILE", help="also write the report as JSON (schema olmodebug/report@1)")
     one.add_argument("-v", "--verbose", action="store_true", help="every guard's outcome, notes in full, versions")
     one.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command, after --: python train.py ..., torchrun ...")
@@ -42,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     record = new_run(Path.cwd())
     if record.folder is None:
         raise UsageError(f"run: {record.problem}, and the guards write what they find there")
-    settings = Settings(guards=guards, folder=record.folder.resolve())
+    noted = _new_folder(arguments.record) if arguments.record else None
+    settings = Settings(guards=guards, folder=record.folder.resolve(), record=noted)
     started = time.perf_counter()
     ended = run_guarded(command, settings, os.environ)
     report = diagnose(command, settings, ended, time.perf_counter() - started)
@@ -51,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         report.write(Path(arguments.json))
     _show(report, verbose=arguments.verbose)
+    if noted is not None:
+        say(_recorded(arguments.record))
     if ended.exit_code != EXIT_PASS:
         return ended.exit_code
     if report.exit_code == EXIT_NOTHING_CHECKED:
@@ -59,6 +65,32 @@ def run(arguments: argparse.Namespace) -> int:
     if fault:
         say(f"{fault}\nolmodebug: this is a fault of olmodebug itself; please report it with the lines above")
     return report.exit_code
+
+
+def _new_folder(name: str) -> Path:
+    """The folder of a new record, made; UsageError where it cannot be written or holds a record already."""
+    from ..ranks.records_of import ranks_in
+
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--record {name}: {error.strerror or error}") from None
+    if ranks_in(folder):
+        raise UsageError(f"--record {name}: the folder holds a record already; name another")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--record {name}: cannot write there")
+    return folder.resolve()
+
+
+def _recorded(name: str) -> str:
+    from ..ranks.records_of import ranks_in
+
+    count = ranks_in(Path(name))
+    if not count:
+        return f"olmodebug: nothing was recorded in {name}: no process called a model with trainable weights"
+    processes = "1 process" if count == 1 else f"{count} processes"
+    return f"olmodebug: the first training step of {processes} is in {name}; compare it with that of another run: olmodebug parity OTHER {name}"
 
 
 def _show(report: "object", *, verbose: bool) -> None:

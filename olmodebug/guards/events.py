@@ -51,25 +51,26 @@ class Events:
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Wrap what the listeners need to hear of."""
-        self._wrap(undo, torch.autograd, "backward", self._backward)
+        self.wrap(undo, torch.autograd, "backward", self._backward)
         undo.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         undo.callback(register_optimizer_step_post_hook(self._after_step).remove)
-        self._wrap(undo, torch.optim.Optimizer, "zero_grad", self._told("zeroed"))
-        self._wrap(undo, nn.Module, "zero_grad", self._told("module_zeroed"))
-        self._wrap(undo, nn.Module, "eval", self._told("module_eval"))
+        self.wrap(undo, torch.optim.Optimizer, "zero_grad", self.told("zeroed"))
+        self.wrap(undo, nn.Module, "zero_grad", self.told("module_zeroed"))
+        self.wrap(undo, nn.Module, "eval", self.told("module_eval"))
         for name in ("clip_grad_norm_", "clip_grad_value_"):
-            wrapped = self._wrap(undo, torch.nn.utils.clip_grad, name, self._told("clip"))
+            wrapped = self.wrap(undo, torch.nn.utils.clip_grad, name, self.told("clip", after="clipped"))
             self._put(undo, torch.nn.utils, name, wrapped)
         for name in ("scale", "unscale_", "step", "update"):
-            self._wrap(undo, torch.amp.GradScaler, name, self._scaler(name))
+            self.wrap(undo, torch.amp.GradScaler, name, self._scaler(name))
         for kind in _scheduler_kinds():
-            self._wrap(undo, kind, "step", self._scheduled)
-        self._wrap(undo, torch.utils.checkpoint, "checkpoint", self._told("checkpoint"))
-        self._wrap(undo, torch.optim.Optimizer, "__init__", self._told("optimizer_made"))
-        self._wrap(undo, torch.utils.data.DataLoader, "__iter__", self._told("loader_iter"))
-        self._wrap(undo, nn.Module, "to_empty", self._emptied)
+            self.wrap(undo, kind, "step", self._scheduled)
+        self.wrap(undo, torch.utils.checkpoint, "checkpoint", self.told("checkpoint"))
+        self.wrap(undo, torch.optim.Optimizer, "__init__", self.told("optimizer_made"))
+        self.wrap(undo, torch.utils.data.DataLoader, "__iter__", self.told("loader_iter"))
+        self.wrap(undo, nn.Module, "to_empty", self._emptied)
 
-    def _wrap(self, undo: contextlib.ExitStack, holder: Any, name: str, make: Callable[[Any], Any]) -> Any:
+    def wrap(self, undo: contextlib.ExitStack, holder: Any, name: str, make: Callable[[Any], Any]) -> Any:
+        """Put a wrapper in the place of a function until `undo` closes; returns the wrapper."""
         original = vars(holder)[name]
         wrapper = functools.wraps(original)(make(original))
         self._put(undo, holder, name, wrapper)
@@ -90,13 +91,16 @@ class Events:
 
         return backward
 
-    def _told(self, event: str) -> Callable[[Any], Any]:
-        """A wrapper that tells the arguments and the line before the call."""
+    def told(self, event: str, *, after: str = "") -> Callable[[Any], Any]:
+        """A wrapper that tells the arguments and the line before the call, and of an event `after` also what it returned."""
 
         def make(original: Any) -> Any:
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 self.tell(event, args, kwargs, line_here(sys._getframe(1)))
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
+                if after:
+                    self.tell(after, args, kwargs, result)
+                return result
 
             return wrapper
 

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 
 from ..convention import Convention
 from ..explain import Explanation, explain_run, operands
+from ..group import COLLECTIVE_NAMESPACES
 from ..load import SubjectCodeError
 from ..records import Case, Where
 from ..relations.repair import Edit
@@ -95,19 +98,40 @@ def _explained(error: BaseException, at: Place) -> tuple[Explanation, dict[str, 
     """The rules of `explain` on the outermost module's call, run again; None where there is no module or no ids."""
     if not at.modules or at.call is None:
         return None
-    root, (args, kwargs) = at.modules[0], at.call
+    root, (args, kwargs) = _within_wrapper(at.modules[0]), at.call
     ids = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()), None)
     if ids is None:
         return None
     subject = Subject(spec=type(root).__name__, model=root, convention=Convention(ids="input_ids"), config=getattr(root, "config", None))
     case = Case(name="the failing call", input_ids=tuple(tuple(row) for row in ids.tolist()))
-    with _same_randomness():
+    with _same_randomness(), _NoCollectives() as others:
         wrapped = SubjectCodeError("run", subject=subject, case=case)
         wrapped.__cause__ = error
         explanation = explain_run(subject, lambda: root(*args, **kwargs), wrapped, case=case)
         with quiet():
             recording = record(root, lambda: root(*args, **kwargs), sources=Sources(root), catch=True)
-    return explanation, _made_at(recording)
+    return None if others.needed else (explanation, _made_at(recording))
+
+
+def _within_wrapper(root: nn.Module) -> nn.Module:
+    """The model inside DDP: a forward of the wrapper would prepare another reduction of gradients."""
+    inner = root.module if isinstance(root, nn.parallel.DistributedDataParallel) else root
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+class _NoCollectives(TorchDispatchMode):
+    """Other ranks do not run this again: a collective in it would wait for them. It raises instead, and is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in COLLECTIVE_NAMESPACES:
+            self.needed = True
+            raise RuntimeError("a collective, in a forward that is run on one rank alone")
+        return func(*args, **(kwargs or {}))
 
 
 def _made_at(recording: Recording) -> dict[str, Scalar]:
@@ -154,8 +178,8 @@ def _repaired(at: Place, spot: Spot | None, edits: tuple[Edit, ...]) -> bool:
     before = function.__code__
     function.__code__ = code
     try:
-        with _same_randomness(), quiet(), torch.no_grad():
-            at.modules[0](*args, **kwargs)
+        with _same_randomness(), quiet(), torch.no_grad(), _NoCollectives():
+            _within_wrapper(at.modules[0])(*args, **kwargs)
         return True
     except Exception:  # the repair does not help: the finding stands without the mark
         return False

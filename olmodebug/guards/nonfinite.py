@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..group import COLLECTIVE_NAMESPACES
 from ..report import Finding
 from ..sources import Spot
 from . import place
@@ -316,10 +317,11 @@ class NonFinite:
 
 
 def _kind(func: Any) -> int:
-    """0: makes no values (a view, an allocation, a question), 1: look at its result."""
+    """0: makes no values (a view, an allocation, a question), or is a collective, whose result is written while the script
+    goes on; 1: look at its result."""
     schema = getattr(func, "_schema", None)
     name = getattr(func, "__name__", "")
-    if schema is None or name.startswith(NO_VALUES):
+    if schema is None or name.startswith(NO_VALUES) or getattr(func, "namespace", "") in COLLECTIVE_NAMESPACES:
         return 0
     views = [r for r in schema.returns if r.alias_info is not None and not r.alias_info.is_write]
     return 0 if views or name.startswith(("_unsafe_view", "_reshape_alias", "detach", "alias")) else 1

@@ -12,6 +12,7 @@ GUARDS = ("index", "nan", "shape", "oom", "loop")
 
 FOLDER_VARIABLE = "OLMODEBUG_GUARD_FOLDER"
 GUARDS_VARIABLE = "OLMODEBUG_GUARD"
+RECORD_VARIABLE = "OLMODEBUG_GUARD_RECORD"
 PACKAGE_VARIABLE = "OLMODEBUG_GUARD_PACKAGE"
 
 SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
@@ -20,10 +21,11 @@ SHORTEST_SECRET = 6  # characters; a shorter value ("1", "true") would blot out 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The guards that are on, and the folder that takes the journals."""
+    """The guards that are on, the folder that takes the journals, and the one that takes the first training step, if any."""
 
     guards: tuple[str, ...]
     folder: Path
+    record: Path | None = None
 
 
 def parse_guards(text: str) -> tuple[str, ...]:
@@ -45,6 +47,7 @@ def child_environment(settings: Settings, environ: Mapping[str, str]) -> dict[st
         FOLDER_VARIABLE: str(settings.folder),
         GUARDS_VARIABLE: ",".join(settings.guards),
         PACKAGE_VARIABLE: str(Path(__file__).parents[1]),
+        **({RECORD_VARIABLE: str(settings.record)} if settings.record else {}),
     }
 
 
@@ -53,7 +56,8 @@ def settings_from(environ: Mapping[str, str]) -> Settings | None:
     folder, guards = environ.get(FOLDER_VARIABLE), environ.get(GUARDS_VARIABLE)
     if not folder or not guards:
         return None
-    return Settings(guards=parse_guards(guards), folder=Path(folder))
+    record = environ.get(RECORD_VARIABLE)
+    return Settings(guards=parse_guards(guards), folder=Path(folder), record=Path(record) if record else None)
 
 
 def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ _ALIVE: list["Watch"] = []  # the watch of this process under `olmodebug run`; t
 class Watch:
     """The guards of one process. A context manager; under `olmodebug run` it stays on until the interpreter ends."""
 
-    def __init__(self, guards: tuple[str, ...], journal: Journal) -> None:
+    def __init__(self, guards: tuple[str, ...], journal: Journal, record: Path | None = None) -> None:
         self.guards = guards
         self.journal = journal
         self.observers: list[Callable[..., None]] = []
@@ -74,6 +74,10 @@ class Watch:
         self.memory = Memory(self) if "oom" in guards else None
         if self.memory is not None:
             self.parts.append(self.memory)
+        if record is not None:
+            from .recording import Recording  # what a comparison across processes reads: loaded only where one is recorded
+
+            self.parts.append(Recording(self, record))
         for part in self.parts:
             part.listen()
         self._count()
@@ -226,7 +230,7 @@ def install_from_environment() -> None:
     settings = settings_from(os.environ)
     if settings is None or _ALIVE:
         return
-    watch = Watch(settings.guards, Journal(settings.folder))
+    watch = Watch(settings.guards, Journal(settings.folder), settings.record)
     _ALIVE.append(watch)
     if multiprocessing.parent_process() is None:
         _tell_start(watch, settings.folder)
@@ -279,7 +283,7 @@ def _functions() -> list[FunctionType]:
     """Every function of the guards that may run inside an op of a compiled script."""
     found: list[FunctionType] = []
     for name, module in list(sys.modules.items()):
-        if not name.startswith("olmodebug.guards"):
+        if not name.startswith(("olmodebug.guards", "olmodebug.ranks")):
             continue
         for value in list(vars(module).values()):
             if isinstance(value, FunctionType):

@@ -5,10 +5,9 @@ touch it.
 """
 
 import faulthandler
-import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
-from torch.utils._pytree import tree_flatten
 
 from ..group import lost_a_peer
 from ..load import SubjectCodeError
@@ -28,8 +26,9 @@ from ..sources import Sources, short_path
 from ..spec import Job, resolve
 from ..subject import Subject
 from ..tracing.tracer import record
+from .notes import Notes, collective_of
 from .parallel import IGNORED, Batch, Logits, Step, global_mean_step, sgd, spread, summed_loss
-from .record import Collective, RankWriter, plain_name
+from .record import Collective, RankWriter
 
 ROWS_A_RANK = 2
 SECONDS_TO_TELL = 3.0  # after a collective has timed out elsewhere
@@ -145,24 +144,9 @@ def recorded_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
     """One training step with everything noted: the rows seen, weights before, module inputs and outputs, the gradients
     that the optimizer got, the loss and the norm that the step reports, weights and optimizer state after. Returns the floating dtypes that any op
     of the step wrote."""
-    for name, parameter in model.named_parameters():
-        writer.tensor("start", plain_name(name), parameter)
-
-    def gradients(*_: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                writer.tensor("gradient", plain_name(name), parameter.grad, where=places[name])
-
-    places = {
-        f"{path}.{name}" if path else name: _forward_of(m)
-        for path, m in model.named_modules()
-        for name, _ in m.named_parameters(recurse=False)
-    }
-    handles: list[Any] = [optimizer.register_step_pre_hook(gradients)]
-    calls: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if plain_name(name) or module is model:
-            handles.append(module.register_forward_hook(_noted_call(writer, plain_name(name), calls), with_kwargs=True))
+    notes = Notes(model, writer)
+    notes.start()
+    handles: list[Any] = [optimizer.register_step_pre_hook(lambda *_: notes.gradients()), *notes.watch()]
     try:
         with settled(seed=0), _Collectives(writer, Sources(model)) as watched:
             result = step(model, optimizer, batch)
@@ -172,11 +156,7 @@ def recorded_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
     for name, stage in (("loss", "loss"), ("grad_norm", "norm")):
         if isinstance(result, Mapping) and result.get(name) is not None:
             writer.tensor(stage, name, torch.as_tensor(result[name], dtype=torch.float64))
-    for name, parameter in model.named_parameters():
-        writer.tensor("step", plain_name(name), parameter)
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                writer.tensor("state", f"{plain_name(name)}.{key}", value)
+    notes.after(optimizer)
     return watched.dtypes
 
 
@@ -190,40 +170,6 @@ def logits_of(subject: Subject) -> Logits:
     return logits
 
 
-def _noted_call(writer: RankWriter, name: str, calls: dict[str, int]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[name] = calls.get(name, 0) + 1
-        label = name if calls[name] == 1 else f"{name}#{calls[name]}"
-        given, made = first_tensor((args, kwargs)), first_tensor(output)
-        where = _forward_of(module)
-        if given is not None and made is not None:
-            if not name:
-                writer.tensor("data", "input_ids", given)
-            writer.tensor("input", label, given, where=where)
-            writer.tensor("forward", label, made, where=where)
-
-    return hook
-
-
-def first_tensor(tree: Any) -> Tensor | None:
-    """The first tensor in nested containers, output objects included; None without one."""
-    leaves = tree_flatten(tree)[0]
-    found = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-    if found is not None or len(leaves) != 1 or isinstance(leaves[0], Tensor):
-        return found
-    return next((value for value in getattr(leaves[0], "__dict__", {}).values() if isinstance(value, Tensor)), None)
-
-
-def _forward_of(module: nn.Module) -> Where:
-    """The forward function of a module's class, where that is the user's own and not torch's."""
-    forward = type(module).forward
-    file = inspect.getsourcefile(forward) if inspect.isfunction(forward) else None
-    if file is None or file.startswith(str(Path(nn.__file__).parents[1])):
-        return Where()
-    line = inspect.unwrap(forward).__code__.co_firstlineno
-    return Where(function=forward.__qualname__, file=short_path(file), line=line)
-
-
 class _Collectives(TorchDispatchMode):
     """Notes every collective before it starts, and the floating dtypes that ops write."""
 
@@ -232,12 +178,12 @@ class _Collectives(TorchDispatchMode):
         self.writer, self.sources, self.dtypes = writer, sources, set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
-            op = func.__name__.partition(".")[0].strip("_")
+        call = collective_of(func, args, kwargs)
+        if call is not None:
+            op, shape = call
             spot = self.sources.spot(sys._getframe(1))
             where = Where(function=spot.function, file=short_path(spot.file), line=spot.line, op=op) if spot else Where(op=op)
-            given = first_tensor((args, kwargs))
-            self.writer.collective(Collective(op=op, shape=tuple(given.shape) if given is not None else (), where=where))
+            self.writer.collective(Collective(op=op, shape=shape, where=where))
         output = func(*args, **(kwargs or {}))
         if isinstance(output, Tensor) and output.dtype.is_floating_point:
             self.dtypes.add(str(output.dtype).removeprefix("torch."))

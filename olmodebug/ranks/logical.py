@@ -1,5 +1,6 @@
 """Tensors of many ranks in their logical form: a DTensor's shards put together by its placements, a plain one as it lies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from ..records import Where
 from .record import RankEvent, RankRecord
+
+BY_ROWS = ("data", "input", "forward")  # stages whose tensors have a row for each row of the batch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,38 +26,75 @@ class Held:
 
 @dataclass(slots=True, kw_only=True)
 class Stages:
-    """Everything noted, by stage and name, in the order of notes; `missing` are on some ranks only, or too large to be kept."""
+    """Everything noted, by stage and name, in the order of notes; `missing` are on some ranks only, or of sizes that do not
+    go together, and `unkept` too large to be kept."""
 
     by_stage: dict[str, dict[str, Held]] = field(default_factory=dict)
     missing: set[tuple[str, str]] = field(default_factory=set)
+    unkept: set[tuple[str, str]] = field(default_factory=set)
 
     def of(self, stage: str) -> dict[str, Held]:
         return self.by_stage.get(stage, {})
 
 
 def gather(records: list[RankRecord]) -> Stages:
-    """The tensors of some records by stage and name. What several ranks hold bit for bit is read once, by its digest."""
+    """The tensors of some records by stage and name. What several ranks hold bit for bit is read once, by its digest; the
+    rows of several forwards in one step are put together."""
     stages = Stages()
-    found: dict[tuple[str, str], list[tuple[RankEvent, Tensor | None]]] = {}
+    found: dict[tuple[str, str], list[list[tuple[RankEvent, Tensor | None]]]] = {}
     known: dict[str, Tensor] = {}
-    for record in records:
+    for place, record in enumerate(records):
         events = list(record.events())
         known |= record.load({event.digest: event.key for event in events if event.key is not None and event.digest not in known})
         for event in events:
-            found.setdefault((event.stage, event.name), []).append((event, known.get(event.digest)))
-    for (stage, name), items in found.items():
-        parts = [part for _, part in items if part is not None]
-        if stage == "data" and parts and len(items) % len(records) == 0:  # several forwards a step: their rows together
-            per_rank = len(items) // len(records)
-            parts = [torch.cat(parts[i : i + per_rank]) for i in range(0, len(parts), per_rank)]
-        if len(parts) == len(records):
-            stages.by_stage.setdefault(stage, {})[name] = Held(events=[event for event, _ in items], parts=parts)
-        else:
+            by_rank = found.setdefault((event.stage, event.name), [[] for _ in records])
+            by_rank[place].append((event, known.get(event.digest)))
+    for (stage, name), by_rank in found.items():
+        parts = [_rows_together([part for _, part in mine], stage) for mine in by_rank]
+        if any(mine and any(part is None for _, part in mine) for mine in by_rank):
+            stages.unkept.add((stage, name))
+        elif any(part is None for part in parts):
             stages.missing.add((stage, name))
+        else:
+            stages.by_stage.setdefault(stage, {})[name] = Held(
+                events=[mine[0][0] for mine in by_rank], parts=[part for part in parts if part is not None]
+            )
     return stages
 
 
-def wholes(held: Held, ranks: list[RankRecord]) -> list[Tensor] | None:
+def as_one(stages: Stages, ranks: Sequence[RankRecord]) -> Stages:
+    """What several ranks hold together, as one process would: whole tensors, joined shards, and rows in the order of ranks.
+    What has no such form (plain shards, shares of a sum, each rank's own loss) is left out."""
+    data = next(iter(stages.of("data").values()), None)
+    apart = data is not None and len({event.digest for event in data.events}) == len(data.parts)
+    one = Stages()
+    for stage, named in stages.by_stage.items():
+        for name, held in named.items():
+            whole = _as_one(stage, held, ranks, rows_apart=apart)
+            if whole is not None:
+                one.by_stage.setdefault(stage, {})[name] = Held(events=held.events[:1], parts=[whole])
+    return one
+
+
+def _as_one(stage: str, held: Held, ranks: Sequence[RankRecord], *, rows_apart: bool) -> Tensor | None:
+    joined = wholes(held, ranks)
+    if joined is not None:
+        return joined[0]
+    if len({event.digest for event in held.events}) == 1:
+        return held.parts[0]
+    return _rows_together(held.parts, stage) if rows_apart else None
+
+
+def _rows_together(parts: Sequence[Tensor | None], stage: str) -> Tensor | None:
+    """The rows of all parts; one part is itself. None where the stage has no rows, or the parts do not go together."""
+    there = [part for part in parts if part is not None]
+    if len(there) != len(parts) or len(parts) <= 1:
+        return there[0] if there and len(there) == len(parts) else None
+    alike = len({part.shape[1:] for part in there}) == 1 and all(part.ndim for part in there)
+    return torch.cat(there) if stage in BY_ROWS and alike else None
+
+
+def wholes(held: Held, ranks: Sequence[RankRecord]) -> list[Tensor] | None:
     """A DTensor put together from its local parts; None for a plain tensor. There are as many wholes as ranks hold the
     same shard: the copies along replicated mesh dimensions, and along those that the tensor's own mesh lacks."""
     placements = held.events[0].placements

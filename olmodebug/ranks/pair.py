@@ -14,17 +14,19 @@ class Pair:
     """Both sides of a comparison. `limit` is relative, as `roundings_limit` gives it; `floor` is one rounding of it.
 
     `rows` are the rows of the batch that each rank saw, by content; None where one is not in the batch. Ranks that saw the
-    same rows are a group: in it a plain tensor may be whole, sharded, or a share of a sum.
+    same rows are a group: in it a plain tensor may be whole, sharded, or a share of a sum. `clipped` says that gradients
+    were noted after the step clipped them to the norm that it reports.
     """
 
-    def __init__(self, truth: Stages, held: Stages, ranks: list[RankRecord], limit: float) -> None:
+    def __init__(self, truth: Stages, held: Stages, ranks: list[RankRecord], limit: float, *, clipped: bool = True) -> None:
         self.truth, self.held, self.ranks, self.limit = truth, held, ranks, limit
         self.world = len(ranks)
         self.floor = limit / ROUNDINGS
         self.rows = self._rows()
         self.groups = self._groups()
         self._scales: dict[str, float] = {}
-        self._undo_clipping()
+        if clipped:
+            self._undo_clipping()
 
     def scale(self, stage: str) -> float:
         """The largest magnitude in the single process's tensors of a stage."""

@@ -6,7 +6,7 @@ compared on one machine; the tensors say what the ranks hold together.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from ..errors import ReportError
 from ..records import Where
 from ..tracing.copies import bytes_of
 
-VERSION = 1
+VERSION = 2
 MOST_TENSOR_BYTES = 512 * 2**20  # of one rank; larger runs are compared by digest only
 STAGES = ("data", "start", "forward", "loss", "gradient", "norm", "step", "state")
+NO_TENSOR = ("collective", "end")  # lines of a record that hold none
 
 # Prefixes that wrappers put before a module's own path.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -54,14 +55,17 @@ class Collective:
 
 
 class RankWriter:
-    """Writes one rank's record; every event is on disk before the next begins."""
+    """Writes one rank's record; every event is on disk before the next begins. FileExistsError with `new`, where the rank
+    has a record already."""
 
-    def __init__(self, folder: Path, *, rank: int, world: int, coordinate: tuple[int, ...] = (), mesh: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, rank: int, world: int, coordinate: tuple[int, ...] = (), mesh: tuple[int, ...] = (), new: bool = False
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"rank-{rank:05d}"
         self.tensors: dict[str, Tensor] = {}
         self.bytes = 0
-        self.lines = self.path.with_suffix(".jsonl").open("w", encoding="utf-8")
+        self.lines = self.path.with_suffix(".jsonl").open("x" if new else "w", encoding="utf-8")
         self._write({"version": VERSION, "rank": rank, "world": world, "coordinate": list(coordinate), "mesh": list(mesh)})
 
     def tensor(self, stage: str, name: str, value: Tensor, *, where: Where | None = None) -> None:
@@ -92,9 +96,11 @@ class RankWriter:
         """Note a collective before it starts, so that a hang shows where it waits."""
         self._write({"stage": "collective", **asdict(call)})
 
-    def close(self) -> None:
-        """Put the tensors on disk."""
+    def close(self, *, dtypes: Iterable[str] = (), optimizers: Iterable[str] = ()) -> None:
+        """Put the tensors on disk, and say that the step came to its end: the floating dtypes that its ops wrote, and the
+        classes of the optimizers that took it."""
         save_file(self.tensors, self.path.with_suffix(".safetensors"))
+        self._write({"stage": "end", "dtypes": sorted(dtypes), "optimizers": sorted(set(optimizers))})
         self.lines.close()
 
     def _write(self, body: dict[str, Any]) -> None:
@@ -115,7 +121,7 @@ class RankRecord:
     def events(self) -> Iterator[RankEvent]:
         """Its tensors in the order they were noted."""
         for body in self._lines():
-            if body["stage"] != "collective":
+            if body["stage"] not in NO_TENSOR:
                 values = {
                     **body,
                     "shape": tuple(body["shape"]),
@@ -130,6 +136,10 @@ class RankRecord:
         for body in self._lines():
             if body["stage"] == "collective":
                 yield Collective(op=body["op"], shape=tuple(body["shape"]), where=Where(**body["where"]))
+
+    def end(self) -> dict[str, list[str]] | None:
+        """`dtypes` and `optimizers` of a step that came to its end; None of one that was cut off."""
+        return next(({k: list(body[k]) for k in ("dtypes", "optimizers")} for body in self._lines() if body["stage"] == "end"), None)
 
     def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """The tensors of some keys, under the names that they are asked by; what a process that was killed left out is not there."""

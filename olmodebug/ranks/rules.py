@@ -1,5 +1,6 @@
 """The rules over one process's step and that of all ranks; each gives the finding where it does not hold, or None."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -89,7 +90,11 @@ def forward(pair: Pair) -> Finding | None:
 def gradients(pair: Pair) -> Finding | None:
     """The gradients that the optimizer got are those of the whole batch."""
     wrong = list(pair.unlike("gradient"))
-    gone = [name for name in pair.truth.of("gradient") if name not in pair.held.of("gradient") and not _is_sharded_flat(pair, name)]
+    gone = [
+        name
+        for name in pair.truth.of("gradient")
+        if name not in pair.held.of("gradient") and ("gradient", name) not in pair.held.unkept and not _is_sharded_flat(pair, name)
+    ]
     if not wrong and not gone:
         return None
     if not wrong:
@@ -185,6 +190,54 @@ def step(pair: Pair) -> Finding | None:
                     evidence={"largest difference": gap, "gradients agree": True},
                 )
     return None
+
+
+ELEMENTWISE = {"SGD", "Adam", "AdamW"}  # optimizers whose change of an element follows from that element's gradient alone
+
+
+def recorded_step(pair: Pair, optimizers: Collection[str]) -> Finding | None:
+    """What any optimizer kept of each weight is what it kept in the other run, and where its rule is elementwise, so is its
+    change. An element whose gradient is within rounding of zero says nothing: Adam's first update is the gradient's sign."""
+    for name, _, gap in pair.unlike("state"):
+        weight = name.rpartition(".")[0]
+        return _finding(
+            f"after the step {name} differs by {gap:.3g} from the other run's, though the gradient agrees before it is clipped",
+            module=weight.rpartition(".")[0],
+            where=pair.held.of("gradient")[weight].where if weight in pair.held.of("gradient") else None,
+            evidence={"largest difference": gap, "optimizer": ", ".join(optimizers)},
+        )
+    if not optimizers or not set(optimizers) <= ELEMENTWISE:
+        return None
+    noise = pair.limit * pair.scale("gradient")
+    largest = 0.0
+    wrong: tuple[float, str] | None = None
+    for name, after in pair.held.of("step").items():
+        whole = {stage: pair.truth.of(stage).get(name) for stage in ("start", "gradient", "step")}
+        start = pair.held.of("start").get(name)
+        if start is None or any(held is None for held in whole.values()):
+            continue
+        before, gradient, expected = (held.parts[0].double() for held in whole.values() if held is not None)
+        sure = gradient.abs() > 64 * noise
+        change = (before - expected)[sure]
+        for whole_start, whole_after in zip(pair.joined(start), pair.joined(after), strict=True):
+            if whole_after.shape != before.shape or whole_start.shape != before.shape or not change.numel():
+                continue
+            observed = (whole_start.double() - whole_after.double())[sure]
+            largest = max(largest, float(change.abs().max()))
+            rounding = pair.floor * float(before.abs().max())
+            gap = float((observed - change).abs().max()) - rounding
+            wrong = max(wrong or (gap, name), (gap, name))
+    if wrong is None or wrong[0] <= 64 * pair.limit * largest:
+        return None
+    gap, name = wrong
+    return _finding(
+        f"the step changes {name} by other amounts than in the other run (the difference is {gap:.3g}, the largest change {largest:.3g}), "
+        "though the gradient agrees",
+        module=name.rpartition(".")[0],
+        where=pair.held.of("gradient")[name].where if name in pair.held.of("gradient") else None,
+        fix="hold the optimizers' settings against each other: learning rate, betas, weight decay, and what each of them holds",
+        evidence={"largest difference": gap, "optimizer": ", ".join(optimizers)},
+    )
 
 
 def _factor(pair: Pair, found: dict[str, Held]) -> float:

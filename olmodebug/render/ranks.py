@@ -23,8 +23,10 @@ def ranks_view(section: Mapping[str, Any]) -> Group:
         if calls and len(set(calls)) == 1
         else f"{', '.join(map(str, calls)) or 'no'} collectives, by rank"
     )
+    beside = section.get("beside")
+    other = f"{plural(beside['world'], 'rank')} ({beside['strategy']})" if beside else "one process with the same weights and batch"
     return Group(
-        row("ranks", f"{section['world']} ({section['strategy']}), beside one process with the same weights and batch"),
+        row("ranks", f"{section['world']} ({section['strategy']}), beside {other}"),
         row("compared", ", ".join(counts) or "nothing: the step did not come to its end"),
         row("called", alike),
     )

@@ -1,0 +1,105 @@
+"""One training step of a model noted in a rank's record: weights before, what modules got and gave, gradients, weights after."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten  # private by its name, and what torch's own documentation uses
+
+from ..group import COLLECTIVE_NAMESPACES
+from ..records import Where
+from ..sources import short_path
+from .record import RankWriter, plain_name
+
+
+class Notes:
+    """The notes on one model. `prefix` stands before its names, where a step runs several models."""
+
+    def __init__(self, model: nn.Module, writer: RankWriter, prefix: str = "") -> None:
+        self.model, self.writer, self.prefix = model, writer, prefix
+        self._calls: dict[str, int] = {}
+        self._places = {
+            f"{path}.{name}" if path else name: forward_of(module)
+            for path, module in model.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+        }
+
+    def start(self) -> None:
+        """The weights as they are."""
+        for name, parameter in self.model.named_parameters():
+            self.writer.tensor("start", self._name(name), parameter)
+
+    def watch(self, guarded: Callable[[Callable[..., None]], Callable[..., None]] = lambda hook: hook) -> list[Any]:
+        """Hooks on every module, as handles that remove them; `guarded` may wrap each hook."""
+        handles: list[Any] = [self.model.register_forward_pre_hook(guarded(lambda *_: self._calls.clear()), prepend=True)]
+        for name, module in self.model.named_modules():
+            if plain_name(name) or module is self.model:
+                handles.append(module.register_forward_hook(guarded(self._called(plain_name(name))), with_kwargs=True))
+        return handles
+
+    def gradients(self, only: Iterable[Tensor] | None = None) -> None:
+        """The gradients as they are, of all parameters or of some."""
+        chosen = None if only is None else {id(parameter) for parameter in only}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and (chosen is None or id(parameter) in chosen):
+                self.writer.tensor("gradient", self._name(name), parameter.grad, where=self._places[name])
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """The weights that an optimizer holds, and what it keeps of each, after its step."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in held:
+                continue
+            self.writer.tensor("step", self._name(name), parameter)
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    self.writer.tensor("state", f"{self._name(name)}.{key}", value)
+
+    def _name(self, name: str) -> str:
+        return self.prefix + plain_name(name)
+
+    def _called(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not torch.is_grad_enabled():  # no part of a training step
+                return
+            self._calls[name] = calls = self._calls.get(name, 0) + 1
+            label = self.prefix + (name if calls == 1 else f"{name}#{calls}")
+            given, made = first_tensor((args, kwargs)), first_tensor(output)
+            where = forward_of(module)
+            if given is not None and made is not None:
+                if not name:
+                    self.writer.tensor("data", f"{self.prefix}input_ids", given)
+                self.writer.tensor("input", label, given, where=where)
+                self.writer.tensor("forward", label, made, where=where)
+
+        return hook
+
+
+def first_tensor(tree: Any) -> Tensor | None:
+    """The first tensor in nested containers, output objects included; None without one."""
+    leaves = tree_flatten(tree)[0]
+    found = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+    if found is not None or len(leaves) != 1 or isinstance(leaves[0], Tensor):
+        return found
+    return next((value for value in getattr(leaves[0], "__dict__", {}).values() if isinstance(value, Tensor)), None)
+
+
+def forward_of(module: nn.Module) -> Where:
+    """The forward function of a module's class, where that is the user's own and not torch's."""
+    forward = type(module).forward
+    file = inspect.getsourcefile(forward) if inspect.isfunction(forward) else None
+    if file is None or file.startswith(str(Path(nn.__file__).parents[1])):
+        return Where()
+    line = inspect.unwrap(forward).__code__.co_firstlineno
+    return Where(function=forward.__qualname__, file=short_path(file), line=line)
+
+
+def collective_of(func: Any, args: Any, kwargs: Any) -> tuple[str, tuple[int, ...]] | None:
+    """The op of a collective that is about to start and the shape that it is given; None for any other op."""
+    if func.namespace not in COLLECTIVE_NAMESPACES or "wait" in func.__name__:
+        return None
+    given = first_tensor((args, kwargs))
+    return func.__name__.partition(".")[0].strip("_"), tuple(given.shape) if given is not None else ()

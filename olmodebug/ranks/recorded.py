@@ -1,0 +1,175 @@
+"""Two recorded runs of a training script, on any numbers of processes: their first training step, held against each other.
+
+`olmodebug run --record FOLDER -- CMD` makes the records. Nothing here chooses data, weights or optimizer: where the runs did
+not see the same, that is said, and nothing is concluded from the rest.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..compare import roundings_limit
+from ..environment import environment
+from ..errors import UsageError
+from ..records import Where
+from ..report import Finding, Outcome, Report, SubjectInfo, with_reproduction
+from . import rules
+from .logical import as_one, gather
+from .pair import Pair
+from .record import RankRecord, read_records
+from .replicas import first_unlike_collectives, unlike_replicas
+from .run import COMPLETES, MATCH
+
+REPLICAS = "ranks.replicas-agree"
+DATA = "ranks.same-data"
+# Rules on values, in the order in which a step computes them.
+VALUES: tuple[tuple[str, Callable[[Pair], Finding | None]], ...] = (
+    ("ranks.same-start", rules.start),
+    ("ranks.forward-agrees", rules.forward),
+    ("ranks.loss-agrees", rules.loss),
+    ("ranks.norm-agrees", rules.norm),
+    ("ranks.gradients-agree", rules.gradients),
+)
+STEP = "ranks.step-agrees"
+SHORT = ("bfloat16", "float16")  # in these, roundings are as large as what the rules on values look for
+
+
+def compare_recorded(left: Path, right: Path, *, command: str, id: str) -> Report:
+    """The report on the record at `right`, held against the one at `left`. UsageError or ReportError where one cannot be read."""
+    started = time.monotonic()
+    one, many = read_records(left), read_records(right)
+    judged = _Judged()
+    for folder, ranks in ((left, one), (right, many)):
+        judged.whole(folder, ranks)
+    compared = None
+    if not judged.findings:
+        for folder, ranks in ((left, one), (right, many)):
+            judged.alike(folder, ranks)
+        compared = judged.values(one, many)
+    section = {
+        "world": len(many),
+        "strategy": str(right),
+        "beside": {"world": len(one), "strategy": str(left)},
+        "compared": compared,
+        "collectives": [sum(1 for _ in record.collectives()) for record in many],
+    }
+    report = Report(
+        subject=SubjectInfo(spec=f"{left} and {right}"),
+        environment=environment(seed=0, command=command),
+        outcomes=tuple(judged.outcomes),
+        findings=tuple(judged.findings),
+        sections={"ranks": section},
+        seconds=round(time.monotonic() - started, 3),
+        created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        id=id,
+    )
+    return with_reproduction(report, lambda _: command)
+
+
+class _Judged:
+    """Findings and outcomes as they come."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self.outcomes: list[Outcome] = []
+
+    def whole(self, folder: Path, ranks: list[RankRecord]) -> None:
+        """Every rank's record is there and came to its end."""
+        there, world = {record.rank for record in ranks}, max(record.world for record in ranks)
+        gone = [rank for rank in range(world) if rank not in there]
+        cut = [record.rank for record in ranks if record.end() is None]
+        if gone:
+            raise UsageError(f"{folder} lacks the records of {_of_ranks(gone)} of {world}")
+        if cut:
+            unlike = first_unlike_collectives(ranks)
+            calls = unlike[1] if unlike else []
+            waiting = {rank: call for rank, call in enumerate(calls) if call is not None}
+            evidence = {f"rank {rank}": f"{call.op} at {call.where.file}:{call.where.line}" for rank, call in waiting.items()}
+            where = next((call.where for call in waiting.values() if call.where.line), Where())
+            message = f"the first training step of {_of_ranks(cut)} did not come to its end in {folder}"
+            self._found(Finding(probe=COMPLETES, severity="error", message=message, where=where, evidence=dict(evidence)))
+        elif not any(outcome.probe == COMPLETES for outcome in self.outcomes):
+            self.outcomes.append(Outcome(probe=COMPLETES, status="passed"))
+
+    def alike(self, folder: Path, ranks: list[RankRecord]) -> None:
+        """The ranks of one run call the same collectives, and what each holds whole is the same bits."""
+        if len(ranks) < 2:
+            return
+        unlike = first_unlike_collectives(ranks)
+        if unlike is not None:
+            number, calls = unlike
+            text = ", ".join(f"rank {r} {call.op if call else 'nothing'}" for r, call in enumerate(calls[:8]))
+            place = next((call.where for call in calls if call is not None), Where())
+            message = f"collective {number} of {folder} is not the same on every rank: {text}"
+            self._found(Finding(probe=MATCH, severity="error", message=message, where=place))
+        else:
+            self.outcomes.append(Outcome(probe=MATCH, status="passed"))
+
+    def values(self, one: list[RankRecord], many: list[RankRecord]) -> dict[str, int] | None:
+        """The rules on values; how many tensors of each stage were compared, or None where the runs cannot be compared."""
+        dtypes = {dtype for record in (*one, *many) for dtype in (record.end() or {}).get("dtypes", [])}
+        pair = Pair(as_one(gather(one), one), gather(many), many, roundings_limit(dtypes), clipped=False)
+        data = rules.data(pair)
+        if data is not None and data.message.startswith("a rank saw"):  # another order or another seed is no fault of a rank's
+            reason = "the two runs did not see the same rows in their first step: give both the same global batch"
+            self.findings.append(replace(data, probe=DATA, severity="warning", message=reason))
+            self.outcomes.append(Outcome(probe=DATA, status="failed"))
+            self._skip([name for name, _ in VALUES] + [STEP], "the runs did not see the same rows")
+            return None
+        self._rule(DATA, data)
+        if dtypes & set(SHORT):
+            self._rule("ranks.same-start", rules.start(pair))
+            self._skip([name for name, _ in VALUES[1:]] + [STEP], f"the runs computed in {', '.join(sorted(dtypes & set(SHORT)))}, "
+                       "whose roundings are as large as what is looked for: record a run in float32")  # fmt: skip
+        else:
+            for probe, rule in VALUES:
+                self._rule(probe, rule(pair))
+            optimizers = {name for record in (*one, *many) for name in (record.end() or {}).get("optimizers", [])}
+            self._rule(STEP, rules.recorded_step(pair, optimizers))
+        drifted = None if self._failed() or len(many) < 2 else _drifted(pair, many)
+        if drifted is not None:
+            self._rule(REPLICAS, drifted)
+        return {stage: len(set(pair.held.of(stage)) & set(pair.truth.of(stage))) for stage in ("forward", "gradient", "step", "state")}
+
+    def _failed(self) -> bool:
+        return any(finding.severity == "error" for finding in self.findings)
+
+    def _rule(self, probe: str, finding: Finding | None) -> None:
+        """One root: what parts later parts because of it."""
+        if finding is None:
+            self.outcomes.append(Outcome(probe=probe, status="passed"))
+        elif self._failed():
+            first = self.findings[0]
+            self.findings[0] = replace(first, also=(*first.also, probe))
+            self._skip([probe], f"it depends on {first.probe}, which failed")
+        else:
+            self._found(replace(finding, probe=probe))
+
+    def _found(self, finding: Finding) -> None:
+        self.findings.insert(0, finding)
+        self.outcomes.append(Outcome(probe=finding.probe, status="failed" if finding.severity == "error" else "passed"))
+
+    def _skip(self, probes: list[str], reason: str) -> None:
+        self.outcomes += [Outcome(probe=probe, status="skipped", reason=reason) for probe in probes]
+
+
+def _drifted(pair: Pair, ranks: list[RankRecord]) -> Finding | None:
+    """A weight that every rank holds whole, and that is not the same bits on all of them after the step."""
+    shapes: dict[str, Any] = {name: held.parts[0].shape for name, held in pair.truth.of("start").items()}
+    for stage, name, other in unlike_replicas(ranks, stages=("step",)):
+        held = pair.held.of(stage).get(name)
+        if held is None or held.parts[0].shape != shapes.get(name):
+            continue  # shards of the same size, or a layout that is not known
+        message = (
+            f"after the step {name} of {_of_ranks(other)} is not that of rank 0, though both are right to rounding: replicas drift apart"
+        )
+        return Finding(probe=REPLICAS, severity="warning", message=message, where=Where(module=name.rpartition(".")[0]))
+    return None
+
+
+def _of_ranks(numbers: list[int]) -> str:
+    some = ", ".join(map(str, numbers[:6])) + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {some}"
