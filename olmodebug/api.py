@@ -87,8 +87,8 @@ def shapes(model: nn.Module | str) -> ShapeTree:
 
 
 def parity(
-    subject: str,
-    reference: str | None = None,
+    subject: str | nn.Module,
+    reference: str | nn.Module | None = None,
     *,
     left: str | None = None,
     right: Sequence[str] = (),
@@ -99,14 +99,29 @@ def parity(
 ) -> Report:
     """The report of `olmodebug parity`: two executions of a subject, or a subject and a reference, op by op.
 
-    Subjects are specs, because each side runs in a process of its own. The arguments mean what the options mean.
+    With specs each side runs in a process of its own, and the arguments mean what the options mean. Live models are compared
+    in this process: copies of both with the subject's weights, in float64 on the CPU. SubjectError where that cannot be.
     """
+    if isinstance(subject, nn.Module) or isinstance(reference, nn.Module):
+        return _parity_here(subject, reference, stated=(left, tuple(right), dtype, tuple(cases), device != "cpu"), seed=seed)
     from .cli import parsed
     from .commands.parity import parity_report
 
     options = [f"--{name}={value}" for name, value in {"reference": reference, "left": left, "dtype": dtype}.items() if value]
     options += [f"--right={text}" for text in right] + [f"--case={name}" for name in cases]
     return parity_report(parsed(["parity", _spec(subject), f"--device={device}", f"--seed={seed}", *options]))
+
+
+def _parity_here(subject: str | nn.Module, reference: str | nn.Module | None, *, stated: tuple[Any, ...], seed: int) -> Report:
+    """Two implementations, at least one of them alive."""
+    from .implementations.comparison import compare
+
+    if reference is None or any(stated):
+        raise SubjectError(
+            "an execution runs in a process of its own and needs a spec such as my_model.py:build; live models are compared as parity(a, b)"
+        )
+    sides = [resolve(Job(spec=side, seed=seed)) if isinstance(side, str) else from_model(side, seed=seed) for side in (subject, reference)]
+    return compare(*sides, seed=seed, command="olmodebug.parity()")
 
 
 def _spec(subject: object) -> str:

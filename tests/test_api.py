@@ -118,9 +118,26 @@ def test_parity_gives_a_report_with_its_section(tmp_path: Path, monkeypatch: pyt
     assert "\n" not in repr(same)
 
 
+def test_live_models_are_compared_with_each_other_and_left_alone() -> None:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    models = [Olmo2ForCausalLM(Olmo2Config(**sizes, rms_norm_eps=eps, pad_token_id=None)).eval() for eps in (1e-5, 1e-5, 1e-3)]
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
+    assert olmodebug.parity(models[0], models[1]).verdict == "pass"  # unlike weights: both copies get those of the first
+    broken = olmodebug.parity(models[2], models[0])
+    assert broken.exit_code == 1
+    assert "eps" in f"{broken.findings[0].message} {broken.findings[0].cause}"
+    assert broken.sections["implementations"]
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(SubjectError, match=r"compared as parity\(a, b\)"):
+        olmodebug.parity(models[0], models[1], dtype="bfloat16")
+
+
 def test_what_runs_in_a_process_of_its_own_needs_a_spec_and_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SubjectError, match="needs a spec such as my_model.py:build, not a Linear"):
-        olmodebug.parity(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(SubjectError, match="needs a spec such as my_model.py:build"):
+        olmodebug.parity(torch.nn.Linear(1, 1))
     with pytest.raises(UsageError, match="cannot be meant"):
         olmodebug.parity("olmo2-tiny", seed="zero")  # type: ignore[arg-type]
     assert "invalid int value: 'zero'" in capsys.readouterr().err
