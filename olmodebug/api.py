@@ -53,7 +53,7 @@ def check(
         info = SubjectInfo(spec=model if isinstance(model, str) else type(model).__name__)
         return _report(info, [Outcome(probe=name, status="failed")], [Finding(**{**values, "probe": name})], seed, started)
     outcomes += [Outcome(probe=name, status="passed") for name in (BUILD, FIRST_RUN)]
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     results: list[Result] = []
     probes = select(shipped_probes(), select_probes)
     for probe in probes:
@@ -61,8 +61,8 @@ def check(
             outcomes.append(Outcome(probe=probe.name, status="skipped", reason="slow, and quick=True was given"))
             continue
         result = run_probe(probe, subject, job=job, failed=failed, expected=expected_failures)
-        if result.outcome.status == "failed":
-            failed.append(probe.name)
+        if result.root is not None:
+            failed[probe.name] = result.root
         outcomes.append(result.outcome)
         findings += result.findings
         results.append(result)

@@ -32,7 +32,7 @@ def common_causes(results: Sequence[Result], probes: Iterable[Probe], job: Job) 
         others = [
             (other, named[other[0]])
             for other, _, result in alone
-            if other[0] != key[0] and other not in followers and other[0] in named and result.outcome.seconds <= LONGEST_SECONDS
+            if other != key and other not in followers and other[0] in named and result.outcome.seconds <= LONGEST_SECONDS
         ]
         if others and key not in followers:
             joined += [(key, other) for other in _mended(found, others, job)]

@@ -15,7 +15,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     from .causes import common_causes
     from .environment import environment
     from .errors import OlmodebugError
-    from .examine import Result, build, run_probe
+    from .examine import Result, blocker, build, run_probe
     from .load import SubjectCodeError, load_file
     from .probe import Probe, probes_in, select, shipped_probes, with_own
     from .replaying import replay_probe
@@ -44,10 +44,12 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     subject = building.subject
     if subject is None:
         return
-    done, failed = set(order["done"]), list(order["failed"])
+    done, failed = set(order["done"]), {name: name for name in order["failed"]}
     results: list[Result] = []
     for probe in probes:
         if probe.name in done:
+            if (root := blocker(probe, failed)) is not None:
+                failed.setdefault(probe.name, root)
             continue
         if order["quick"] and probe.cost == "slow":
             tell("result", outcome={"probe": probe.name, "status": "skipped", "reason": "slow, and --quick was given"}, findings=[])
@@ -59,8 +61,8 @@ def run(order: dict[str, Any], tell: Tell) -> None:
 
         result, again = replay_probe(probe, subject, order["stored"], run_it)
         results.append(result)
-        if result.outcome.status in ("failed", "expected-failure"):
-            failed.append(probe.name)
+        if result.root is not None:
+            failed[probe.name] = result.root
         tell(
             "result",
             outcome=plain(result.outcome),

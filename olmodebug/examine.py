@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TypeVar
 
 from torch import nn
@@ -32,11 +33,20 @@ F = TypeVar("F", bound=Finding)
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """One probe's outcome and findings; `found` are the same with the edits and the values that the report does not carry."""
+    """One probe's outcome and findings; `found` are the same with the edits and the values that the report does not carry.
+
+    `root` is the failed probe because of which what depends on this one is left out: itself, or the one that it was left
+    out for; None where it stands in nobody's way.
+    """
 
     outcome: Outcome
     findings: tuple[Finding, ...] = ()
     found: tuple[Found, ...] = ()
+    blocked_by: str | None = None
+
+    @property
+    def root(self) -> str | None:
+        return self.outcome.probe if self.outcome.status in ("failed", "expected-failure") else self.blocked_by
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,18 +82,24 @@ def unbuilt(error: SubjectCodeError, job: Job, seconds: float) -> list[Result]:
     return results
 
 
+def blocker(probe: Probe, failed: Mapping[str, str]) -> str | None:
+    """The failed probe because of which this one cannot say anything; None where nothing stands in its way."""
+    return next((failed[name] for name in probe.after if name in failed), None)
+
+
 def run_probe(
     probe: Probe,
     subject: Subject,
     *,
     job: Job | None = None,
-    failed: Iterable[str] = (),
+    failed: Mapping[str, str] = MappingProxyType({}),
     expected: Mapping[str, str] | None = None,
 ) -> Result:
-    """Run one probe. `failed` are the probes that failed before, `expected` maps names to why they may fail."""
-    blockers = [name for name in probe.after if name in set(failed)]
-    if blockers:
-        return Result(outcome=Outcome(probe=probe.name, status="skipped", reason=f"it depends on {blockers[0]}, which failed"))
+    """Run one probe. `failed` are the probes that failed before or were left out, each with its `root`; `expected` maps
+    names to why they may fail."""
+    root = blocker(probe, failed)
+    if root is not None:
+        return Result(outcome=Outcome(probe=probe.name, status="skipped", reason=f"it depends on {root}, which failed"), blocked_by=root)
     started = time.perf_counter()
 
     def outcome(status: str, reason: str | None = None) -> Outcome:

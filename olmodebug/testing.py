@@ -241,7 +241,7 @@ class Bench:
         from .examine import run_probe
 
         assert self._subject is not None
-        failed = [other for other, result in self.results.items() if result.outcome.status in ("failed", "expected-failure")]
+        failed = {other: result.root for other, result in self.results.items() if result.root is not None}
         with warnings.catch_warnings():  # a suite that turns warnings into errors would break the model under test
             warnings.simplefilter("default")
             result = run_probe(self._all()[name], self._subject, job=self._job, failed=failed, expected=self.expected)

@@ -43,13 +43,13 @@ def findings_on(spec: str, expression: str | None = None) -> list[dict[str, Any]
     findings = [plain(finding) for result in building.results for finding in result.findings]
     if building.subject is None:
         return findings
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     for probe in select(shipped_probes(), expression):
         if probe.cost == "slow":
             continue
         result = run_probe(probe, building.subject, failed=failed)
-        if result.outcome.status == "failed":
-            failed.append(probe.name)
+        if result.root is not None:
+            failed[probe.name] = result.root
         if result.outcome.status == "error":
             findings.append({"probe": probe.name, "severity": "broke", "message": result.outcome.reason, "where": {}, "cause": None})
         findings += [plain(finding) for finding in result.findings]

@@ -48,13 +48,13 @@ def examine(model: Any, config: Any, *, spec: str, expression: str | None = None
         subject = from_model(model, spec=spec, config=config)
     except SubjectCodeError as error:
         return row | {"findings": [plain(explain(error).finding()) | {"probe": "build.runs"}], **seconds()}
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     for probe in select(shipped_probes(), expression):
         if probe.cost == "slow":
             continue
         result = run_probe(probe, subject, failed=failed)
-        if result.outcome.status == "failed":
-            failed.append(probe.name)
+        if result.root is not None:
+            failed[probe.name] = result.root
         row["outcomes"].append(plain(result.outcome))
         row["findings"] += [plain(finding) for finding in result.findings]
     return row | {**seconds(), "assumptions": list(subject.assumptions)}

@@ -241,3 +241,13 @@ def test_labels_are_aligned_where_the_documentation_of_forward_says_so() -> None
 
     assert not from_model(Shifting()).convention.labels_aligned
     assert from_model(Aligned()).convention.labels_aligned
+
+
+def test_what_depends_on_a_probe_that_was_left_out_is_left_out_for_the_same_root() -> None:
+    probes = {probe.name: probe for probe in shipped_probes()}
+    subject, failed = from_model(Tiny()), {"causality.no-future": "causality.no-future"}
+    for name in ("cache.matches-full-forward", "cache.left-padded-rows-decode"):
+        result = run_probe(probes[name], subject, failed=failed)
+        assert result.outcome.reason == "it depends on causality.no-future, which failed"
+        failed[name] = result.root or ""
+    assert run_probe(probes["determinism.eval-repeats"], subject, failed=failed).outcome.status == "passed"
