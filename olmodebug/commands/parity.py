@@ -185,6 +185,7 @@ def _held_against(arguments: argparse.Namespace, run: Any, command: str) -> "tup
     order = Order(
         job=job,
         reference=specs[1],
+        shown=arguments.reference,
         reference_config=parse_config(arguments.reference_config),
         stated=arguments.map,
         timeout_seconds=arguments.timeout,

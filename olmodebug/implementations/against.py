@@ -18,10 +18,11 @@ OUTPUTS = "parity.outputs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What is compared with what; `stated` is the file of --map."""
+    """What is compared with what; `stated` is the file of --map, `shown` the reference as the user wrote it."""
 
     job: Mapping[str, Any]
     reference: str
+    shown: str = ""
     reference_config: Mapping[str, Any] = field(default_factory=dict)
     stated: str | None = None
     timeout_seconds: float = 300.0
@@ -43,6 +44,8 @@ def against(order: Order, run: Run, progress: Callable[[int, int, str, float], N
         message = {
             "job": dict(order.job),
             "reference": order.reference,
+            "shown": order.shown or order.reference,
+            "scripts": str(run.folder / "scripts") if run.folder is not None else None,
             "reference_config": dict(order.reference_config),
             "map": order.stated,
             "command": order.command,

@@ -1,5 +1,6 @@
 """`python -m olmodebug.implementations.child`: compare a subject with a reference, in a process that may die of either."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     from .comparison import OUTPUTS, compare
     from .mapping import read_map
 
+    scripts = Path(order["scripts"]) if order["scripts"] else None
     job, seed = Job(**order["job"]), int(order["job"]["seed"])
     step = BUILD_SUBJECT
     try:
@@ -27,10 +29,12 @@ def run(order: dict[str, Any], tell: Tell) -> None:
         subject = resolve(job)
         step = BUILD_REFERENCE
         tell("start", step=step)
+        _make_room(job.spec, order["reference"])
         reference = resolve(_reference_job(order, subject))
+        reference.spec = order["shown"]
         step = COMPARE
         tell("start", step=step)
-        report = compare(subject, reference, stated=stated, seed=seed, command=order["command"])
+        report = compare(subject, reference, stated=stated, seed=seed, command=order["command"], scripts=scripts)
     except OlmodebugError as error:
         tell("unusable", text=str(error))
         return
@@ -48,6 +52,28 @@ def run(order: dict[str, Any], tell: Tell) -> None:
             findings=(Finding(**{name: getattr(explained, name) for name in Finding.__dataclass_fields__}),),
         )
     tell("report", value=plain(report))
+
+
+def _make_room(subject: str, reference: str) -> None:
+    """Forget the modules of the subject's folder that the reference's folder has too, so that the reference imports its own.
+
+    Both live in one process, where a name such as `layers` can mean one module only: the subject keeps what it imported.
+    """
+    ours, theirs = (Path(spec.rpartition(":")[0]).resolve() for spec in (subject, reference))
+    if ours.suffix != ".py" or theirs.suffix != ".py":
+        return
+    roots = [file.parent for file in (ours, theirs)]
+    while (roots[0] / "__init__.py").is_file() and (roots[1] / "__init__.py").is_file():
+        roots = [root.parent for root in roots]
+    if roots[0] == roots[1]:
+        return
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is None or name.startswith("_olmodebug_file_") or not Path(file).is_relative_to(roots[0]):
+            continue
+        top = roots[1] / name.partition(".")[0]
+        if not Path(file).is_relative_to(roots[1]) and (top.with_suffix(".py").is_file() or (top / "__init__.py").is_file()):
+            del sys.modules[name]
 
 
 def _reference_job(order: dict[str, Any], subject: Any) -> Any:

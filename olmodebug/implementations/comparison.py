@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from ..report import Finding, Outcome, Report, merge_by_root
 from ..sources import Spot, short_path
 from ..subject import Subject
 from .aligned import Aligned, Side, align
+from .alone import script_of
 from .anchors import Graph, first_bad, last_leading, positions_first
 from .backward import GradientGap, gradient_gap
 from .captured import ON_TENSORS, Parting, differing_eps, eps_cause
+from .casts import cast_order
 from .hypotheses import ON_WEIGHTS, Cause
 from .turned import ON_ROTATION
 from .wiring import ON_WIRING, caller, weights_read
@@ -42,13 +45,17 @@ class Verdict:
 
     gap: Difference
     where: Where
+    parting: tuple[int, int | None]  # the first wrong node of either run
     cause: Cause | None
     tried: list[tuple[str, bool]] = field(default_factory=list)
 
 
-def compare(left: Subject, right: Subject, *, stated: Mapping[str, str] | None = None, seed: int = 0, command: str = "") -> Report:
+def compare(
+    left: Subject, right: Subject, *, stated: Mapping[str, str] | None = None, seed: int = 0, command: str = "", scripts: Path | None = None
+) -> Report:
     """The report on a subject against a reference: findings, and `sections["implementations"]`.
 
+    `scripts` is the folder that takes a script which shows the first difference without olmodebug.
     SubjectError where the two do not fit (another vocabulary, other sizes, weights without a counterpart).
     """
     began = time.perf_counter()
@@ -60,7 +67,7 @@ def compare(left: Subject, right: Subject, *, stated: Mapping[str, str] | None =
     if gap is not None:
         verdict = locate(aligned, gap)
         tried = verdict.tried
-        findings.append(_output_finding(aligned, verdict))
+        findings.append(_output_finding(aligned, verdict, scripts))
     else:
         findings += _argument_findings(aligned)
         gradients = gradient_gap(aligned)
@@ -92,7 +99,8 @@ def locate(aligned: Aligned, gap: Difference) -> Verdict:
         parting = Parting(aligned=aligned, left=left, right=right, node=start, other=theirs[0] if theirs else None)
         captured = {**ON_ROTATION, **ON_TENSORS, **ON_WIRING}
         cause = _tried(((name, partial(h, parting)) for name, h in captured.items()), tried)
-    return Verdict(gap=gap, where=_place(aligned, left, start, cause), cause=cause, tried=tried)
+    parting_nodes = (start, theirs[0] if theirs else None)
+    return Verdict(gap=gap, where=_place(aligned, left, start, cause), parting=parting_nodes, cause=cause, tried=tried)
 
 
 def _tried(hypotheses: Iterable[tuple[str, Callable[[], Cause | None]]], tried: list[tuple[str, bool]]) -> Cause | None:
@@ -124,7 +132,8 @@ def _place(aligned: Aligned, left: Graph, node: int, cause: Cause | None) -> Whe
         return _where(cause.module or "", cause.spot, cause.op)
     ops = UPSTREAM.get(cause.name) if cause is not None else None
     if ops is not None:
-        found = _upstream(left, node, ops)
+        apart = all(p.order is None for s, p in aligned.left.layout.slots.items() if s.split(".")[-2] == "q")
+        found = None if apart and cause is not None and cause.name == "qkv order" else _upstream(left, node, ops)
         if found is None and cause is not None and cause.name == "qkv order":  # projections of their own: where the function calls them
             used = [i for i, slot in weights_read(left, aligned.left.layout) if slot.split(".")[-2] in ("q", "k", "v") and i < node]
             spot, module = caller(left, left.nodes[used[-1]].event) if used else (None, "")
@@ -195,10 +204,11 @@ def _where(module: str, spot: Spot, op: str | None) -> Where:
     return Where(module=module, function=spot.function, file=short_path(spot.file), line=spot.line, op=op)
 
 
-def _output_finding(aligned: Aligned, verdict: Verdict) -> Finding:
+def _output_finding(aligned: Aligned, verdict: Verdict, scripts: Path | None) -> Finding:
     gap, cause = verdict.gap, verdict.cause
     left, right = aligned.left.subject.spec, aligned.right.subject.spec
     place = verdict.where
+    script = script_of(aligned, *verdict.parting, scripts) if scripts is not None else None
     start = f"; up to `{place.function}` every tensor of the reference is there" if place.function else ""
     return Finding(
         probe=OUTPUTS,
@@ -214,6 +224,7 @@ def _output_finding(aligned: Aligned, verdict: Verdict) -> Finding:
             "relative": gap.relative,
             "limit": aligned.limit,
             **({"cause": cause.name, **cause.evidence} if cause else {}),
+            **({"script": script} if script else {}),
         },
         ruled_out=tuple(name for name, vanished in verdict.tried if not vanished),
         case=aligned.case,
@@ -222,9 +233,10 @@ def _output_finding(aligned: Aligned, verdict: Verdict) -> Finding:
 
 def _argument_findings(aligned: Aligned) -> list[Finding]:
     """Arguments that differ although these values hardly show it."""
+    found = _cast_findings(aligned)
     pair = differing_eps(aligned)
     if pair is None:
-        return []
+        return found
     one, other = pair
     cause = eps_cause(one, other, "on the weights of this comparison the outputs still agree, on small activations they do not")
     return [
@@ -236,6 +248,31 @@ def _argument_findings(aligned: Aligned) -> list[Finding]:
             fix=cause.fix,
             where=one.where,
             evidence={"cause": "eps", "eps": one.eps, "reference_eps": other.eps},
+            case=aligned.case,
+        ),
+        *found,
+    ]
+
+
+def _cast_findings(aligned: Aligned) -> list[Finding]:
+    """Casts at another place, which only a run in 16 bits shows."""
+    found = cast_order(aligned)
+    if found is None:
+        return []
+    mine, theirs = (str(dtype).removeprefix("torch.") for dtype in (found.mine, found.theirs))
+    what = f"{found.op} with {found.parameter}" if found.parameter else found.op
+    later = found.mine.itemsize > found.theirs.itemsize
+    return [
+        Finding(
+            probe=ARGUMENTS,
+            severity="note",  # both orders are in use; which is right, the checkpoint's own code says
+            message=f"in a bfloat16 model {what} is done in {mine} where the reference does it in {theirs}; in float64 the two agree",
+            cause=f"the cast back to bfloat16 comes {'after' if later else 'before'} it, the reference casts {'before' if later else 'after'} it; with the inputs of the wider one cast first, it gives the other's result bit for bit",
+            fix=f"cast to the dtype of the input {'before' if later else 'after'} this op, as the reference does",
+            where=found.where,
+            expected=theirs,
+            observed=mine,
+            evidence={"cause": "cast order", "condition": "bfloat16", "op": found.op},
             case=aligned.case,
         )
     ]

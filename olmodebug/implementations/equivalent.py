@@ -87,8 +87,10 @@ def _rope(subject: Subject, config_class: type) -> dict[str, Any]:
         return {"rope_parameters": dict(known)}
     if theta is None:
         return {}
+    share = subject.setting("partial_rotary_factor", "rotary_pct", "rotary_percentage")
+    part = {} if share is None else {"partial_rotary_factor": float(share)}
     if scaling is None:
-        plain = {"rope_type": "default", "rope_theta": float(theta)}
+        plain = {"rope_type": "default", "rope_theta": float(theta), **part}
         if "Olmo3" in config_class.__name__:
             return {"rope_parameters": {"full_attention": plain, "sliding_attention": plain}}
         return {"rope_parameters": plain}

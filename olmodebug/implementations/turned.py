@@ -10,7 +10,7 @@ from ..settle import settled
 from ..tracing.norms import norm_calls
 from ..tracing.rotation import Angles, angle_tables
 from .aligned import Aligned, traced
-from .anchors import Graph, columns_of, same
+from .anchors import Graph, columns_of, positions_first, same
 from .captured import Parting
 from .hypotheses import Cause
 from .wiring import weights_read
@@ -142,6 +142,43 @@ class _tables_in_buffers:  # noqa: N801 - a context manager, named as one reads 
             tensor.copy_(before)
 
 
+def rotated_width(parting: Parting) -> Cause | None:
+    """Another share of each head is turned (partial rotary): each side's own angles on the same q give its side's tensor."""
+    left, right = parting.left, parting.right
+    mine, theirs = angle_tables(left.recording, left.seq), angle_tables(right.recording, right.seq)
+    heads = parting.aligned.left.layout.heads
+    query = next((t for s, t in parting.aligned.weights.items() if s.endswith(".q.weight")), None)
+    if not mine or not theirs or not heads or query is None or mine[0].cos.shape == theirs[0].cos.shape:
+        return None
+    width = query.shape[0] // heads
+    if 2 * max(mine[0].cos.shape[1], theirs[0].cos.shape[1]) > width:
+        return None
+    for node in left.nodes[: parting.node + 1]:
+        if not node.data or node.anchor is None or node.tensor.numel() != left.batch * left.seq * query.shape[0]:
+            continue
+        rows = positions_first(node.tensor, batch=left.batch, seq=left.seq)
+        if rows is None:
+            continue
+        x = rows.double().view(left.batch, left.seq, heads, width)
+        for rope in (_halves, _pairs):
+            if all(_holds(g, rope(x, table), parting.limit) for g, table in ((left, mine[0]), (right, theirs[0]))):
+                turned, wanted = 2 * mine[0].cos.shape[1], 2 * theirs[0].cos.shape[1]
+                return Cause(
+                    name="partial rotary",
+                    text=f"RoPE turns {turned} of the {width} numbers of a head where the reference turns {wanted}; each width applied to the same captured projection gives exactly its side's tensor",
+                    fix=f"turn the first {wanted} of {width}: partial_rotary_factor {wanted / width:.6g}",
+                    spot=parting.spot(parting.node),
+                    module=left.event(parting.node).where.module,
+                    evidence={"rotated": turned, "reference_rotated": wanted},
+                )
+    return None
+
+
+def _holds(graph: Graph, value: Tensor, limit: float) -> bool:
+    columns = columns_of(value, batch=graph.batch, seq=graph.seq)
+    return columns is not None and any(n.data and n.columns is not None and same(columns, n.columns, limit) for n in graph.nodes)
+
+
 def norm_of_queries(parting: Parting) -> Cause | None:
     """QK-norm before or after RoPE, over all heads at once or over each."""
     aligned, left, right = parting.aligned, parting.left, parting.right
@@ -231,5 +268,6 @@ def _pairs(x: Tensor, table: Angles) -> Tensor:
 
 ON_ROTATION: dict[str, Callable[[Parting], Cause | None]] = {
     "theta, exponent or scaling of RoPE": angles,
+    "how much of a head RoPE turns (partial rotary)": rotated_width,
     "norm of q and k before or after RoPE, over a head or over all": norm_of_queries,
 }

@@ -2,7 +2,7 @@
 
 A fault counts as detected when a finding is an error, as placed when its function is the one that is wrong (or makes the
 first wrong tensor), as explained when the named cause is the right one; a fault without a named cause is explained by
-claiming none. A clean pair is flagged by any finding.
+claiming none. A clean pair is flagged by any finding but a note.
 """
 
 import sys
@@ -129,7 +129,7 @@ def table(word: str) -> str:
     shares = ", ".join(f"{name} {count} of {total} ({100 * count / max(total, 1):.0f} %)" for name, count in counts.items())
     lines += ["", f"{len({row.fault.mutant.name for row in rows})} faults, {total} comparisons: {shares}."]
     if pairs:
-        flagged = [name for name, report in pairs if report.findings]
+        flagged = [name for name, report in pairs if any(f.severity != "note" for f in report.findings)]
         lines += ["", f"Clean pairs flagged: {len(flagged)} of {len(pairs)}{': ' + ', '.join(flagged) if flagged else ''}.", ""]
         lines += [
             "| clean pair | logits, relative | gradients compared | largest gradient difference, relative | limit |",
