@@ -105,6 +105,26 @@ def limit(
     return error + out * (size + error) + floor
 
 
+def deviation(exact: Exact, output: torch.dtype, compute: torch.dtype) -> Tensor | None:
+    """The standard deviation that legal roundings may have in each element: the bound with its factor of safety taken out.
+
+    None where nothing is rounded.
+    """
+    if not exact.rounded and exact.roundings is None and exact.summed is None and exact.stored is None:
+        return None
+    if exact.ignored is not None:
+        return limit(exact, output, compute).masked_fill(exact.ignored, 0.0)
+    u, out = ROUNDOFF[compute], ROUNDOFF[output]
+    error = out * exact.value.abs()
+    if exact.roundings is not None:
+        error += u * exact.roundings
+    if exact.summed is not None:
+        error += (max(u, out) if exact.own_accumulation else u) * exact.summed / LAMBDA
+    if exact.stored is not None:
+        error += out * exact.stored
+    return error
+
+
 # Sums of products
 
 

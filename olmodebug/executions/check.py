@@ -31,7 +31,7 @@ MOST_DEPARTURES = 5  # findings; the evidence has the number of all
 
 Progress = Callable[[int, int, str, float], None]
 QUESTIONS = tuple(
-    f"parity.{name}" for name in "runs arguments weights ops policy determinism range decisions derivative implementation".split()
+    f"parity.{name}" for name in "runs arguments weights ops policy determinism range compiled decisions derivative implementation".split()
 )
 SEEN = ("parity.arguments", "parity.ops", "parity.policy", "parity.determinism", "parity.range")  # asked of single ops
 NARROW = ("float16", "bfloat16", "float32", "float64")
@@ -328,7 +328,16 @@ def _died(left: Side, right: Side, told: _Told) -> dict[str, Any]:
     empty: dict[str, Any] = {
         "ops": dict.fromkeys(("exact", "within", "explained", "diverged", "nondeterministic", "range", "unverified"), 0)
     }
-    empty |= {"layers": [], "products": [], "policies": [], "unverified": [], "decisions": None, "results": [], "left_out": 0}
+    empty |= {
+        "layers": [],
+        "products": [],
+        "policies": [],
+        "unverified": [],
+        "decisions": None,
+        "compiled": [],
+        "results": [],
+        "left_out": 0,
+    }
     return {"left": side(left), "right": side(right), "verdict": "died", "coverage": 0.0, "first": first, "died": finding.message, **empty}
 
 
@@ -346,7 +355,13 @@ def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: boo
         elif name == "parity.derivative" and not derived:
             outcomes.append(Outcome(probe=name, status="skipped", reason="no float64 copy of the model can be made beside it"))
         elif name in SEEN and not any(sum(section["ops"].values()) for section in sections):
-            outcomes.append(Outcome(probe=name, status="skipped", reason="compiled code runs no op that can be seen"))
+            outcomes.append(
+                Outcome(probe=name, status="skipped", reason="compiled code runs no op that can be seen; its results are judged")
+            )
+        elif name == "parity.compiled" and not any(section["compiled"] for section in sections):
+            outcomes.append(Outcome(probe=name, status="not-applicable", reason="no execution is compiled"))
+        elif name == "parity.compiled" and (open_ := _undecided(sections)) is not None:
+            outcomes.append(Outcome(probe=name, status="skipped", reason=open_))
         elif name == "parity.implementation" and not two:
             outcomes.append(Outcome(probe=name, status="not-applicable", reason="both sides are one implementation"))
         elif name == "parity.decisions" and not decided:
@@ -354,6 +369,18 @@ def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: boo
         else:
             outcomes.append(Outcome(probe=name, status="passed"))
     return tuple(outcomes)
+
+
+def _undecided(sections: list[dict[str, Any]]) -> str | None:
+    """Why a compiled run could not be judged."""
+    for found in (c for section in sections for c in section["compiled"] if c["verdict"] == "undecided"):
+        if not found["graphs"]:
+            return "torch.compile compiled nothing, every call ran uncompiled"
+        if found["unstable"]:
+            return "the uncompiled run gives other results when it is repeated"
+        names = ", ".join([*found["unbounded"], *found["choices"]])
+        return f"a result is outside the bound and agrees in float64, and the bound does not hold for {names}"
+    return None
 
 
 def _ticks(progress: Progress, done: int, total: int, started: float) -> Callable[[str], None]:
@@ -369,18 +396,24 @@ def git_source(spec: str, folder: Path) -> str:
     path, _, attribute = place.rpartition(":")
     if not (revision and path.endswith(".py") and attribute):
         raise UsageError(f"{spec}: expected git:REVISION:path.py:attribute")
-    here = Path(path).parent
-    git = ["git", "-C", str(here if here.is_dir() else Path.cwd())]
+    root, inside = Path(path).parent, Path(path).name
+    while (root / "__init__.py").is_file():  # a package is taken whole, so that its relative imports lead to its own modules
+        root, inside = root.parent, f"{root.resolve().name}/{inside}"
+    if not root.is_dir():  # the file and its folder are gone since
+        root, inside = Path.cwd(), path
+    git = ["git", "-C", str(root)]
     try:
         prefix = subprocess.run([*git, "rev-parse", "--show-prefix"], capture_output=True, text=True, check=True).stdout.strip()
-        name = f"{prefix}{Path(path).name}"
-        subprocess.run([*git, "cat-file", "-e", f"{revision}:{name}"], capture_output=True, text=True, check=True)
-        packed = subprocess.run([*git, "archive", revision, "."], capture_output=True, check=True).stdout
+        subprocess.run([*git, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"], capture_output=True, text=True, check=True)
+        subprocess.run([*git, "cat-file", "-e", f"{revision}:{prefix}{inside}"], capture_output=True, text=True, check=True)
+        part = inside.partition("/")[0] if "/" in inside else "."
+        packed = subprocess.run([*git, "archive", revision, part], capture_output=True, check=True).stdout
     except FileNotFoundError:
         raise UsageError(f"{spec}: git is not installed") from None
     except subprocess.CalledProcessError as error:
         text = error.stderr if isinstance(error.stderr, str) else error.stderr.decode(errors="replace")
-        raise UsageError(f"{spec}: {text.strip().partition(chr(10))[0] or 'git does not know it'}") from None
+        known = text.strip().partition(chr(10))[0] or f"git knows no revision {revision}"
+        raise UsageError(f"{spec}: {known}") from None
     import io
     import tarfile
 
@@ -388,7 +421,7 @@ def git_source(spec: str, folder: Path) -> str:
     target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         archive.extractall(target, filter="data")
-    found = target / Path(path).name
+    found = target / inside
     if not found.is_file():
         raise OlmodebugError(f"{spec}: the revision has no {path}")
     return f"{found}:{attribute}"

@@ -1,12 +1,12 @@
 """`python -m olmodebug.executions.child`: one execution of a subject in a process that may die of it, written to a bundle."""
 
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from ..serve import Tell, serve
 
-MOST_DERIVED = 40_000_000  # parameters of a model whose float64 copy is made beside it
 DEVICE_ERRORS = ("CUDA error", "HIP error", "device-side assert", "illegal memory access", "AcceleratorError")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to allocate")
 
@@ -30,6 +30,7 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     tell("start", step="build")
     try:
         _device(execution.device)
+        _compiler(execution)
         subject = resolve(Job(**message["job"]))
         cases = cases_of(subject, tuple(message["only"]))
         writer = Writer(folder=Path(message["bundle"]), budget_bytes=message["budget_bytes"])
@@ -95,6 +96,7 @@ def _underived(subject: Any) -> list[Any] | None:
     None where there can be no such copy."""
     from ..records import Case
     from .derivative import underived
+    from .run import MOST_DERIVED
 
     if sum(p.numel() for p in subject.model.parameters()) > MOST_DERIVED:
         return None
@@ -111,6 +113,7 @@ def _departures(reference: dict[str, Any], own: dict[str, Any]) -> list[dict[str
     from ..records import Case
     from ..report import plain
     from .lift import departures
+    from .run import MOST_DERIVED
 
     left, right = (resolve_job(values) for values in (reference, own))
     names = [{name for name, _ in side.model.named_modules() if name} for side in (left, right)]
@@ -135,6 +138,19 @@ def _device(name: str) -> None:
     from ..spec import device_named
 
     device_named(name)
+
+
+def _compiler(execution: Any) -> None:
+    """UsageError where inductor would find no compiler for its code."""
+    from ..errors import UsageError
+    from .compiled import compiler_of
+
+    if execution.compile == "inductor" and execution.device == "cpu" and compiler_of(os.environ) is None:
+        looked = os.environ.get("CXX") or "g++, clang++"
+        raise UsageError(
+            f"{execution}: torch.compile needs a C++ compiler to generate code, and there is none ({looked}); install one or set CXX, "
+            "or ask for compile=aot_eager: the same graphs without generated code"
+        )
 
 
 def _peak_bytes() -> int:

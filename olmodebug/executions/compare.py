@@ -38,6 +38,8 @@ class Comparison:
     arguments: list[dict[str, Any]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     nonfinite: list[str] = field(default_factory=list)
+    outside: list[dict[str, Any]] = field(default_factory=list)  # results of compiled runs
+    departed: dict[str, Any] = field(default_factory=dict)  # what compiling again in float64 said of them
 
 
 def compare(left: Bundle, right: Bundle) -> Comparison:
@@ -53,6 +55,7 @@ def compare(left: Bundle, right: Bundle) -> Comparison:
     declared = set(_declared(right))
     policies = [op for op in of["explained"] if op["judged"].get("policy") not in declared]
     decisions = _decisions(left, right)
+    compiled = [found for side in (left, right) if (found := _compiled(side)) is not None]
     comparison = Comparison(
         section={},
         bad=bad,
@@ -62,16 +65,19 @@ def compare(left: Bundle, right: Bundle) -> Comparison:
         arguments=_arguments(left, right),
         weights=_weights(left, right),
         nonfinite=_nonfinite(left, right),
+        outside=[line for side in (left, right) for line in side.of("whole") if line["verdict"] == "diverged"],
+        departed=next((event for side in (left, right) for event in side.of("departed")), {}),
     )
     changed = decisions is not None and decisions["changed"] > 0
-    parts = bool(bad or policies or comparison.arguments or comparison.weights or changed)
+    parts = bool(bad or policies or comparison.arguments or comparison.weights or changed or any(c["verdict"] == "parts" for c in compiled))
+    seen = bool(judged or compiled) and all(c["verdict"] == "agrees" for c in compiled)
     counted = Counter(op["judged"]["verdict"] for op in judged)
     worth = [op for op in judged if op.get("does") != "none" or op["judged"]["verdict"] == "unverified"]
     covered = sum(op["judged"]["verdict"] != "unverified" for op in worth) / len(worth) if worth else 0.0
     comparison.section = {
         "left": _side(left),
         "right": _side(right),
-        "verdict": "parts" if parts else "agrees" if judged or decisions else "undecided",
+        "verdict": "parts" if parts else "agrees" if seen or (decisions and not compiled) else "undecided",
         "ops": {verdict: counted.get(verdict, 0) for verdict in VERDICTS},
         "coverage": round(covered, 4),
         "first": first_place(bad[0] if bad else policies[0]) if bad or policies else None,
@@ -86,6 +92,7 @@ def compare(left: Bundle, right: Bundle) -> Comparison:
             for reason, count in Counter(op["judged"].get("reason", "no reason given") for op in of["unverified"]).most_common(12)
         ],
         "decisions": decisions,
+        "compiled": compiled,
         "results": _results(left, right),
         "died": None,
         "left_out": left.left_out + right.left_out,
@@ -108,6 +115,40 @@ def first_place(op: Op) -> dict[str, Any]:
 def number(value: Any) -> float:
     """A number of a bundle, where non-finite ones are words."""
     return NON_FINITE[value] if isinstance(value, str) else float(value)
+
+
+def _compiled(bundle: Bundle) -> dict[str, Any] | None:
+    """What a compiled run gave, held against the same run uncompiled, and what nobody saw of it; None where nothing was to
+    be compiled."""
+    graphs = list(bundle.of("graphs"))
+    if not graphs:
+        return None
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in bundle.of("whole"):
+        row = rows.setdefault(
+            (line["case"], line["what"]), {"case": line["case"], "what": line["what"], "count": 0, "outside": 0, "margin": 0.0}
+        )
+        row["count"] += line["turn"] == 0
+        row["outside"] += line["verdict"] == "diverged"
+        row["margin"] = max(row["margin"], line["margin"], key=number)
+    outside = any(row["outside"] for row in rows.values())
+    departed = next(bundle.of("departed"), None)
+    unbounded, choices = (sorted({name for event in graphs for name in event[kind]}) for kind in ("unbounded", "choices"))
+    operations = [size for event in graphs for size in event["operations"]]
+    unstable = any(event["unstable"] for event in graphs)
+    persists = departed is not None and departed["backend"] is not None
+    parts = persists or (outside and not unstable and not unbounded and not choices)
+    return {
+        "backend": bundle.head["execution"]["compile"],
+        "verdict": "parts" if parts else "undecided" if outside or unstable or not operations else "agrees",
+        "graphs": len(operations),
+        "operations": sum(operations),
+        "results": list(rows.values()),
+        "unbounded": unbounded,
+        "choices": choices,
+        "unstable": unstable,
+        "float64": {name: departed[name] for name in ("asked", "backend", "module", "what")} if departed else None,
+    }
 
 
 def _declared(bundle: Bundle) -> frozenset[str]:
@@ -144,8 +185,8 @@ def _layers(left: Bundle, right: Bundle, judged: list[Op]) -> list[dict[str, Any
         seen.add(path)
         inside = [margin for i, margin in margins if call["first"] <= i <= call["last"]]
         other = theirs.get(path)
-        drift = _drift(other["sample"], call["sample"]) if other and "sample" in other and "sample" in call else None
-        rows.append({"module": path, "kind": call["class"], "drift": drift, "margin": _json(max(inside, default=0.0)), "ops": len(inside)})
+        away = drift(other["sample"], call["sample"]) if other and "sample" in other and "sample" in call else None
+        rows.append({"module": path, "kind": call["class"], "drift": away, "margin": _json(max(inside, default=0.0)), "ops": len(inside)})
     return rows[:MOST_ROWS]
 
 
@@ -155,7 +196,8 @@ def _is_row(path: str) -> bool:
     return parts[-1].isdigit() or (not any(part.isdigit() for part in parts) and len(parts) <= 2)
 
 
-def _drift(left: list[Any], right: list[Any]) -> float | str | None:
+def drift(left: list[Any], right: list[Any]) -> float | str | None:
+    """How far two samples of a tensor are apart, as a share of the left one's norm; None where they are of unlike tensors."""
     if len(left) != len(right):
         return None
     a = torch.tensor([number(v) for v in left], dtype=torch.float64)
@@ -223,20 +265,23 @@ def _decisions(left: Bundle, right: Bundle) -> dict[str, Any] | None:
 
 
 def _results(left: Bundle, right: Bundle) -> list[dict[str, Any]]:
-    """Loss, logits, gradients and stepped weights of each case: relative drift, the largest of a kind."""
+    """Loss, logits, gradients and stepped weights of each case: relative drift, the largest of a kind, and the drifts of the
+    same result where the right side's own embeddings are rounded once more."""
+    ordinary = {(e["case"], e["name"]): e["values"] for e in right.of("drift")}
     ours = {(e["case"], e["name"]): e for e in left.of("result")}
     kinds: dict[tuple[str, str], dict[str, Any]] = {}
     for event in right.of("result"):
         other = ours.get((event["case"], event["name"]))
         if other is None or other["shape"] != event["shape"]:
             continue
-        drift = _drift(other["sample"], event["sample"])
+        away = drift(other["sample"], event["sample"])
         kind, _, name = event["name"].partition("/")
         known = kinds.get((event["case"], kind))
-        size = math.inf if isinstance(drift, str) else drift or 0.0
+        size = math.inf if isinstance(away, str) else away or 0.0
         if known is None or size > known["_size"]:
             count = known["count"] + 1 if known else 1
-            kinds[event["case"], kind] = {"case": event["case"], "what": kind, "name": name, "drift": drift, "count": count, "_size": size}
+            kinds[event["case"], kind] = {"case": event["case"], "what": kind, "name": name, "drift": away, "count": count, "_size": size}
+            kinds[event["case"], kind]["ordinary"] = ordinary.get((event["case"], event["name"]))
         else:
             known["count"] += 1
     return [{k: v for k, v in row.items() if k != "_size"} for row in kinds.values()]

@@ -9,8 +9,10 @@ from ..explain import source_lines
 from ..records import Where
 from ..report import Finding, Scalar
 from ..units import number_text, plural
+from .alone import HEAD, arguments_code, op_code, write_script
 from .bundle import Bundle, BundleError
 from .compare import Comparison, Op, number
+from .compiled import BACKENDS
 from .policies import BF16_POLICY, LOW_POLICY, REDUCED_POLICY, TF32_POLICY
 
 MOST = 5  # findings of one kind; the section counts them all
@@ -32,12 +34,56 @@ def findings(comparison: Comparison, right: Bundle, *, scripts: Path | None) -> 
     groups = _grouped(comparison.bad)
     found += [_bad(group, words, dtype, right, scripts) for group in groups[:MOST]]
     found += [_policy(group, words, dtype, right, scripts) for group in _grouped(comparison.policies)[:MOST]]
+    found += _compiled(comparison)
     if comparison.nonfinite:
         found += [_range(group, words, dtype, comparison.nonfinite) for group in _grouped(comparison.overflows)[:1]]
     decisions = comparison.section["decisions"]
     if decisions and decisions["changed"] and not comparison.bad:
         found.append(_decision(decisions, words))
     return found
+
+
+def _compiled(comparison: Comparison) -> list[Finding]:
+    """A compiled run that is not the uncompiled one: an error where float64 shows it too, else a warning."""
+    known = next((c for c in comparison.section["compiled"] if c["verdict"] == "parts"), None)
+    if known is None:
+        return []
+    again = known["float64"]
+    persists = again is not None and again["backend"] is not None
+    where = Where(**comparison.departed["where"]) if comparison.departed else Where()
+    evidence: dict[str, Scalar] = {"backend": known["backend"]}
+    expected = observed = None
+    message = f"compiled with {known['backend']}, {where.module or 'the model'} does not compute what it computes uncompiled"
+    if comparison.outside:
+        worst = max(comparison.outside, key=lambda line: number(line["margin"]))
+        name = f"{worst['what']} {worst['name']}".strip()
+        turn = ", when it is called again" if all(line["turn"] for line in comparison.outside) else ""
+        message += f": {name} differs{turn} by {number_text(number(worst['margin']))} times what roundings can make"
+        total = 2 * sum(row["count"] for row in known["results"])
+        evidence |= {"case": worst["case"], "bound": _plain(worst.get("limit")), "results_outside": f"{len(comparison.outside)} of {total}"}
+        if worst.get("exact") is not None:
+            expected, observed = f"{_text(worst['exact'])} at {worst['index']}, as uncompiled", _text(worst["observed"])
+    cause = "in float64 the two agree: the compiled code computes the same with less precision" if again is not None else None
+    if persists:
+        cause = f"in float64 {again['what']}, so no rounding explains it; it differs {BACKENDS[again['backend']]}"
+        evidence["first_backend"] = again["backend"]
+    python = persists and again["backend"] != "inductor"
+    return [
+        Finding(
+            probe="parity.compiled",
+            severity="error" if persists or again is None else "warning",
+            message=message,
+            cause=cause,
+            where=where,
+            source=source_lines(where),
+            fix="let nothing here depend on compiling or on a value that only Python changes; declare what a custom op mutates"
+            if python
+            else "keep this module out of the graph with torch.compiler.disable, and report it to PyTorch",
+            expected=expected,
+            observed=observed,
+            evidence=evidence,
+        )
+    ]
 
 
 def where_of(op: Op) -> Where:
@@ -189,60 +235,33 @@ def _decision(decisions: dict[str, Any], words: str) -> Finding:
     )
 
 
-# A script that shows one op alone, without olmodebug
-
-SCRIPT = '''"""{title}"""
-import torch
-from safetensors.torch import load_file
-
-tensors = load_file("{file}")
-{arguments}
-expected = torch.ops.aten.{op}(**{{k: double(v) for k, v in arguments.items()}})
-observed = torch.ops.aten.{op}(**arguments)
+SCRIPT = """double = lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+arguments = {arguments}
+expected = {op}(**{{k: double(v) for k, v in arguments.items()}})
+observed = {op}(**arguments)
 for name, one in (("recorded", [tensors["recorded"]]), ("again", as_list(observed)[{output}:])):
     error = (one[0].double() - as_list(expected)[{output}].double()).abs()
     print(name, "largest error", float(error.max()), "at", [int(i) for i in torch.unravel_index(error.argmax(), error.shape)])
-'''
-HELPERS = """double = lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-as_list = lambda v: [v] if isinstance(v, torch.Tensor) else list(v)
-arguments = {"""
+"""
 
 
 def _script(op: Op, right: Bundle, scripts: Path | None) -> str | None:
-    """Write the script and its inputs beside the run's record; its path from the working directory, None without one."""
+    """Write the script that shows an op alone, and its inputs, beside the run's record; None without one."""
     repro = op.get("repro")
     if repro is None or scripts is None or any(isinstance(v, str) and v.startswith("torch.") for v in repro["arguments"].values()):
         return None
-    from safetensors.torch import save_file
-
-    name = f"op-{op['i']}-{op['op'].strip('_')}"
-    tensors = {key: right.tensor(f"{repro['prefix']}/{key}") for key in repro["tensors"]}
-    recorded = right.tensor(f"{repro['prefix']}/out{repro['output']}")
-    if recorded is None or any(t is None for t in tensors.values()):
-        return None
-    lines = HELPERS + "".join(f'"{key}": tensors["{key}"], ' for key in tensors)
-    lines += "".join(f'"{key}": {value!r}, ' for key, value in repro["arguments"].items()) + "}"
     try:
-        scripts.mkdir(parents=True, exist_ok=True)
-        save_file({**{k: t for k, t in tensors.items() if t is not None}, "recorded": recorded}, scripts / f"{name}.safetensors")
-        text = SCRIPT.format(
-            title=f"{op['op']} of {op['module']} on {right.head['words']}, against float64 on the same inputs",
-            file=_shown(scripts / f"{name}.safetensors"),
-            arguments=lines,
-            op=repro["op"].removeprefix("aten.").removesuffix(".default"),
-            output=repro["output"],
-        )
-        (scripts / f"{name}.py").write_text(text, encoding="utf-8")
-    except (OSError, BundleError):
+        inputs = {key: right.tensor(f"{repro['prefix']}/{key}") for key in repro["tensors"]}
+        recorded = right.tensor(f"{repro['prefix']}/out{repro['output']}")
+    except BundleError:
         return None
-    return _shown(scripts / f"{name}.py")
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    if recorded is None or any(t is None for t in inputs.values()):
+        return None
+    tensors = {"recorded": recorded}
+    text = HEAD.format(title=f"{op['op']} of {op['module']} on {right.head['words']}, against float64 on the same inputs")
+    arguments = arguments_code({**inputs, **repro["arguments"]}, "", tensors)
+    text += SCRIPT.format(arguments=arguments, op=op_code(repro["op"]), output=repro["output"])
+    return write_script(scripts, f"op-{op['i']}-{op['op'].strip('_')}", text, tensors)
 
 
 def _text(value: Any) -> str:

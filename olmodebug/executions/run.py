@@ -5,9 +5,10 @@ needed later is kept: outputs of the blocks, logits, loss and gradients, and the
 model, its gradients and one op.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..casts import cast
 from ..records import Event, ModuleCall
+from ..report import plain
 from ..settle import settled
 from ..subject import Subject, quiet, set_attention
 from ..tracing.copies import digest
@@ -25,6 +27,8 @@ from ..tracing.tracer import record
 from .bound import ROUNDOFF
 from .bundle import Writer, dtype_named
 from .cases import ParityCase, learning_rule
+from .compare import drift
+from .compiled import BACKENDS, backend_of, departed, judged, uncompiled
 from .execution import Execution, applied
 from .judge import Judgement, judge
 from .replay import Expected, expect, is_arithmetic, op_name
@@ -34,6 +38,7 @@ REPRO_BYTES = 64 << 20  # of inputs of one failed op
 MOST_REPROS = 8
 JOURNALLED_INTEGERS = 4096  # indices that go to the parent before the op runs, so that it can replay a device assert
 NOISE_RUNS = 3
+MOST_DERIVED = 40_000_000  # parameters of a model whose float64 copy is made beside it
 PROJECTED = 128  # numbers of a tensor that is too large to keep
 
 
@@ -63,6 +68,8 @@ class _Watch:
     func: Any = None
     inputs: dict[str, Any] = field(default_factory=dict)
     digests: list[int] = field(default_factory=list)
+    graphs: list[int] = field(default_factory=list)  # operations of every graph that was compiled
+    astray: ParityCase | None = None  # the first case whose compiled results are not those of the uncompiled run
 
     def before(self, event: Event, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         self.func = func
@@ -130,8 +137,8 @@ def run_parity(
 
     `weights` is the dtype that parameters are rounded to first, so that two executions start from the same numbers.
     """
-    prepare(subject, execution, weights)
     watch = _Watch(writer, tell, options, execution.declared)
+    prepare(subject, execution, weights, graphs=watch.graphs)
     writer.event("weights", digests={name: digest(_as(p, weights)) for name, p in subject.model.named_parameters()})
     with applied(execution), settled(subject.model, seed=subject.seed), quiet():
         subject.model.eval()  # dropout is random, and nothing to compare
@@ -140,6 +147,12 @@ def run_parity(
             writer.event("case", name=case.name, mode=case.mode, batch=case.case.batch_size, seq=case.case.seq_len)
             tell("start", step=case.name)
             _one(subject, execution, case, watch, weights)
+    if execution.compile and watch.graphs and sum(p.numel() for p in subject.model.parameters()) <= MOST_DERIVED:
+        tell("start", step="compiling again in float64, module by module")
+        backend = execution.compile if watch.astray is not None else min(execution.compile, "aot_eager", key=list(BACKENDS).index)
+        found = departed(subject, (watch.astray or cases[0]).case, backend)
+        if found is not None:
+            writer.event("departed", asked=backend, **{**asdict(found), "where": plain(found.where)})
 
 
 def _one(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch, weights: str | None) -> None:
@@ -147,8 +160,13 @@ def _one(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch
     model, writer = subject.model, watch.writer
     once = (lambda: _gradients(subject, case)) if case.mode == "step" else (lambda: _forward(subject, case))
     run = (lambda: _step(subject, execution, case, weights)) if case.mode == "step" else once
+    if watch.options.judged:
+        with torch.compiler.set_stance("force_eager") if execution.compile else contextlib.nullcontext():
+            _drifts(subject, case, once, writer)
     if execution.compile:
-        result = run()  # compiled code runs no op that could be seen
+        result = _compiled(subject, execution, case, watch, once)
+        if case.mode == "step":
+            result |= _stepped(subject, execution, weights)
     else:
         first = len(watch.digests)
         before = _digests(subject, once) if watch.options.repeat else []
@@ -166,8 +184,9 @@ def _one(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch
         writer.event("result", **line, key=key if writer.tensor(key, tensor) else None)
 
 
-def prepare(subject: Subject, execution: Execution, weights: str | None) -> None:
-    """Bring a subject, built in float32 on the CPU, into the execution's dtype, device, attention and compilation."""
+def prepare(subject: Subject, execution: Execution, weights: str | None, *, graphs: list[int] | None = None) -> None:
+    """Bring a subject, built in float32 on the CPU, into the execution's dtype, device, attention and compilation; `graphs`
+    takes the sizes of what is compiled."""
     model = subject.model
     if weights is not None:
         with torch.no_grad():
@@ -178,7 +197,7 @@ def prepare(subject: Subject, execution: Execution, weights: str | None) -> None
         set_attention(model, execution.attention)
     cast(model, dtype_named(execution.dtype), device=torch.device(execution.device))
     if execution.compile:
-        model.compile(backend=execution.compile)
+        model.compile(backend=backend_of(execution.compile, [] if graphs is None else graphs))
 
 
 def _forward(subject: Subject, case: ParityCase) -> dict[str, Tensor]:
@@ -225,11 +244,39 @@ def _gradients(subject: Subject, case: ParityCase) -> dict[str, Tensor]:
 
 def _step(subject: Subject, execution: Execution, case: ParityCase, weights: str | None) -> dict[str, Tensor]:
     """Loss, backward and one optimizer step."""
-    results = _gradients(subject, case)
+    return _gradients(subject, case) | _stepped(subject, execution, weights)
+
+
+def _stepped(subject: Subject, execution: Execution, weights: str | None) -> dict[str, Tensor]:
     learning_rule(subject.model, weights or execution.dtype).step()
-    for name, parameter in subject.model.named_parameters():
-        results[f"stepped/{name}"] = parameter.detach()
-    return results
+    return {f"stepped/{name}": parameter.detach() for name, parameter in subject.model.named_parameters()}
+
+
+def _compiled(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch, once: Callable[[], Any]) -> dict[str, Tensor]:
+    """The results of a compiled run, each judged against the uncompiled run; compiled code runs no op that could be seen."""
+    writer = watch.writer
+    reference = uncompiled(subject.model, once)
+    known = len(watch.graphs)
+    first: dict[str, Tensor] = {name: t.detach().clone() for name, t in once().items()}
+    writer.event(
+        "graphs",
+        case=case.name,
+        operations=watch.graphs[known:],
+        unbounded=reference.unbounded,
+        choices=reference.choices,
+        unstable=reference.unstable,
+    )
+    for turn, results in enumerate((first, once())):
+        for name, found in judged(reference, results):
+            kind, _, parameter = name.partition("/")
+            line = {"case": case.name, "what": kind, "name": parameter, "turn": turn} | judgement_fields(found)
+            writer.event("whole", **line)
+            if found.verdict == "diverged" and watch.astray is None:
+                watch.astray = case
+    if case.mode == "forward":
+        sigma = reference.variances["logits"].mean(-1).sqrt().flatten().tolist()
+        writer.event("noise", case=case.name, sigma=[finite_number(v) for v in sigma])
+    return first
 
 
 def noise(subject: Subject, execution: Execution, case: ParityCase, logits: Tensor) -> list[float | str]:
@@ -257,6 +304,30 @@ def noise(subject: Subject, execution: Execution, case: ParityCase, logits: Tens
         moved = record(subject.model, lambda: _forward(subject, case), before=before, replace=shake, log=False).result["logits"]
         total += (moved.double() - logits.double()).square().mean(-1).cpu()
     return [finite_number(v) for v in (total / NOISE_RUNS).sqrt().flatten().tolist()]
+
+
+def _drifts(subject: Subject, case: ParityCase, run: Callable[[], Any], writer: Writer) -> None:
+    """How far the results drift when what the embedding gives is rounded once more, over NOISE_RUNS runs: what is ordinary."""
+    samples = {name: sample(tensor) for name, tensor in run().items()}
+    known: dict[str, list[float | str | None]] = {name: [] for name in samples}
+    for seed in range(NOISE_RUNS):
+        generator = torch.Generator().manual_seed(100 + seed)
+        fresh: list[bool] = []
+
+        def before(event: Event, func: Any, args: Any, kwargs: Any, fresh: list[bool] = fresh) -> None:
+            fresh.append(op_name(func) == "embedding")
+
+        def shake(index: int, outputs: list[Tensor], fresh: list[bool] = fresh, generator: torch.Generator = generator) -> None:
+            if fresh[-1] and sum(fresh) == 1:
+                fresh.append(True)
+                move = (2 * torch.rand(outputs[0].shape, generator=generator) - 1) * ROUNDOFF[outputs[0].dtype]
+                outputs[0].mul_(1 + move.to(outputs[0].device))
+
+        moved = record(subject.model, run, before=before, replace=shake, log=False).result
+        for name, tensor in moved.items():
+            known[name].append(drift(samples[name], sample(tensor)))
+    for name, values in known.items():
+        writer.event("drift", case=case.name, name=name, values=values)
 
 
 def _digests(subject: Subject, run: Callable[[], Any]) -> list[int]:

@@ -22,7 +22,7 @@ NEXT = {
     "agrees": "nothing: every error is one that arithmetic of this precision makes",
     "parts": "start at the first place; later ones may be causes of their own, since every op is judged on its own inputs",
     "died": "mend the place where it died, then run this again",
-    "undecided": "no op could be judged: run an execution that is not compiled",
+    "undecided": "look at what could not be judged, above: the difference may be one of rounding, or not",
 }
 
 
@@ -48,6 +48,9 @@ def _run(run: Mapping[str, Any]) -> Iterator[Line]:
         yield row("ops", f"{', '.join(counts)}; {run['coverage']:.1%} judged")
     for reason in run["unverified"][:3]:
         yield row("unverified", f"{reason['reason']} ({plural(reason['count'], 'op')})")
+    for found in run.get("compiled", []):
+        yield row("compiled", compiled_text(found))
+        yield row("not seen", unseen_text(found))
     yield from _chart(run["layers"])
     for policy in run["policies"]:
         asked = "as the execution asks" if policy["declared"] else "which the execution did not ask for"
@@ -57,12 +60,58 @@ def _run(run: Mapping[str, Any]) -> Iterator[Line]:
         yield row("products", "\n".join(texts))
     if run["decisions"]:
         yield row("decisions", _decisions(run["decisions"]))
-    drifts = [f"{item['what']} {_number(item['drift'])} ({item['case']})" for item in run["results"] if item["drift"] is not None]
+    drifts = [_drift(item) for item in run["results"] if item["drift"] is not None]
     if drifts:
-        yield row("drift", ", ".join(drifts))
+        yield row("drift", "\n".join(drifts))
     if run["left_out"]:
         yield row("left out", f"{plural(run['left_out'], 'tensor')} that the budget did not take")
     yield row("do", NEXT[run["verdict"]])
+
+
+def compiled_text(found: Mapping[str, Any]) -> str:
+    """What was compared of a compiled run, in what, and the worst of it."""
+    if not found["graphs"]:
+        return "nothing was compiled: every call ran as it does without torch.compile"
+    graphs = f"{plural(found['graphs'], 'graph')} of {plural(found['operations'], 'operation')}"
+    results = found["results"]
+    worst = max((_value(item["margin"]) for item in results), default=0.0)
+    kinds = ", ".join(dict.fromkeys(item["what"] for item in results))
+    lines = [
+        f"{graphs}, called twice; {plural(sum(item['count'] for item in results), 'result')} ({kinds}) against the same run uncompiled:"
+    ]
+    outside = [f"{item['outside']} of {item['what']} ({item['case']})" for item in results if item["outside"]]
+    lines[0] += f" {', '.join(outside)} outside" if outside else " all within what legal roundings of its ops make"
+    lines[0] += f"; worst {_number(worst)} x its bound"
+    if found["unstable"]:
+        lines.append("the uncompiled run gives other results when it is repeated, so there is nothing to hold the compiled one against")
+    again = found["float64"]
+    if again is not None:
+        gone = "equal" if again["backend"] is None else f"{again['module'] or 'the model'}: {again['what']}, with {again['backend']}"
+        lines.append(f"in float64, compiled with {again['asked']}: {gone}")
+    return "\n".join(lines)
+
+
+def unseen_text(found: Mapping[str, Any]) -> str:
+    """What of a compiled run nobody could compare, and why."""
+    parts = ["the ops inside a graph, one by one", "the optimizer's step, which is not compiled"]
+    if found["graphs"] and found["float64"] is None:
+        parts.append("float64, in which the model does not run or is too large to be copied")
+    if found["unbounded"]:
+        parts.append(f"the roundings of {', '.join(found['unbounded'])}, which have no bound")
+    if found["choices"]:
+        parts.append(f"the choices of {', '.join(found['choices'])}, which a rounding may turn")
+    return "; ".join(parts)
+
+
+def _drift(item: Mapping[str, Any]) -> str:
+    """How far a result of the free run is away, beside what one rounding of the embeddings makes of it: no verdict."""
+    text = f"{item['what']} {_number(item['drift'])} ({item['case']})"
+    values = [_value(v) for v in item.get("ordinary") or [] if v is not None]
+    if not values:
+        return text
+    low, high = min(values), max(values)
+    size = _number(low) if low == high else f"{_number(low)} to {_number(high)}"
+    return f"{text}; one more rounding of the embeddings alone makes {size}"
 
 
 def _place(first: Mapping[str, Any]) -> str:

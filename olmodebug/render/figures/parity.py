@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from ...report import NON_FINITE
 from ...units import number_text
+from ..parity import compiled_text, unseen_text
 from .layers import by_layer
 from .parts import listed, paragraph, table
 
@@ -16,7 +17,7 @@ WORDS = {
     "agrees": "✓ They agree: nothing parts beyond what arithmetic could do.",
     "parts": "✗ They part.",
     "died": "! An execution did not come to its end.",
-    "undecided": "! Nothing could be compared.",
+    "undecided": "! Not all of it could be judged.",
 }
 OPS = {
     "exact": "exact",
@@ -43,8 +44,10 @@ def _run(run: Section) -> Markup:
     parts = [
         Markup("<h3>{}</h3>").format(f"{right['execution']}, held against {left['execution']}"),
         paragraph(WORDS[run["verdict"]], class_="message"),
-        paragraph(_ops(run)),
+        *([paragraph(_ops(run))] if any(run["ops"].values()) else []),
     ]
+    for found in run.get("compiled", ()):
+        parts += [paragraph("Compiled: ", compiled_text(found), "."), paragraph("Not seen: ", unseen_text(found), ".", class_="quiet")]
     if run["died"]:
         parts.append(paragraph(run["died"]))
     if first:
@@ -104,9 +107,14 @@ def _decisions(decisions: Section | None) -> Markup:
 def _results(results: Sequence[Section]) -> Markup:
     if not results:
         return Markup("")
-    rows = [[item["case"], item["what"], item["name"], _text(item["drift"]), item["count"]] for item in results]
-    heads = ["case", "what", "of", "drift", "tensors"]
-    return _folded("Loss, logits, gradients and stepped weights of the free runs", table(heads, rows, numbers=frozenset({3, 4})))
+    rows = [[item["case"], item["what"], item["name"], _text(item["drift"]), _ordinary(item), item["count"]] for item in results]
+    heads = ["case", "what", "of", "drift", "of one more rounding of the embeddings", "tensors"]
+    return _folded("Loss, logits, gradients and stepped weights of the free runs", table(heads, rows, numbers=frozenset({3, 4, 5})))
+
+
+def _ordinary(item: Section) -> str:
+    values = [number for value in item.get("ordinary") or [] if (number := _number(value)) is not None]
+    return _text(max(values)) if values else ""
 
 
 def _reasons(run: Section) -> Markup:
