@@ -115,6 +115,7 @@ def test_a_branch_that_is_taken_while_compiling_is_found_in_its_module(tmp_path:
     assert "as soon as its Python code is captured" in finding["cause"]
     run = report["sections"]["parity"]["runs"][0]
     assert (run["verdict"], run["compiled"][0]["verdict"]) == ("parts", "parts")
+    assert (run["first"]["module"], run["first"]["op"]) == ("model.layers.1.mlp", "compiled with eager")
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def compare(left: Bundle, right: Bundle) -> Comparison:
         "verdict": "parts" if parts else "agrees" if seen or (decisions and not compiled) else "undecided",
         "ops": {verdict: counted.get(verdict, 0) for verdict in VERDICTS},
         "coverage": round(covered, 4),
-        "first": first_place(bad[0] if bad else policies[0]) if bad or policies else None,
+        "first": first_place(bad[0] if bad else policies[0]) if bad or policies else _first_compiled(comparison, compiled),
         "layers": _layers(left, right, judged),
         "products": _products(judged),
         "policies": [
@@ -110,6 +110,19 @@ def first_place(op: Op) -> dict[str, Any]:
         "policy": judged.get("policy"),
         "reason": judged.get("reason"),
     }
+
+
+def _first_compiled(comparison: Comparison, compiled: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The module whose compiled results differ, as a first place; None where none does."""
+    known = next((c for c in compiled if c["verdict"] == "parts"), None)
+    if known is None:
+        return None
+    where = comparison.departed.get("where") or dict.fromkeys(("function", "file", "line")) | {"module": ""}
+    worst = max(comparison.outside, key=lambda line: number(line["margin"]), default=None)
+    rest = {"phase": "forward", "policy": None, "verdict": "diverged", "op": f"compiled with {known['backend']}"}
+    rest |= {"case": worst["case"] if worst else "float64", "margin": worst["margin"] if worst else "inf"}
+    reason = known["float64"]["what"] if known["float64"] else None
+    return {name: where[name] for name in ("module", "function", "file", "line")} | rest | {"reason": reason or None}
 
 
 def number(value: Any) -> float:
