@@ -39,6 +39,19 @@ class Faulty(OlmoMLP):
         return super().forward(hidden_states * (1 + 0.01 * (len(COUNT) % 2)))
 COUNT = []
 """
+REFUSED = """
+@torch.library.custom_op("olmodebug_test::opaque", mutates_args=())
+def opaque(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+@opaque.register_fake
+def _(x):
+    return x.new_empty(3)  # another shape
+
+class Faulty(OlmoMLP):
+    def forward(self, hidden_states):
+        return super().forward(opaque(hidden_states.detach()))
+"""
 MUTATES = """
 @torch.library.custom_op("olmodebug_test::wipe", mutates_args=())
 def wipe(x: torch.Tensor) -> torch.Tensor:
@@ -126,6 +139,15 @@ def test_an_undeclared_mutation_is_found_where_the_graph_is_made_functional(tmp_
     finding = report["findings"][0]
     assert (finding["probe"], finding["where"]["module"]) == ("parity.compiled", "model.layers.1.mlp")
     assert "an op does not do what it declares" in finding["cause"]
+
+
+@pytest.mark.slow
+def test_what_torch_compile_refuses_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "twin.py").write_text(HEAD + REFUSED)
+    done, report = compiled(tmp_path, "twin.py:build", "aot_eager", "--case", "long")
+    assert done.returncode == 1
+    assert "uncompiled the model runs, compiled with aot_eager it raises" in report["findings"][0]["message"]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

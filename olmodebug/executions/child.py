@@ -66,6 +66,8 @@ def run(message: dict[str, Any], tell: Tell) -> None:
             tell("died", of="device", text=text.partition("\n")[0])
         elif isinstance(error, MemoryError) or any(word in text for word in OUT_OF_MEMORY):
             tell("died", of="memory", text=text.partition("\n")[0])
+        elif execution.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            tell("finding", value=plain(_uncompilable(error, execution.compile)), step="run")
         elif (theirs := _finding(error, subject)) is not None:
             tell("finding", value=plain(theirs), step="run")
         else:
@@ -88,6 +90,21 @@ def _finding(error: Exception, subject: Any) -> Any:
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return Finding(
         probe="parity.runs", severity="error", message=f"this execution raises {text}", where=where, source=source_lines(where), raised=text
+    )
+
+
+def _uncompilable(error: Exception, backend: str) -> Any:
+    """What torch.compile itself raised, as a finding: the model runs without it."""
+    from ..report import Finding
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return Finding(
+        probe="parity.runs",
+        severity="error",
+        message=f"uncompiled the model runs, compiled with {backend} it raises {type(error).__name__}: {lines[0] if lines else 'without words'}",
+        fix="look at the innermost frame of the subject that torch names; torch.compiler.disable keeps a function out of the graph",
+        raised=f"{type(error).__name__}: {lines[0] if lines else ''}",
+        evidence={"backend": backend} | ({"last line": lines[-1][:200]} if len(lines) > 1 else {}),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..executions.alone import op_code
 from ..executions.replay import ADDING, FUNCTIONS, PRODUCTS, SUMS
+from ..load import SubjectCodeError
 from ..records import Where
 from .aligned import Aligned, traced
 from .anchors import Graph, positions_first, same
@@ -79,7 +80,10 @@ def _low(graph: Graph, aligned: Aligned, name: str) -> tuple[Graph, dict[int, in
     twin = subject.fresh_twin(dtype=LOW)
     if twin.dtype != LOW:
         return None
-    low = traced(twin, aligned.case)
+    try:
+        low = traced(twin, aligned.case)
+    except SubjectCodeError:  # what does not run in bfloat16 says nothing about its casts
+        return None
     sides = [
         [(i, (e.op, e.where.module, e.where.line)) for i, e in enumerate(g.recording.events) if e.op != "_to_copy"] for g in (graph, low)
     ]
