@@ -29,7 +29,7 @@ ALIGNED_LABELS = ("targets", "target", "target_ids", "target_seq", "y")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convention:
-    """The argument names of a model's forward; None where it has no such argument.
+    """The argument names of a model's forward; None where it has no such argument. `by_name`: the ids are a keyword too.
 
     `labels_aligned` says that label t belongs to logit t (nanoGPT's `targets`); otherwise the model shifts inside
     (`labels`). `hands_cache`: the caller makes the cache and hands it to every forward. `loss_method` takes the labels
@@ -38,6 +38,7 @@ class Convention:
     """
 
     ids: str
+    by_name: bool = False
     attention_mask: str | None = None
     position_ids: str | None = None
     cache: str | None = None
@@ -94,6 +95,7 @@ def read_signature(forward: Callable[..., object]) -> Convention:
     labels = first(SHIFTED_LABELS) or first(ALIGNED_LABELS)
     convention = Convention(
         ids=ids,
+        by_name=signature.parameters[ids].kind is inspect.Parameter.KEYWORD_ONLY,
         attention_mask=first(MASK_NAMES[:1]) or first(MASK_NAMES[1:3]),
         position_ids=first(POSITION_NAMES),
         cache=first(CACHE_NAMES) if "use_cache" in names else None,

@@ -8,7 +8,7 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -77,7 +77,7 @@ class Subject:
     from another seed or on another device, without a first run; both None for a model that was handed over alive.
     `assumptions` are what had to be guessed; the report prints them. `measured` is what probes measured beyond their
     findings, by topic of `Report.sections`, and `draws` the values that they drew; a subject and its twins share both.
-    `attention` is the implementation that a twin was asked for.
+    `attention` is the implementation that a twin was asked for; with `keep_dtype` twins asked for in float64 stay in the model's own.
     """
 
     spec: str
@@ -92,6 +92,7 @@ class Subject:
     assumptions: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
+    keep_dtype: bool = False
     draws: Draws = field(default_factory=Draws)
     seed: int = 0
     limit: float | None = None
@@ -257,11 +258,7 @@ class Subject:
             arguments[form.labels] = ids_tensor(case.labels, device)
         elif form.labels and form.logits_need_labels and not form.loss_method:
             arguments[form.labels] = ids.clone()
-        if self.adapter is not None:
-            result = self.adapter(self.model, **arguments)
-        else:
-            first = arguments.pop(form.ids)
-            result = self.model(first, **arguments)
+        result = self.forward(arguments)
         try:
             output = find_logits(result, batch_size=case.batch_size, seq_len=case.seq_len)
         except NoLogits:
@@ -280,6 +277,14 @@ class Subject:
             output.loss = next((value for name in LOSS_ATTRIBUTES if is_scalar_loss(value := getattr(self.model, name, None))), None)
         return output
 
+    def forward(self, arguments: Mapping[str, Any]) -> Any:
+        """The raw result of one call with arguments by their names, the ids among them."""
+        if self.adapter is not None:
+            return self.adapter(self.model, **arguments)
+        if self.convention.by_name:
+            return self.model(**arguments)
+        return self.model(arguments[self.convention.ids], **{k: v for k, v in arguments.items() if k != self.convention.ids})
+
     @property
     def keeps_its_cache(self) -> bool:
         """Whether the model keeps keys and values itself, and is told where new tokens stand."""
@@ -290,8 +295,14 @@ class Subject:
         """Have a model that keeps its cache itself make a fresh one, where it has a method for that."""
         setup = self._setup()
         if setup is not None:
-            with torch.device(self.device):
-                setup(batch_size, length)
+            usual = torch.get_default_dtype()
+            try:  # what it makes without naming a dtype is made in that of the weights, as in the model's own dtype
+                if self.dtype in (torch.float32, torch.float64):
+                    torch.set_default_dtype(self.dtype)
+                with torch.device(self.device):
+                    setup(batch_size, length)
+            finally:
+                torch.set_default_dtype(usual)
 
     def _handed_cache(self, batch_size: int) -> Any:
         """A fresh cache that the caller has to make: by the model's own method, else an empty dict."""
@@ -333,7 +344,13 @@ class Subject:
         """A deep copy that nobody else uses."""
         return self._make_twin(dtype, training, attention)
 
+    def in_own_dtype(self) -> "Subject":
+        """The same subject, whose twins stay in the model's own dtype: what fails there too is no fault of a twin in float64."""
+        return replace(self, keep_dtype=True, _twins={}, _last=[], assumptions=list(self.assumptions))
+
     def _make_twin(self, dtype: torch.dtype, training: bool, attention: str | None) -> "Subject":
+        if self.keep_dtype and dtype == torch.float64:
+            dtype = self.dtype
         twin = replace(self, model=self._copy(), _twins={}, assumptions=[], limit=None, _last=[], attention=attention)
         if attention is not None:
             set_attention(twin.model, attention)

@@ -32,6 +32,8 @@ TAKES = ("select", "slice", "split", "unbind", "alias", "view", "_unsafe_view", 
          "detach", "chunk", "as_strided")  # fmt: skip
 CHOICES = ("topk", "sort", "argmax", "multinomial", "bucketize", "one_hot")
 MOST_STACKED = 256  # slices; a longer dimension is one of positions or ids, of which a batch uses some
+# Weights that start at zero stand at most this many deep in one path: a head, an output projection, a gate, a scale.
+FIRST_STEPS, FIRST_STEP_SIZE = 5, 1e-2
 CUTS = ("detach", ".data", "no_grad", "stop_gradient")
 
 
@@ -77,6 +79,12 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
         yield _finding(recording, twin, bad, "error", "a gradient that is not finite", None, None)
     missing = [name for name, p in trainable.items() if p.grad is None]
     zero = [name for name, p in trainable.items() if p.grad is not None and not bool(p.grad.any())]
+    at_start = {*missing, *zero}
+    if missing or zero:  # heads that serve only the model's own loss, and what stands behind weights that start at zero
+        reached = _reached_by_own_loss(twin, case, missing + zero)
+        missing, zero = ([name for name in names if name not in reached] for names in (missing, zero))
+    if zero:
+        zero = _still_zero(twin, case, zero)
     cut = [name for name in missing if name in read]
     unused = [name for name in missing if name not in cut]
     if cut:
@@ -96,8 +104,8 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
         yield _finding(recording, twin, unused, "warning", "no gradient", cause, "use it in forward, or remove it")
     if zero and not any("expert" in name for name in zero):
         yield _finding(recording, twin, zero, "warning", "a gradient of exactly zero", None, None)
-    yield from _dead_slices(recording, twin, {name: p for name, p in trainable.items() if name not in missing + zero + bad})
-    yield from _cancelled(twin, case, {name: p for name, p in trainable.items() if name not in missing + zero})
+    yield from _dead_slices(recording, twin, {name: p for name, p in trainable.items() if p.grad is not None and name not in zero + bad})
+    yield from _cancelled(twin, case, {name: p for name, p in trainable.items() if name not in at_start and bool(p.any())})
 
 
 @probe(after=("gradients.reach-every-parameter",), cost="quick")
@@ -145,6 +153,44 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
     )
 
 
+def _reached_by_own_loss(twin: Subject, case: Case, names: list[str]) -> set[str]:
+    """Those of some parameters that get a gradient from the loss that the model computes itself, where it computes one."""
+    if twin.convention.labels is None:
+        return set()
+    fresh = twin.fresh_twin(training=True)
+    try:
+        with settled(seed=fresh.seed), quiet(), torch.enable_grad():
+            loss = fresh.call(replace(case, labels=case.input_ids)).loss
+            if loss is None or not loss.requires_grad:
+                return set()
+            loss.backward()
+    except Exception:  # the probes of the loss say what is wrong with it
+        return set()
+    parameters = dict(fresh.model.named_parameters())
+    return {name for name in names if (grad := parameters[name].grad) is not None and bool(grad.any())}
+
+
+def _still_zero(twin: Subject, case: Case, names: list[str]) -> list[str]:
+    """Those of some parameters whose gradient stays zero when the others are trained a few steps: a head, a gate or an output
+    projection that starts at zero lets none through at first, by design."""
+    fresh = twin.fresh_twin(training=True)
+    parameters = {name: p for name, p in fresh.model.named_parameters() if p.requires_grad}
+    target = torch.tensor(case.input_ids, device=fresh.device)[:, 1:]
+    for _ in range(FIRST_STEPS):
+        fresh.model.zero_grad(set_to_none=True)
+        with settled(seed=fresh.seed), quiet(), torch.enable_grad():
+            logits = fresh.call(case).logits
+            F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), target.reshape(-1)).backward()
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        names = [name for name in names if name not in gradients or not bool(gradients[name].any())]
+        if not names:
+            return []
+        with torch.no_grad():
+            for name, grad in gradients.items():
+                parameters[name].sub_(grad / grad.abs().max().clamp(min=torch.finfo(grad.dtype).tiny), alpha=FIRST_STEP_SIZE)
+    return names
+
+
 def _dead_slices(recording: Recording, twin: Subject, parameters: dict[str, nn.Parameter]) -> Iterator[Found]:
     """Layers or projections stacked in one parameter, `[layers, ...]` or `[layers, 2, ...]`, of which some get no gradient.
 
@@ -152,12 +198,15 @@ def _dead_slices(recording: Recording, twin: Subject, parameters: dict[str, nn.P
     """
     if any(event.op in CHOICES for event in recording.events):
         return
+    _, seq = twin.sizes()
     for name, parameter in parameters.items():
         assert parameter.grad is not None
         for dim in range(max(0, parameter.ndim - 2)):
             alive = parameter.grad.movedim(dim, 0).flatten(1).any(1)
             dead = [i for i, lives in enumerate(alive.tolist()) if not lives]
-            if not dead or len(dead) == len(alive) or len(alive) > MOST_STACKED:
+            # a table of positions: a batch uses the first of them, and what the last one gives has no next token
+            by_position = dead in (list(range(seq, len(alive))), list(range(seq - 1, len(alive))))
+            if not dead or len(dead) == len(alive) or len(alive) > MOST_STACKED or by_position:
                 continue
             place = ", ".join([":"] * dim + [str(dead[0])])
             more = f" (and {len(dead) - 1} more of {len(alive)})" if len(dead) > 1 else ""

@@ -1,7 +1,6 @@
 """The loss that a model computes itself is the next-token cross-entropy, nothing else."""
 
 import inspect
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
@@ -22,8 +21,8 @@ from olmodebug.subject import Subject, own_code, quiet
 from olmodebug.tracing.tracer import Recording, record
 
 IGNORED = -100
-# Parts of the names of a mixture of experts and of its router.
-EXPERTS = re.compile(r"expert|router|moe", re.IGNORECASE)
+EQUAL = 1e-5  # some roundings of a loss in float32
+MOST_SMOOTHING = 0.5  # the least weight that label smoothing leaves the label
 # Losses are computed in float32 in most models, also where the model itself is in float64.
 LOSS_LIMIT = roundings_limit({"float32"})
 
@@ -46,7 +45,7 @@ def next_token_cross_entropy(subject: Subject) -> Iterator[Finding]:
     shift = 0 if twin.convention.labels_aligned else 1
     expected = cross_entropy(logits, target, shift=shift)
     limit = LOSS_LIMIT
-    if _close(loss, expected, limit) or _adds_auxiliary(twin, case, loss, expected):
+    if _close(loss, expected, limit) or _has_other_terms(twin, case, loss, expected):
         return
     if _takes_aligned(twin, logits, target, loss):
         yield replace(
@@ -90,7 +89,7 @@ def ignores_minus_100(subject: Subject) -> Iterator[Finding]:
     target = target.masked_fill(target < 0, IGNORED)
     expected = cross_entropy(logits, target, shift=shift)
     limit = LOSS_LIMIT
-    if _close(loss, expected, limit) or _adds_auxiliary(twin, case, loss, expected) or _takes_aligned(twin, logits, target, loss):
+    if _close(loss, expected, limit) or _has_other_terms(twin, case, loss, expected) or _takes_aligned(twin, logits, target, loss):
         return
     yield _wrong(twin, case, loss, expected, _cause(logits, target, loss, shift, limit), severity_word="labels of -100 change the loss")
 
@@ -181,26 +180,77 @@ def _takes_aligned(twin: Subject, logits: Tensor, labels: Tensor, loss: Tensor) 
     return not form.labels_aligned and not like_transformers and _close(loss, cross_entropy(logits, labels, shift=0), LOSS_LIMIT)
 
 
-def _adds_auxiliary(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> bool:
-    """A mixture of experts may add its balancing loss, and a config may ask for a z-loss: then loss minus cross-entropy does
-    not depend on the labels."""
-    if not _declares_z_loss(twin) and not any(
-        EXPERTS.search(f"{name} {type(module).__name__}") for name, module in twin.model.named_modules()
-    ):
+def _has_other_terms(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> bool:
+    """Whether the loss holds the cross-entropy, and terms beside it that are a choice: a balancing loss, a z-loss, label
+    smoothing, heads that predict further tokens."""
+    return _keeps_its_distance(twin, case, loss, expected) or _is_added_to(twin, case, loss, expected)
+
+
+def _keeps_its_distance(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> bool:
+    """Whether the loss is a weight times the cross-entropy plus a term that does not depend on the labels. With a weight of 1
+    that is any auxiliary loss; with less it is label smoothing, where the term is what the weight leaves of the mean over the
+    vocabulary, or more, and where the weight is the same whether or not some labels are ignored."""
+    line = _line(twin, case)
+    if line is None:
         return False
-    other = Case(name="other labels", input_ids=case.input_ids, labels=twin.token_ids(case.batch_size, case.seq_len, seed=13))
-    logits, second = _loss(twin, other)
+    weight, rest, near, uniform = line
+    if abs(float(loss) - weight * float(expected) - rest) > near or rest <= near:
+        return False
+    if abs(weight - 1) <= near:
+        return True
+    if not MOST_SMOOTHING <= weight < 1 or rest < (1 - weight) * uniform - near:
+        return False
+    if not any(label < 0 for row in case.labels or () for label in row):
+        return True
+    whole = _line(twin, replace(case, labels=case.input_ids))
+    return whole is not None and abs(whole[0] - weight) <= max(near, whole[2])
+
+
+def _line(twin: Subject, case: Case) -> tuple[float, float, float, float] | None:
+    """(weight, rest, what counts as equal, cross-entropy against a uniform target) of the loss as a line over the
+    cross-entropy, drawn through the likeliest and the unlikeliest labels; the ignored ones stay where they are."""
     shift = 0 if twin.convention.labels_aligned else 1
-    expected_second = cross_entropy(logits, torch.tensor(other.labels), shift=shift)
-    extra = float(loss - expected)
-    return extra > 0 and abs(float(second - expected_second) - extra) <= 1e-6 * max(1.0, abs(extra))
+    logits, _ = _loss(twin, case)
+    points, uniform = [], 0.0
+    for chosen in (logits.argmin(-1), logits.argmax(-1)):
+        target = torch.tensor(case.labels)
+        kept = target < 0
+        drawn = torch.where(kept, target, chosen.roll(shift, 1) % twin.vocab_size)
+        scores, value = _loss(twin, replace(case, name="other labels", labels=tuple(map(tuple, drawn.tolist()))))
+        counted = drawn.masked_fill(kept, IGNORED)
+        points.append((float(cross_entropy(scores, counted, shift=shift)), float(value)))
+        uniform = _mean_over_vocabulary(scores, counted, shift)
+    (x1, y1), (x2, y2) = points
+    if abs(x2 - x1) < 1e-3:
+        return None
+    weight = (y2 - y1) / (x2 - x1)
+    return weight, y1 - weight * x1, EQUAL * max(1.0, abs(y1)) / min(1.0, abs(x2 - x1)), uniform
 
 
-def _declares_z_loss(twin: Subject) -> bool:
-    """Whether the config gives a z-loss a weight, under any name that says so."""
-    config = twin.config
-    fields = config if isinstance(config, dict) else getattr(config, "_asdict", dict)() or getattr(config, "__dict__", {})
-    return any("z_loss" in str(name) and isinstance(value, int | float) and value > 0 for name, value in fields.items())
+def _mean_over_vocabulary(logits: Tensor, labels: Tensor, shift: int) -> float:
+    """The cross-entropy against a uniform target, over the positions whose label counts."""
+    scores, target = logits.detach().double(), labels
+    if shift:
+        scores, target = scores[:, :-shift], target[:, shift:]
+    return float(-torch.log_softmax(scores, -1).mean(-1)[target != IGNORED].mean())
+
+
+def _is_added_to(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> bool:
+    """Whether forward computes the cross-entropy as a number and adds to it, once or more, until it is the loss."""
+    with torch.no_grad(), quiet(), settled(seed=twin.seed):
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    reached: list[Tensor] = []
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        if not kept.outputs or kept.outputs[0].numel() != 1 or not kept.outputs[0].dtype.is_floating_point:
+            continue
+        made = kept.outputs[0]
+        if event.op in ("add", "add_") and any(t.numel() == 1 and torch.equal(t, known) for t in kept.inputs for known in reached):
+            if float(made) == float(loss) and float(made) > float(expected):
+                return True
+            reached.append(made)
+        elif _close(made, expected, LOSS_LIMIT):
+            reached.append(made)
+    return False
 
 
 def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: float) -> tuple[str | None, str | None]:

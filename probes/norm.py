@@ -30,7 +30,17 @@ from olmodebug.tracing.norms import (
     unit_rms,
     with_unit_weights,
 )
-from olmodebug.tracing.stream import ends_in_norm, is_block, is_norm_of_input, is_scaled, is_weighted, last_add, last_call_place, stream_of
+from olmodebug.tracing.stream import (
+    ends_in_norm,
+    is_block,
+    is_chained,
+    is_norm_of_input,
+    is_scaled,
+    is_weighted,
+    last_add,
+    last_call_place,
+    stream_of,
+)
 from olmodebug.tracing.tracer import Recording, record
 
 EPS_NAMES = (
@@ -190,6 +200,8 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
     streams = [stream_of(silent, path) for path, _ in blocks]
     if any(stream is None for stream in streams):
         not_applicable("its blocks do not map hidden states to hidden states of the same shape")
+    if not is_chained(loud, [path for path, _ in blocks]):
+        not_applicable("the output of a block is not the input of the next: the residual stream runs outside of them")
     changed = [s for s in streams if s is not None and difference(s[0], s[1], relative_limit=limit) is not None]
     if not changed:
         return

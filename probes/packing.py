@@ -70,7 +70,7 @@ def _leak(twin: Subject, name: str, documents: Tensor, row: int, cuts: list[int]
         with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(twin.seed)
             given = {} if told is None else {name: told}
-            result = twin.model(torch.tensor(ids), **given)
+            result = twin.forward({twin.convention.ids: torch.tensor(ids), **given})
             logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
             logits = result[0] if logits is None else logits
             assert isinstance(logits, Tensor)

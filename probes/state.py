@@ -86,12 +86,12 @@ def leaves_things_alone(subject: Subject) -> Iterator[Finding]:
     if twin.convention.use_cache:
         arguments[twin.convention.use_cache] = False
     with torch.no_grad(), quiet(), settled(seed=twin.seed):
-        recording = record(twin.model, lambda: twin.model(ids, **arguments), catch=True)
+        recording = record(twin.model, lambda: twin.forward({twin.convention.ids: ids, **arguments}), catch=True)
         if recording.error is not None:  # labels of another shape, or none without images: the loss probes speak of those
             arguments.pop(twin.convention.labels or "", None)
             ids.copy_(kept)
             with own_code(twin, case):
-                recording = record(twin.model, lambda: twin.model(ids, **arguments))
+                recording = record(twin.model, lambda: twin.forward({twin.convention.ids: ids, **arguments}))
     if not torch.equal(ids, kept):
         storage = recording.storages.number(ids)
         where = Where()

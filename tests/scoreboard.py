@@ -21,7 +21,7 @@ from typing import Any
 from tests.mutants.catalog import MUTANTS, NEUTRAL, Mutant, materialize
 from tests.mutants.strangers import LEGAL, STRANGERS
 
-STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled".split()
+STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates".split()
 CLEAN = tuple(f"{style}_style" for style in STYLES)
 ALL = (*MUTANTS, *STRANGERS)
 PRESETS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny")

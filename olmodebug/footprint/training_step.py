@@ -199,10 +199,7 @@ def call_arguments(subject: Subject, input_ids: Tensor) -> dict[str, Any]:
 
 def run(subject: Subject, arguments: dict[str, Any]) -> Any:
     """The model's raw result."""
-    if subject.adapter is not None:
-        return subject.adapter(subject.model, **arguments)
-    first = arguments.pop(subject.convention.ids)
-    return subject.model(first, **arguments)
+    return subject.forward(arguments)
 
 
 def output_head(subject: Subject) -> tuple[str, nn.Module] | None:

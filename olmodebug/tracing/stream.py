@@ -1,5 +1,8 @@
 """The residual stream through a block of a traced run: what goes in, what comes out, and what stands last."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,12 @@ def stream_of(recording: Recording, path: str) -> tuple[Tensor, Tensor] | None:
     if call is None or not call.inputs or not call.outputs or call.inputs[0].shape != call.outputs[0].shape:
         return None
     return call.inputs[0], call.outputs[0]
+
+
+def is_chained(recording: Recording, paths: Sequence[str]) -> bool:
+    """Whether any of these blocks hands its output, as it is, to the next one."""
+    streams = [stream_of(recording, path) for path in paths]
+    return any(a is not None and b is not None and torch.equal(a[1], b[0]) for a, b in pairwise(streams))
 
 
 def is_scaled(before: Tensor, after: Tensor, limit: float) -> bool:

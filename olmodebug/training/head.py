@@ -80,9 +80,7 @@ def run_on(subject: Subject, ids: Tensor, *, attention_mask: Tensor | None = Non
         arguments[form.use_cache] = False
     if form.labels and form.logits_need_labels:
         arguments[form.labels] = ids.clone()
-    if subject.adapter is not None:
-        return subject.adapter(subject.model, **arguments)
-    return subject.model(arguments.pop(form.ids), **arguments)
+    return subject.forward(arguments)
 
 
 def as_case(ids: Tensor) -> Case:

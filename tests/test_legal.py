@@ -1,0 +1,101 @@
+"""Legal designs that a probe once took for a bug, each asked the one probe that was loud."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import olmodebug
+from olmodebug.examine import run_probe
+from olmodebug.probe import shipped_probes
+from olmodebug.report import Report
+from olmodebug.subject import from_model
+
+CLEAN = Path(__file__).parent / "mutants" / "clean"
+PROBES = {probe.name: probe for probe in shipped_probes()}
+
+
+def asked(build: str, probes: str) -> Report:
+    file, _, name = build.partition(":")
+    return olmodebug.check(f"{CLEAN / file}.py:{name}", select_probes=probes)
+
+
+@pytest.mark.parametrize(
+    ("build", "probes"),
+    [
+        ("ahead_style:build", "next-token-cross-entropy or reach-every-parameter"),  # the loss of further heads, and their weights
+        ("registers_style:build", "loss or state.leaves-things-alone"),  # smoothing, z-loss, ids by keyword only
+        ("fast_style:build", "cache.matches-full-forward or device.made"),  # a cache made in float32, in a copy in float64
+        ("recurrent_style:build", "residual-stream-kept"),  # the residual is added outside of the listed modules
+        ("gates_style:build", "reach-every-parameter"),  # gates of zero, and a table of positions in three dimensions
+    ],
+)
+def test_a_legal_design_draws_neither_error_nor_warning(build: str, probes: str) -> None:
+    report = asked(build, probes)
+    assert [(f.probe, f.message) for f in (*report.of("error"), *report.of("warning"))] == []
+    assert report.verdict == "pass"
+
+
+def test_a_head_of_zeros_hides_no_gradient_and_what_is_dead_for_good_is_still_told() -> None:
+    (finding,) = asked("modded_style:build", "reach-every-parameter").findings
+    # the first layer mixes its values with themselves
+    assert finding.message == "transformer.h.0.attn.lamb gets a gradient of exactly zero"
+
+
+class Small(nn.Module):
+    """The loss is what the test says it is."""
+
+    def __init__(self, loss: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.kind = nn.Embedding(31, 12), nn.Linear(12, 31), loss
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        logits = self.head(self.embed(input_ids))
+        if labels is None:
+            return (logits,)
+        scores, target = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        plain = F.cross_entropy(scores, target)
+        smooth = F.cross_entropy(scores, target, label_smoothing=0.2)
+        losses = {
+            "smooth": smooth,
+            "z": plain + 1e-2 * scores.logsumexp(-1).pow(2).mean(),
+            "less": 0.9 * plain,  # no smoothing: the rest is missing
+            "twice": F.cross_entropy(logits[:, :-2].flatten(0, 1), labels[:, 2:].flatten()) + 0.1,  # a term beside a wrong shift
+            "halved": smooth / 2,
+        }
+        return losses[self.kind], logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("smooth", "passed"), ("z", "passed"), ("less", "failed"), ("twice", "failed"), ("halved", "failed")]
+)
+def test_terms_beside_the_cross_entropy_are_a_choice_and_another_cross_entropy_is_not(kind: str, status: str) -> None:
+    result = run_probe(PROBES["loss.next-token-cross-entropy"], from_model(Small(kind)))
+    assert result.outcome.status == status
+
+
+class FloatsOnly(nn.Module):
+    """Index-assigns into float32 memory of its own when it is called in train mode: a copy in float64 cannot, it can."""
+
+    def __init__(self, *, broken: bool) -> None:
+        super().__init__()
+        self.embed, self.head, self.broken = nn.Embedding(29, 8), nn.Linear(8, 29), broken
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        if input_ids.shape[1] > 7:
+            memory = torch.zeros(hidden.shape, dtype=torch.float32)
+            memory[:, torch.arange(hidden.shape[1])] = hidden[..., : 7 if self.broken else None]
+            hidden = memory
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize(("broken", "status"), [(False, "passed"), (True, "failed")])
+def test_what_only_a_copy_in_float64_cannot_do_is_no_fault_of_the_model(broken: bool, status: str) -> None:
+    result = run_probe(PROBES["causality.no-future"], from_model(FloatsOnly(broken=broken)))
+    assert result.outcome.status == status
+    if not broken:
+        assert "not in its own dtype" in str(result.outcome.reason)
