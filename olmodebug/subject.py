@@ -8,7 +8,7 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -315,6 +315,23 @@ class Subject:
 
     def _setup(self) -> Callable[..., Any] | None:
         return next((method for name in SETUP_NAMES if callable(method := getattr(self.model, name, None))), None)
+
+    def reached_by_own_loss(self, case: Case, names: Sequence[str], *, training: bool = False) -> set[str]:
+        """Those of some parameters that get a gradient from the loss that the model computes itself, where it computes one:
+        heads for further tokens serve no other."""
+        if self.convention.labels is None or not names:
+            return set()
+        twin = self.fresh_twin(dtype=self.dtype, training=training)
+        try:
+            with settled(seed=self.seed), quiet(), torch.enable_grad():
+                loss = twin.call(replace(case, labels=case.input_ids)).loss
+                if loss is None or not loss.requires_grad:
+                    return set()
+                loss.backward()
+        except Exception:  # the probes of the loss say what is wrong with it
+            return set()
+        parameters = dict(twin.model.named_parameters())
+        return {name for name in names if (grad := parameters[name].grad) is not None and bool(grad.any())}
 
     def logits(self, case: Case) -> Tensor:
         """Logits `[batch, seq_len, vocab]` of one run without gradients."""

@@ -81,7 +81,7 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
     zero = [name for name, p in trainable.items() if p.grad is not None and not bool(p.grad.any())]
     at_start = {*missing, *zero}
     if missing or zero:  # heads that serve only the model's own loss, and what stands behind weights that start at zero
-        reached = _reached_by_own_loss(twin, case, missing + zero)
+        reached = twin.reached_by_own_loss(case, missing + zero, training=True)
         missing, zero = ([name for name in names if name not in reached] for names in (missing, zero))
     if zero:
         zero = _still_zero(twin, case, zero)
@@ -151,23 +151,6 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
         evidence={"a second direction": f"{again:.4g} where the loss has {measured:.4g}"},
         case=case,
     )
-
-
-def _reached_by_own_loss(twin: Subject, case: Case, names: list[str]) -> set[str]:
-    """Those of some parameters that get a gradient from the loss that the model computes itself, where it computes one."""
-    if twin.convention.labels is None:
-        return set()
-    fresh = twin.fresh_twin(training=True)
-    try:
-        with settled(seed=fresh.seed), quiet(), torch.enable_grad():
-            loss = fresh.call(replace(case, labels=case.input_ids)).loss
-            if loss is None or not loss.requires_grad:
-                return set()
-            loss.backward()
-    except Exception:  # the probes of the loss say what is wrong with it
-        return set()
-    parameters = dict(fresh.model.named_parameters())
-    return {name for name in names if (grad := parameters[name].grad) is not None and bool(grad.any())}
 
 
 def _still_zero(twin: Subject, case: Case, names: list[str]) -> list[str]:

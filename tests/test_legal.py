@@ -1,6 +1,7 @@
 """Legal designs that a probe once took for a bug, each asked the one probe that was loud."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,48 @@ class Small(nn.Module):
 def test_terms_beside_the_cross_entropy_are_a_choice_and_another_cross_entropy_is_not(kind: str, status: str) -> None:
     result = run_probe(PROBES["loss.next-token-cross-entropy"], from_model(Small(kind)))
     assert result.outcome.status == status
+
+
+def test_a_loss_that_knows_no_label_of_minus_100_can_be_trained_and_measured() -> None:
+    from olmodebug.footprint.training_step import StepPlan, loss_of
+    from olmodebug.spec import Job, resolve
+
+    subject = resolve(Job(spec=f"{CLEAN / 'modded_style.py'}:build"))  # ignore_index=-1, and the loss alone comes back
+    ids = torch.tensor(subject.token_ids(2, 9))
+    loss = loss_of(subject, StepPlan(), ids)
+    expected = F.cross_entropy(subject.model(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
+    assert loss.requires_grad
+    assert torch.allclose(loss, expected)
+
+
+class FewPositions(nn.Module):
+    """A table of 40 positions, and no config that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions, self.head = nn.Embedding(31, 8), nn.Embedding(40, 8), nn.Linear(8, 31)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1])))
+
+
+def test_a_sample_asks_no_model_for_more_positions_than_it_has() -> None:
+    from olmodebug.training.child import SAMPLE_TOKENS, _sample
+
+    encoder = SimpleNamespace(rows=31, decode=lambda ids: " ".join(map(str, ids)))
+    dataset = SimpleNamespace(validation=[SimpleNamespace(ids=list(range(30)))], encoder=encoder)
+    sample = _sample(from_model(FewPositions()), dataset)
+    assert sample is not None
+    assert len(sample["text"].split()) == SAMPLE_TOKENS
+
+
+def test_weights_of_further_heads_are_reached_by_the_models_own_loss_alone() -> None:
+    from olmodebug.spec import Job, resolve
+
+    subject = resolve(Job(spec=f"{CLEAN / 'ahead_style.py'}:build"))
+    names = ["mtp_proj.weight", "embed.weight"]
+    assert subject.reached_by_own_loss(subject.first_case(), names) == set(names)
+    assert from_model(Small("z")).reached_by_own_loss(subject.first_case(), []) == set()
 
 
 class FloatsOnly(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..convention import find_logits
+from ..convention import find_logits, find_loss
 from ..errors import UsageError
 from ..subject import Subject
 from .blocks import blocks_of
@@ -146,13 +146,13 @@ def loss_of(subject: Subject, plan: StepPlan, input_ids: Tensor) -> Tensor:
     form = subject.convention
     arguments = call_arguments(subject, input_ids)
     if form.labels:
-        arguments[form.labels] = next_tokens(input_ids) if form.labels_aligned else input_ids
+        # Rolled, with no label that does not count: what that is called (-100, -1) is the model's own affair.
+        arguments[form.labels] = input_ids.roll(-1, 1) if form.labels_aligned else input_ids
     result = run(subject, arguments)
-    output = find_logits(result, batch_size=len(input_ids), seq_len=input_ids.shape[1])
-    if output.loss is not None:
-        loss = output.loss
-        del output, result  # a caller that keeps the output through the backward pass keeps the logits alive
+    loss = find_loss(result)
+    if loss is not None:
         return loss
+    output = find_logits(result, batch_size=len(input_ids), seq_len=input_ids.shape[1])
     return F.cross_entropy(output.logits.float().flatten(0, 1), next_tokens(input_ids).flatten(), ignore_index=IGNORE_INDEX)
 
 

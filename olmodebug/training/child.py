@@ -185,7 +185,10 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
         tell("failed", finding=plain(Finding(**values)), stopped="raised")
         _raised(tell, failed, cause)
         return
-    tell("ended", value=_ended(ending, subject, head, recipe, dtype))
+    ended = _ended(ending, subject, head, recipe, dtype)
+    if world.size == 1:
+        ended["of_own_loss"] = sorted(subject.reached_by_own_loss(subject.first_case(), ended["untouched"]))
+    tell("ended", value=ended)
     if world.size > 1:
         weights = gathered(subject.model.state_dict())
         leave_world(world)
@@ -294,11 +297,13 @@ def _sample(subject: Any, dataset: Any) -> dict[str, str] | None:
         return None
     prompt = list(documents[0].ids[:PROMPT_TOKENS])
     ids = torch.tensor([prompt], device=subject.device)
+    window = subject.usable_positions or len(prompt) + SAMPLE_TOKENS
     draw = torch.Generator().manual_seed(0)
     subject.model.eval()
     with torch.no_grad():
         for _ in range(SAMPLE_TOKENS):
-            logits = find_logits(run_on(subject, ids), batch_size=1, seq_len=ids.shape[1]).logits[0, -1].float().cpu()
+            seen = ids[:, -window:]
+            logits = find_logits(run_on(subject, seen), batch_size=1, seq_len=seen.shape[1]).logits[0, -1].float().cpu()
             logits = logits[: dataset.encoder.rows]
             if not bool(torch.isfinite(logits).all()):
                 return None

@@ -293,7 +293,8 @@ def _learning(told: Told) -> list[Finding]:
 
 
 def _touched(ended: Mapping[str, Any]) -> list[Finding]:
-    names = ended["untouched"]
+    own = set(ended.get("of_own_loss", ()))  # heads for further tokens: the loss of this run is that of the next one
+    names = [name for name in ended["untouched"] if name not in own]
     used = len(ended["steps"]) - len(ended["skipped"])
     if not names or used < FEWEST_STEPS:
         return []
