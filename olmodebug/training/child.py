@@ -297,13 +297,19 @@ def _sample(subject: Any, dataset: Any) -> dict[str, str] | None:
         return None
     prompt = list(documents[0].ids[:PROMPT_TOKENS])
     ids = torch.tensor([prompt], device=subject.device)
-    window = subject.usable_positions or len(prompt) + SAMPLE_TOKENS
     draw = torch.Generator().manual_seed(0)
+    window = len(prompt) + SAMPLE_TOKENS
     subject.model.eval()
     with torch.no_grad():
         for _ in range(SAMPLE_TOKENS):
-            seen = ids[:, -window:]
-            logits = find_logits(run_on(subject, seen), batch_size=1, seq_len=seen.shape[1]).logits[0, -1].float().cpu()
+            try:
+                result = run_on(subject, ids[:, -window:])
+            except (IndexError, RuntimeError):  # more positions than it has, which no config declares
+                window = subject.usable_positions or window
+                if window >= ids.shape[1]:
+                    raise
+                result = run_on(subject, ids[:, -window:])
+            logits = find_logits(result, batch_size=1, seq_len=min(window, ids.shape[1])).logits[0, -1].float().cpu()
             logits = logits[: dataset.encoder.rows]
             if not bool(torch.isfinite(logits).all()):
                 return None
