@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,11 @@ class Convention:
     `labels_aligned` says that label t belongs to logit t (nanoGPT's `targets`); otherwise the model shifts inside
     (`labels`). `hands_cache`: the caller makes the cache and hands it to every forward. `loss_method` takes the labels
     where forward takes none. `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take
-    the positions of the new tokens, or the first of them, where the model keeps its cache itself.
+    the positions of the new tokens, or the first of them, where the model keeps its cache itself. `required` have no default: what
+    no case states is given as counted positions, a mask of ones, the ids themselves as labels. `whole_mask`: an argument for a mask
+    `[batch, 1, seq_len, seq_len]` with causality in it, and what True says in it. `in_dict`: one argument holds all by
+    their names. `sequence_first`: ids are `[seq_len, batch]`, and so are the logits. `multiple`: the model takes sequences of
+    such lengths only, and others are padded on the right.
     """
 
     ids: str
@@ -50,11 +54,19 @@ class Convention:
     loss_method: str | None = None
     labels_aligned: bool = False
     logits_need_labels: bool = False
+    required: tuple[str, ...] = ()
+    whole_mask: tuple[str, str] | None = None
+    in_dict: bool = False
+    sequence_first: bool = False
+    multiple: int = 1
 
     def __str__(self) -> str:
         labels = None if self.loss_method else self.labels
         names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.places, self.start, labels]
-        text = f"forward({', '.join(name for name in names if name)})"
+        text = ", ".join(name for name in names if name)
+        text = f"forward({{{text}}})" if self.in_dict else f"forward({text})"
+        if self.sequence_first:
+            text += f"; {self.ids} as [seq_len, batch]"
         if self.loss_method:
             text += f"; {self.loss_method}({self.ids}, {self.labels})"
         if self.labels:
@@ -74,7 +86,9 @@ class Output:
 
 
 class NoLogits(Exception):
-    """The model ran and returned nothing that can be logits; the text says what it did return."""
+    """The model ran and returned nothing that can be logits; the text says what it did return. `loss`: it can be a loss."""
+
+    loss = False
 
 
 def read_signature(forward: Callable[..., object]) -> Convention:
@@ -85,6 +99,8 @@ def read_signature(forward: Callable[..., object]) -> Convention:
         raise SubjectError("forward() has no readable signature; state the call with --adapter") from None
     parameters = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     names = [p.name for p in parameters]
+    if not names and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        return Convention(ids=IDS_NAMES[0])
     if not names:
         raise SubjectError("forward() takes no argument that token ids could go into; state it with --adapter")
 
@@ -93,6 +109,7 @@ def read_signature(forward: Callable[..., object]) -> Convention:
 
     ids = first(IDS_NAMES) or names[0]
     labels = first(SHIFTED_LABELS) or first(ALIGNED_LABELS)
+    without_default = {p.name for p in parameters if p.default is p.empty}
     convention = Convention(
         ids=ids,
         by_name=signature.parameters[ids].kind is inspect.Parameter.KEYWORD_ONLY,
@@ -104,9 +121,11 @@ def read_signature(forward: Callable[..., object]) -> Convention:
         start=first(START_NAMES),
         labels=labels,
         labels_aligned=labels in ALIGNED_LABELS,
+        logits_need_labels=labels in without_default,
     )
-    known = {ids, convention.attention_mask, convention.position_ids, convention.labels, convention.start}
-    unknown = [p.name for p in parameters if p.default is p.empty and p.name not in known]
+    stated = {convention.attention_mask, convention.position_ids, convention.labels}
+    convention = replace(convention, required=tuple(name for name in names if name in without_default & stated))
+    unknown = [name for name in names if name in without_default - stated - {ids, convention.start}]
     if unknown:
         raise SubjectError(
             f"forward() requires {', '.join(unknown)}, which cannot be guessed; give it a default or state the call with --adapter"
@@ -175,7 +194,9 @@ def _must_be_logits(tensor: Tensor, batch_size: int, seq_len: int) -> None:
     if tensor.ndim != 3 or not tensor.dtype.is_floating_point or tensor.shape[0] != batch_size or tensor.shape[1] not in (seq_len, 1):
         shape = tuple(tensor.shape)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise NoLogits(f"a {dtype} tensor of shape {shape}; expected float logits (batch {batch_size}, seq_len {seq_len}, vocabulary)")
+        error = NoLogits(f"a {dtype} tensor of shape {shape}; expected float logits (batch {batch_size}, seq_len {seq_len}, vocabulary)")
+        error.loss = is_scalar_loss(tensor)
+        raise error
 
 
 def ids_tensor(rows: tuple[tuple[int, ...], ...] | None, device: torch.device | str = "cpu") -> Tensor | None:

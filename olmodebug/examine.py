@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from .errors import SubjectError
 from .explain import explain
@@ -22,9 +21,8 @@ from .relations.repair import Found, RepairedSource
 from .relations.stored import draws_record
 from .report import Finding, Outcome
 from .settle import settled
-from .sources import Sources, traceback_frames
 from .spec import Job, resolve
-from .subject import Subject
+from .subject import Subject, own_refusal
 
 BUILD = "build.constructs"
 FIRST_RUN = "build.runs"
@@ -181,17 +179,8 @@ def _builds(job: Job, finding: Finding) -> bool:
 
 
 def refused(error: BaseException) -> str | None:
-    """The model's own words when it declines a case openly, by raising ValueError, AssertionError or NotImplementedError
-    itself; None for what torch raised in its place. A clear refusal is no wrong answer."""
-    original = error.__cause__
-    if not isinstance(error, SubjectCodeError) or error.stage != "run" or original is None:
-        return None
-    if not isinstance(original, ValueError | AssertionError | NotImplementedError):
-        return None
-    frames = traceback_frames(original.__traceback__)
-    if not frames or Sources(nn.Module()).is_torch(frames[-1][0].f_code.co_filename):
-        return None
-    return f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}"
+    """The model's own words when it declines a case of a probe openly: a clear refusal is no wrong answer."""
+    return own_refusal(error) if isinstance(error, SubjectCodeError) and error.stage == "run" else None
 
 
 def _raised(error: BaseException) -> Finding:

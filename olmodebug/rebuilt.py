@@ -7,7 +7,7 @@ from torch import nn
 
 from .casts import cast
 from .settle import settled
-from .subject import Subject, quiet
+from .subject import Subject, inner_model, quiet
 
 
 class CannotBuild(Exception):
@@ -44,6 +44,11 @@ def materialised(subject: Subject, seed: int) -> nn.Module | None:
         model.to_empty(device="cpu")
         torch.use_deterministic_algorithms(False)
         reset(model)
+    usual = dict(subject.model.named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if name in usual and buffer.dtype != usual[name].dtype:  # reset makes it as the class does, and the build cast it
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._buffers[leaf] = buffer.to(usual[name].dtype)
     with quiet():
         model.load_state_dict(subject.model.state_dict(), strict=True)
     return model.eval()
@@ -61,7 +66,7 @@ def reset(model: nn.Module) -> None:
         for name in ("initialize_weights", "tie_weights"):
             call_without_arguments(getattr(model, name, None))
         return
-    call_without_arguments(getattr(model, "init_weights", None))
+    call_without_arguments(getattr(inner_model(model), "init_weights", None))
 
 
 def call_without_arguments(method: object) -> None:

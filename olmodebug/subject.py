@@ -42,7 +42,7 @@ from .load import SubjectCodeError
 from .records import Case, Rows
 from .report import SubjectInfo
 from .settle import settled
-from .sources import Sources, is_ours, short_path
+from .sources import Sources, code_of, is_ours, short_path, traceback_frames
 
 VOCAB_NAMES = ("vocab_size", "n_vocab", "padded_vocab_size", "num_tokens", "vocabulary_size", "vocab", "num_vocab")
 CONTEXT_NAMES = (
@@ -62,10 +62,12 @@ CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
 # Sizes that a method which makes a cache asks for, and the length where the config declares none.
 SIZE_NAMES = r"b(atch|sz|s$|$)|.*(len|size|positions|tokens)"
 ROOM = 256
+WHOLE_MASKS = ("seen", "hidden", "added")  # what True says of a place; a mask that is added to the scores
 BATCH_SIZES = (3, 5, 7, 2)
 # What is tried where no context length is declared: the last position where positions can be given, else a sequence.
 LENGTHS_TRIED = (4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8)
 LONGEST_TRIED = 512
+MULTIPLES_TRIED = (2, 4, 8, 16, 32, 64, 128)  # chunk sizes
 SEQ_LENS = (11, 13, 17, 19, 23, 7, 5)
 
 
@@ -260,10 +262,10 @@ class Subject:
             arguments[form.labels] = ids.clone()
         result = self.forward(arguments)
         try:
-            output = find_logits(result, batch_size=case.batch_size, seq_len=case.seq_len)
+            output = self._read(result, case)
         except NoLogits:
             loss = find_loss(result)
-            if loss is None or case.labels is None or form.logits_need_labels:
+            if case.labels is None or form.logits_need_labels or (loss is None and not _is_loss_per_token(result, case)):
                 raise
             # With labels it gives the loss alone, or the logits that the loss was taken from: all of them come without.
             output = self.call(replace(case, labels=None), position_ids=position_ids, attention_mask=attention_mask)
@@ -273,17 +275,58 @@ class Subject:
             output.cache = next((item for item in given if type(item) is type(cache)), cache)  # handed back, or filled in place
         if form.loss_method and case.labels is not None:
             output.loss = getattr(self.model, form.loss_method)(ids, ids_tensor(case.labels, device))
-        if output.loss is None and case.labels is not None:
+        if case.seq_len % form.multiple:
+            output.loss = None  # of a batch with padding in it
+        elif output.loss is None and case.labels is not None:
             output.loss = next((value for name in LOSS_ATTRIBUTES if is_scalar_loss(value := getattr(self.model, name, None))), None)
         return output
 
     def forward(self, arguments: Mapping[str, Any]) -> Any:
         """The raw result of one call with arguments by their names, the ids among them."""
+        form = self.convention
+        arguments = self._formed(arguments)
         if self.adapter is not None:
             return self.adapter(self.model, **arguments)
-        if self.convention.by_name:
+        if form.in_dict:
+            return self.model(arguments)
+        if form.by_name:
             return self.model(**arguments)
-        return self.model(arguments[self.convention.ids], **{k: v for k, v in arguments.items() if k != self.convention.ids})
+        return self.model(arguments[form.ids], **{k: v for k, v in arguments.items() if k != form.ids})
+
+    def _formed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with what has no default, in whole multiples of the length that the model takes, and in its order."""
+        form, ids, formed = self.convention, arguments[self.convention.ids], dict(arguments)
+        if form.whole_mask and form.whole_mask[0] in form.required:
+            formed.setdefault(form.whole_mask[0], whole_mask(form.whole_mask[1], ids.shape[1], device=ids.device))
+        neutral = {
+            form.position_ids: lambda: torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous(),
+            form.attention_mask: lambda: torch.ones_like(ids),
+            form.labels: ids.clone,
+        }
+        formed |= {name: neutral[name]() for name in form.required if name not in formed}
+        missing = -ids.shape[1] % form.multiple
+        for name, value in formed.items():
+            if not (isinstance(value, Tensor) and value.shape == ids.shape):
+                continue
+            if missing:
+                last = torch.full_like(value[:, -1:], -100) if name == form.labels else value[:, -1:]
+                counted = torch.arange(1, missing + 1, device=value.device) if name == form.position_ids else 0
+                value = torch.cat((value, last.expand(-1, missing) + counted), 1)
+            formed[name] = value.t().contiguous() if form.sequence_first else value
+        return formed
+
+    def _read(self, result: object, case: Case) -> Output:
+        """What a result holds, its logits as `[batch, seq_len, vocab]`."""
+        form = self.convention
+        rows, columns = case.batch_size, case.seq_len + -case.seq_len % form.multiple
+        if form.sequence_first:
+            output = find_logits(result, batch_size=columns, seq_len=rows)
+            output.logits = output.logits.transpose(0, 1)
+        else:
+            output = find_logits(result, batch_size=rows, seq_len=columns)
+        if columns != case.seq_len:
+            output.logits = output.logits[:, : case.seq_len]
+        return output
 
     @property
     def keeps_its_cache(self) -> bool:
@@ -380,7 +423,7 @@ class Subject:
         twin.model.train(training)
         if dtype != self.dtype and not twin.runs() and self.runs():
             note = f"runs in {str(self.dtype).removeprefix('torch.')} only, so it was checked in that, with a wider limit"
-            if note not in self.assumptions:
+            if dtype == torch.float64 and note not in self.assumptions:
                 self.assumptions.append(note)
             return self._make_twin(self.dtype, training, attention)
         return twin
@@ -428,7 +471,7 @@ def from_model(
 
     SubjectError when the call cannot be guessed, SubjectCodeError when the model raises on its first run.
     """
-    forward = adapter or model.forward
+    forward = adapter or inner_model(model).forward
     convention = read_signature(_without_model(forward) if adapter else forward)
     subject = Subject(
         spec=spec or type(model).__name__,
@@ -443,7 +486,10 @@ def from_model(
     )
     _measure_vocabulary(subject)
     subject.convention = settle_convention(subject)
-    if subject.convention.labels and (_decodes_for_an_encoder(subject.config) or _says_not_shifted(forward)):
+    _narrow_vocabulary(subject)
+    if subject.convention.labels and (
+        _decodes_for_an_encoder(subject.config) or _says_not_shifted(forward) or _has_loss_for_each_label(subject)
+    ):
         subject.convention = replace(subject.convention, labels_aligned=True)
     return subject
 
@@ -461,16 +507,143 @@ def _measure_vocabulary(subject: Subject) -> None:
         subject.assumptions.append(f"a vocabulary of {width} ids, the width of the logits: no config or embedding module says how many")
 
 
+def _narrow_vocabulary(subject: Subject) -> None:
+    """Where no config says how many ids there are and the logits are narrower than the embedding, which then has rows for
+    more than tokens (a blank, a padding row), as many ids as logits."""
+    if subject.declared_vocab or subject.setting(*VOCAB_NAMES) is not None or subject.embedding_rows is None:
+        return
+    with settled(subject.model, seed=subject.seed), quiet(), suppress(Exception):
+        width = subject.logits(subject.first_case()).shape[-1]
+        if 1 < width < subject.embedding_rows:
+            subject.assumptions.append(
+                f"a vocabulary of {width} ids, the width of the logits; the embedding has {subject.embedding_rows} rows"
+            )
+            subject.declared_vocab = width
+
+
 def settle_convention(subject: Subject) -> Convention:
-    """The convention after one run: whether all positions come back without labels, and whether the mask is accepted."""
+    """The convention after one run: the form of the call that runs, whether all positions come back without labels, and
+    in which order the dimensions of ids and logits stand. SubjectError where the model declines the call itself."""
     case = subject.first_case()
     with settled(subject.model, seed=subject.seed), torch.no_grad(), quiet():
         subject.model.eval()
-        with own_code(subject, case, stage="first run"):
+        try:
+            with own_code(subject, case, stage="first run"):
+                output = subject.call(case)
+        except SubjectCodeError as error:
+            if subject.adapter is not None:
+                raise
+            subject.convention = _other_form(subject, case, error)
             output = subject.call(case)
+        subject.convention = _with_whole_mask(subject, case) or subject.convention
         if output.logits.shape[1] == 1 and case.seq_len > 1 and subject.convention.labels:
             return replace(subject.convention, logits_need_labels=True)
+        if _is_sequence_first(subject, case):
+            subject.convention = replace(subject.convention, sequence_first=True)
+            subject.assumptions.append(
+                "ids are [seq_len, batch]: the first dimension is read in order and the second stays apart; where yours are "
+                "[batch, seq_len], it mixes the rows (batch_first=True)"
+            )
         return _with_handed_cache(subject, _with_loss_method(subject))
+
+
+def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Convention:
+    """Another form of the call, under which the first run does go through; else the error, or a SubjectError where the
+    model speaks of how it wants to be called."""
+    form, original = subject.convention, error.__cause__
+    call = f"forward({form.ids} [{case.batch_size}, {case.seq_len}])"
+    if isinstance(original, NoLogits):
+        if original.loss:
+            raise SubjectError(f"{call} returns a loss and no logits; state a call that gives logits with --adapter") from error
+        raise error
+    required = [
+        p for p in inspect.signature(subject.model.forward).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+    ]
+    if len(required) == 1:
+        trial = replace(form, ids="input_ids", in_dict=True, labels="labels", labels_aligned=False, attention_mask=None, position_ids=None)
+        with suppress(Exception):
+            told = replace(subject, convention=trial, _last=[], _twins={}).call(replace(case, labels=case.input_ids))
+            return trial if told.loss is not None else replace(trial, labels=None)
+    if form.attention_mask in form.required and (whole := _with_whole_mask(subject, case)) is not None:
+        return whole
+    words = own_refusal(error)
+    if words is None:
+        raise error
+    for multiple in MULTIPLES_TRIED:
+        trial = replace(form, multiple=multiple)
+        with suppress(Exception):
+            asked = replace(subject, convention=trial, _last=[], _twins={})
+            for length in (case.seq_len, multiple + 1):
+                asked.call(Case(name="how long", input_ids=subject.token_ids(case.batch_size, length)))
+            subject.assumptions.append(
+                f"sequences of a multiple of {multiple} tokens; shorter ones are padded on the right, and their logits cut ({words})"
+            )
+            return trial
+    if traceback_frames(original.__traceback__ if original else None)[-1][0].f_code is code_of(type(subject.model).forward):
+        raise SubjectError(f"the model declines {call}: {words}; state the call with --adapter") from error
+    raise error
+
+
+def _with_whole_mask(subject: Subject, case: Case) -> Convention | None:
+    """The convention without a mask of the padding, where one [batch, seq_len] is not accepted and the argument holds the
+    whole attention mask, causality included: then it is causal as the mask says, and sees everything where that hides nothing."""
+    form, (batch, seq) = subject.convention, (case.batch_size, case.seq_len)
+    if form.attention_mask is None or subject.adapter is not None:
+        return None
+    with suppress(Exception):
+        subject.call(case, attention_mask=torch.ones(batch, seq, dtype=torch.long, device=subject.device))
+        return None
+    last = replace(case, input_ids=tuple((*row[:-1], row[0]) for row in case.input_ids))
+    for whole in WHOLE_MASKS:
+        told = replace(form, attention_mask=None, whole_mask=(form.attention_mask, whole))
+        with suppress(Exception):
+            apart = []
+            for hide in (True, False):
+                trial = replace(subject, convention=told, _last=[], _twins={})
+                mask = whole_mask(whole, seq, hide=hide)
+                left, right = (trial.forward({form.ids: ids_tensor(c.input_ids), form.attention_mask: mask}) for c in (case, last))
+                left, right = (find_logits(r, batch_size=batch, seq_len=seq).logits[:, :-1] for r in (left, right))
+                apart.append(not torch.equal(left, right))
+            if apart == [False, True]:
+                subject.assumptions.append(
+                    f"{form.attention_mask} is the whole mask [batch, 1, seq_len, seq_len], causality included; no padding is asked of it"
+                )
+                return told
+    return None
+
+
+def whole_mask(kind: str, seq: int, *, hide: bool = True, device: torch.device | str = "cpu") -> Tensor:
+    """A mask `[1, 1, seq_len, seq_len]` of one of WHOLE_MASKS: causal, or with nothing hidden."""
+    later = torch.ones(1, 1, seq, seq, dtype=torch.bool, device=device).triu(1) & hide
+    if kind == "added":
+        return torch.zeros(later.shape, device=device).masked_fill(later, float("-inf"))
+    return later if kind == "hidden" else ~later
+
+
+def _is_sequence_first(subject: Subject, case: Case) -> bool:
+    """Whether ids are read as `[seq_len, batch]`: what stands in the first row of the first dimension reaches the rows after
+    it, the last row reaches none before it, and along the second dimension nothing reaches anything, nor does a place
+    there matter, which would make it the positions of rows that are mixed by mistake."""
+    if subject.adapter is not None or subject.convention.multiple > 1 or case.batch_size < 2:
+        return False
+    ids = torch.tensor(case.input_ids)
+    other = torch.tensor(subject.token_ids(*ids.shape, seed=1))
+    other = torch.where(other == ids, other.roll(1, 0), other)
+
+    def logits(changed: Tensor) -> Tensor:
+        return subject.logits(replace(case, input_ids=tuple(map(tuple, changed.tolist()))))
+
+    def with_row(index: int) -> Tensor:
+        return torch.where((torch.arange(len(ids)) == index)[:, None], other, ids)
+
+    try:
+        plain, first, last = logits(ids), logits(with_row(0)), logits(with_row(len(ids) - 1))
+        column = logits(torch.cat((other[:, :1], ids[:, 1:]), 1))
+        alike = logits(ids[:1, :1].expand_as(ids))
+    except Exception:
+        return False
+    mixed = not torch.equal(plain[1:], first[1:]) and torch.equal(plain[:-1], last[:-1])
+    return mixed and torch.equal(plain[:, 1:], column[:, 1:]) and bool((alike == alike[:, :1]).all())
 
 
 def _with_handed_cache(subject: Subject, form: Convention) -> Convention:
@@ -499,6 +672,50 @@ def _with_loss_method(subject: Subject) -> Convention:
         if len(parameters) == 2 and (labels := parameters[1].name) in (*SHIFTED_LABELS, *ALIGNED_LABELS) and parameters[0].name == form.ids:
             return replace(form, loss_method=name, labels=labels, labels_aligned=labels in ALIGNED_LABELS)
     return form
+
+
+def _is_loss_per_token(result: object, case: Case) -> bool:
+    """Whether a result can be a loss for each token, as `reduction="none"` leaves it."""
+    sizes = {(case.batch_size, n) for n in (case.seq_len, case.seq_len - 1)} | {
+        (case.batch_size * n,) for n in (case.seq_len, case.seq_len - 1)
+    }
+    return isinstance(result, Tensor) and result.is_floating_point() and tuple(result.shape) in sizes
+
+
+def _has_loss_for_each_label(subject: Subject) -> bool:
+    """Whether every label of a row has a loss of its own, the first too, which a shift inside would leave out."""
+    case, form = subject.first_case(), subject.convention
+    if form.labels is None or form.loss_method or form.multiple > 1 or subject.adapter is not None:
+        return False
+    with settled(subject.model, seed=subject.seed), torch.no_grad(), quiet(), suppress(Exception):
+        subject.model.eval()
+        ids = ids_tensor(case.input_ids, subject.device)
+        assert ids is not None
+        result = subject.forward({form.ids: ids, form.labels: ids.clone()})
+        return _is_loss_per_token(result, case) and isinstance(result, Tensor) and result.numel() == ids.numel()
+    return False
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers that pass all arguments on, forward(*args, **kwargs), to the one module they hold."""
+    while len(children := list(model.children())) == 1:
+        kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
+        if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            break
+        model = children[0]
+    return model
+
+
+def own_refusal(error: BaseException) -> str | None:
+    """The model's own words when it declines a call openly, by raising ValueError, AssertionError or NotImplementedError
+    itself; None for what torch raised in its place."""
+    original = error.__cause__
+    if not isinstance(error, SubjectCodeError) or not isinstance(original, ValueError | AssertionError | NotImplementedError):
+        return None
+    frames = traceback_frames(original.__traceback__)
+    if not frames or Sources(nn.Module()).is_torch(frames[-1][0].f_code.co_filename):
+        return None
+    return f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}".removesuffix(": ")
 
 
 def _says_not_shifted(forward: Callable[..., Any]) -> bool:

@@ -61,17 +61,17 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
     found = next(iter(_scales(recording, seq)), None)
     if found is None:
         return None
-    index, scale, sizes = found
+    index, scale, sizes, factors = found
     head_dim = sum(sizes)
     expected = head_dim**-0.5
-    if math.isclose(scale, expected, rel_tol=1e-3):
-        return None
+    if math.isclose(scale, expected, rel_tol=1e-3) or _are_normed(recording, index, seq):
+        return None  # what queries and keys of one length are scaled by is a choice
     width, heads = subject.setting(*WIDTH_NAMES), subject.setting(*HEAD_NAMES)
     if not isinstance(width, int) and (table := first_embedding(subject.model)) is not None:
         width = table.embedding_dim
-    slips: list[tuple[float, str, str]] = [
-        (1.0 / head_dim, "the scale is applied twice", "scale once: scaled_dot_product_attention does it by itself"),
-    ]
+    slips: list[tuple[float, str, str]] = []
+    if factors > 1:  # 1 / head_dim at once is a choice (muP)
+        slips.append((1.0 / head_dim, "the scale is applied twice", "scale once: scaled_dot_product_attention does it by itself"))
     if isinstance(width, int) and width != head_dim:
         slips.append(
             (width**-0.5, f"the scale is hidden_size ** -0.5 ({width}), not head_dim ** -0.5 ({head_dim})", "scale by head_dim ** -0.5")
@@ -105,9 +105,23 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
     )
 
 
-def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, tuple[int, ...]]]:
-    """(event, scale, the sizes that a head is made of) for each softmax over scores `[.., seq, seq]`, and for each fused
-    attention; the scale is the ratio of what enters the softmax to the product, or the sum of products, that it came from."""
+def _are_normed(recording: Recording, index: int, seq: int) -> bool:
+    """Whether the queries of a head have one length at all positions, and its keys too (QK-norm)."""
+    made, arguments = product_at(recording, index, seq), recording.kept[index].arguments
+    states = (made.query, made.key) if made is not None else (arguments.get("query"), arguments.get("key"))
+    for each in states:
+        if not isinstance(each, Tensor):
+            return False
+        lengths = each.double().norm(dim=-1)
+        if bool(((lengths - lengths[..., :1]).abs() > 1e-3 * lengths[..., :1]).any()):
+            return False
+    return True
+
+
+def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, tuple[int, ...], int]]:
+    """(event, scale, the sizes that a head is made of, how many factors the scale has) for each softmax over scores
+    `[.., seq, seq]`, and for each fused attention; the scale is the ratio of what enters the softmax to the product, or the
+    sum of products, that it came from."""
     bare: dict[int, tuple[int, Tensor, tuple[int, ...]]] = {}  # storage -> the product that it holds, in whatever layout
     last: tuple[int, Tensor, tuple[int, ...]] | None = None
     for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
@@ -115,8 +129,8 @@ def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, tuple[
             query, scale = kept.arguments.get("query"), kept.arguments.get("scale")
             if isinstance(query, Tensor):
                 own = float(scale) if scale is not None else query.shape[-1] ** -0.5
-                before = _scaled_before(recording, index, query)
-                yield index, own * before, (int(query.shape[-1]),)
+                before, factors = _scaled_before(recording, index, query)
+                yield index, own * before, (int(query.shape[-1]),), factors + 1
             continue
         parts = [bare[info.storage] for info in event.inputs if info.storage in bare]
         if (made := product_at(recording, index, seq)) is not None:
@@ -131,7 +145,9 @@ def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, tuple[
                 last = None
                 ratio = _ratio(raw, kept.inputs[0])
                 if ratio is not None:
-                    yield at, ratio * _scaled_before(recording, at, recording.kept[at].inputs[0]), sizes
+                    before, factors = _scaled_before(recording, at, recording.kept[at].inputs[0])
+                    factors += sum(_constant(recording, i, raw.numel()) is not None for i in range(at + 1, index))
+                    yield at, ratio * before, sizes, factors
             continue
         bare |= {info.storage: last for info in event.outputs}
 
@@ -149,29 +165,34 @@ def _ratio(raw: Tensor, scores: Tensor) -> float | None:
     return middle if bool(((ratios - middle).abs() <= 1e-3 * abs(middle)).all()) else None
 
 
-def _scaled_before(recording: Recording, end: int, states: Tensor) -> float:
-    """The constants that queries and keys were multiplied by on their way into the product, in the ops just before it.
+def _scaled_before(recording: Recording, end: int, states: Tensor) -> tuple[float, int]:
+    """The constants that queries and keys were multiplied by on their way into the product, as one, and how many they are.
 
     The way back follows the first tensor that each op read, from the product to the projection.
     """
-    factor = 1.0
+    factors: list[float] = []
     for wanted in {info.storage for info in recording.events[end].inputs[:2]}:
         storage = wanted
-        for index in range(end - 1, max(-1, end - 24), -1):
-            event, kept = recording.events[index], recording.kept[index]
+        for index in range(end - 1, -1, -1):
+            event = recording.events[index]
             if not event.inputs or storage not in {info.storage for info in event.outputs}:
                 continue
             if event.op in ("mm", "addmm", "bmm", "linear"):
                 break
-            other: Any = kept.arguments.get("other")
-            if event.op in ("mul", "div", "mul_", "div_") and kept.outputs[0].numel() == states.numel():
-                number = (
-                    other if isinstance(other, int | float) else float(other) if isinstance(other, Tensor) and other.numel() == 1 else None
-                )
-                if number:
-                    factor *= number if event.op.startswith("mul") else 1.0 / number
+            number = _constant(recording, index, states.numel())
+            factors += [number] if number else []
             storage = event.inputs[0].storage
-    return float(factor)
+    return math.prod(factors), len(factors)
+
+
+def _constant(recording: Recording, index: int, size: int) -> float | None:
+    """The number other than one by which an op multiplies a tensor of `size` values; None where it does not."""
+    event, kept = recording.events[index], recording.kept[index]
+    if event.op not in ("mul", "div", "mul_", "div_") or kept.outputs[0].numel() != size:
+        return None
+    other: Any = kept.arguments.get("other")
+    number = float(other) if isinstance(other, int | float) or (isinstance(other, Tensor) and other.numel() == 1) else 1.0
+    return None if number in (0.0, 1.0) else number if event.op.startswith("mul") else 1.0 / number
 
 
 @probe()

@@ -313,7 +313,7 @@ def _init_place(subject: Subject, name: str) -> Where:
 
 
 def _stuck(subject: Subject, zero: list[str]) -> list[str]:
-    """Of these all-zero parameters, those whose gradient is zero too, by layer."""
+    """Of these all-zero parameters, those of one layer whose gradient is zero too, and stays so when the others move."""
     twin = subject.fresh_twin(training=True)
     parameters = dict(twin.model.named_parameters())
     batch, seq = twin.sizes()
@@ -326,9 +326,23 @@ def _stuck(subject: Subject, zero: list[str]) -> list[str]:
     for first in dead:
         owner = first.rsplit(".", 2)[0]
         together = [name for name in dead if name.rsplit(".", 2)[0] == owner]
-        if len(together) >= 2:
+        if len(together) >= 2 and not _come_alive(twin, together, case):
             return together
     return []
+
+
+def _come_alive(twin: Subject, names: list[str], case: Case) -> bool:
+    """Whether one of these parameters gets a gradient once the others have moved, as they do in the first steps of training."""
+    parameters = dict(twin.model.named_parameters())
+    generator = torch.Generator().manual_seed(twin.seed)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            if name not in names and parameter.dtype == torch.float64:
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.02)
+    with settled(seed=twin.seed), quiet(), torch.enable_grad(), own_code(twin, case):
+        twin.call(case).logits.pow(2).mean().backward()
+    return any((grad := parameters[name].grad) is not None and bool(grad.any()) for name in names)
 
 
 def _head_name(model: nn.Module) -> str | None:

@@ -223,9 +223,9 @@ def meta_build(subject: Subject) -> Iterator[Finding]:
     buffers = dict(model.named_buffers())
     lost = [name for name, b in buffers.items() if b.is_floating_point() and bool(torch.isnan(b).any())]
     usual = dict(subject.model.named_buffers())
-    lost += [n for n, b in buffers.items() if n in usual and n not in lost and b.shape == usual[n].shape and not equal(b, usual[n])]
-    if lost:
-        yield _lost(subject, lost)
+    other = [n for n, b in buffers.items() if n in usual and n not in lost and b.shape == usual[n].shape and not equal(b, usual[n])]
+    if lost or other:
+        yield _lost(subject, lost, other)
         return
     for module in model.modules():
         for key, value in vars(module).items():
@@ -397,20 +397,26 @@ def _pretrained(subject: Subject) -> Iterator[Finding]:
         yield _differs(apart, case, "save_pretrained and from_pretrained", "warning")
 
 
-def _lost(subject: Subject, lost: list[str]) -> Found:
+def _lost(subject: Subject, empty: list[str], other: list[str]) -> Found:
+    """The finding for buffers that nobody fills after to_empty, and for those that are filled with other values."""
+    lost = empty + other
     name = lost[0]
     where = attribute_place(subject.model, name)
     loads = hasattr(subject.model, "from_pretrained")
     return Found(
         probe="",
         severity="note" if loads else "warning",
-        message=f"the buffer {name} is lost in a meta build: after to_empty it holds what the memory held"
+        message=(
+            f"the buffer {name} is lost in a meta build: after to_empty it holds what the memory held"
+            if empty
+            else f"the buffer {name} has other values after a meta build"
+        )
         + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
         where=where,
         source=source_lines(where),
-        cause="it is computed in __init__, is not in the state dict, and no reset_parameters computes it again",
+        cause="it is computed in __init__, is not in the state dict, and no reset_parameters computes it again" if empty else None,
         fix="compute it in reset_parameters as well, or in _apply, or in forward",
         expected="the values of a usual build",
-        observed="NaN, where fresh memory is filled with NaN",
+        observed="NaN, where fresh memory is filled with NaN" if empty else "other values",
         evidence={"condition": "meta build + to_empty + load_state_dict", "buffers": ", ".join(lost[:6])},
     )

@@ -213,6 +213,8 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
         what, cause = "zeros: the residual is not added", "the last step of the block replaces the stream by its branch"
         fix = "x = x + mlp(norm(x))"
         place = last_call_place(loud, first)
+    elif len(changed) == 1 and _owns_more(blocks[0][1], blocks[1][1]):
+        return  # a norm of the embeddings that stands in the first block
     elif add is not None and not is_weighted(loud, add) and not ends_in_norm(loud, first) and is_norm_of_input(silent, first, after, limit):
         what, cause = (
             "its input normalised: the residual stream goes through a norm",
@@ -235,6 +237,11 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
         evidence={"blocks that do so": f"{len(changed)} of {len(blocks)}"},
         case=case,
     )
+
+
+def _owns_more(first: nn.Module, other: nn.Module) -> bool:
+    """Whether a block has parameters that another of its kind does not have."""
+    return bool({name for name, _ in first.named_parameters()} - {name for name, _ in other.named_parameters()})
 
 
 @probe()

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from olmodebug.casts import cast
 from olmodebug.explain import source_lines
@@ -76,6 +78,9 @@ def no_hidden_downcast(subject: Subject) -> Iterator[Finding]:
         recording = _recorded(twin, case)
     except SubjectCodeError:  # labels of another shape, or none without images: the loss probes speak of those
         recording = _recorded(twin, replace(case, labels=None))
+    with _Autocasts() as autocasts:
+        run(twin, replace(case, labels=None))
+    told = False
     seen: set[tuple[str | None, int | None]] = set()
     for event in recording.events:
         low = [info.dtype for info in event.outputs if info.dtype in LOW]
@@ -87,6 +92,18 @@ def no_hidden_downcast(subject: Subject) -> Iterator[Finding]:
         if not sensitive and any(e.op in SENSITIVE for e in recording.events if (e.where.file, e.where.line) == key):
             continue
         name = event.op.strip("_")
+        if autocasts.seen and not sensitive:  # what autocast lowers is no slip: told once
+            if not told:
+                yield Found(
+                    probe="",
+                    severity="note",
+                    message=f"forward switches autocast on by itself: {name} computes in {low[0]} whatever the caller asks for",
+                    where=event.where,
+                    source=source_lines(event.where),
+                    case=case,
+                )
+            told = True
+            continue
         yield Found(
             probe="",
             severity="error" if sensitive else "warning",
@@ -99,6 +116,16 @@ def no_hidden_downcast(subject: Subject) -> Iterator[Finding]:
             observed=low[0],
             case=case,
         )
+
+
+class _Autocasts(TorchFunctionMode):
+    """Whether autocast is on in some call inside; none is on around it."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or torch.is_autocast_enabled("cpu")
+        return func(*args, **(kwargs or {}))
 
 
 @probe()

@@ -83,8 +83,9 @@ def depends_on_distance(subject: Subject) -> Iterator[Finding]:
         return
     head, query, key = apart.index
     start = rotated.start
-    told = _why_not_relative(subject, rotated)
-    yield _placed(
+    rounded = _kept_in_16_bits(subject, angle_tables(rotated.recording, rotated.case.seq_len))
+    told = rounded or _why_not_relative(subject, rotated)
+    finding = _placed(
         subject,
         rotated,
         told,
@@ -93,6 +94,7 @@ def depends_on_distance(subject: Subject) -> Iterator[Finding]:
         expected="equal scores at equal distance",
         observed=f"{float(scores[head, query, key]):.6g} and {float(scores[head, query + 1, key + 1]):.6g} in head {head}",
     )
+    yield replace(finding, severity="warning") if rounded else finding
 
 
 @probe(after=("rope.depends-on-distance",))
@@ -187,7 +189,9 @@ def angles_are_precise(subject: Subject) -> Iterator[Finding]:
             continue
         seen.add(key)
         message, diagnosis = told
-        yield _at(subject, table, message, diagnosis)
+        rounded = _kept_in_16_bits(subject, [table])
+        finding = _at(subject, table, message, rounded or diagnosis)
+        yield replace(finding, severity="warning") if rounded else finding
     if seen or dtype != torch.float32:
         return
     yield from _after_cast(subject, tables)
@@ -314,6 +318,22 @@ def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:
             fix="put the pairs of queries and of keys together in the same way",
         )
     return Diagnosis()
+
+
+def _kept_in_16_bits(subject: Subject, tables: list[Angles]) -> Diagnosis | None:
+    """What a model that is kept in 16 bits does to the tables of cosines and sines among its buffers; None where it has none."""
+    dtype = subject.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    for table in tables:
+        if table.name is not None and all(torch.equal(t, t.to(dtype).to(t.dtype)) for t in (table.cos, table.sin)):
+            name = str(dtype).removeprefix("torch.")
+            return Diagnosis(
+                cause=f"the model is in {name}, and its buffer {table.name} with it: cosines and sines carry {8 if name == 'bfloat16' else 11} bits",
+                fix="keep the table in float32: compute it in forward, or make it anew in _apply after a cast",
+                evidence={"buffer": table.name},
+            )
+    return None
 
 
 def _scaled_by_position(states: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """How a model wants to be called, from its signature, and what counts as logits."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from olmodebug.convention import (
     CACHE_NAMES,
@@ -21,6 +22,7 @@ from olmodebug.convention import (
     read_signature,
 )
 from olmodebug.errors import SubjectError
+from olmodebug.subject import from_model
 
 LOGITS, LOSS = torch.zeros(2, 5, 7), torch.tensor(1.5)
 
@@ -64,7 +66,7 @@ def test_every_known_name_of_the_ids_is_found_behind_other_optional_arguments(na
     assert read_signature(scope["forward"]).ids == name
 
 
-@pytest.mark.parametrize("text", ["lambda: 0", "lambda **kwargs: 0", "lambda *args: 0", "lambda input_ids, temperature: 0", "max"])
+@pytest.mark.parametrize("text", ["lambda: 0", "lambda **kwargs: 0", "lambda input_ids, temperature: 0", "max"])
 def test_what_cannot_be_guessed_is_refused_with_the_way_out(text: str) -> None:
     with pytest.raises(SubjectError, match="--adapter"):
         read_signature(eval(text))
@@ -153,3 +155,53 @@ def test_the_cache_is_found_under_the_name_that_transformers_gives_it_from_5_24_
     def forward(input_ids: torch.Tensor, cache: object = None, use_cache: bool = False) -> torch.Tensor: ...
 
     assert read_signature(forward).cache == "cache"
+
+
+class Odd(nn.Module):
+    """Says what it is called with by the way it answers."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.embed, self.answer = nn.Embedding(29, 7), forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(self.embed, *args, **kwargs)
+
+
+def test_all_arguments_passed_on_take_the_ids_in_the_first_place() -> None:
+    subject = from_model(Odd(lambda embed, ids: embed(ids)))
+    assert subject.logits(subject.first_case()).shape[-1] == 7
+
+
+class Refusing(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embed, self.kind = nn.Embedding(29, 7), kind
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        assert self.kind != "flat" or idx.ndim == 1, "one row without a batch"
+        return self.embed(idx).square().mean() + targets.sum()
+
+
+@pytest.mark.parametrize(("kind", "words"), [("flat", "one row without a batch.*--adapter"), ("loss", "a loss and no logits.*--adapter")])
+def test_a_call_that_the_model_itself_declines_or_answers_with_a_loss_is_no_fault_of_the_model(kind: str, words: str) -> None:
+    with pytest.raises(SubjectError, match=words):
+        from_model(Refusing(kind))
+
+
+class Mixing(nn.Module):
+    """Sums up along the first dimension, as an LSTM without batch_first, behind positions along the second."""
+
+    def __init__(self, *, positions: bool, both: bool) -> None:
+        super().__init__()
+        self.embed, self.places, self.positions, self.both = nn.Embedding(29, 7), nn.Embedding(40, 7), positions, both
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids).cumsum(0)
+        hidden = hidden.cumsum(1) if self.both else hidden
+        return hidden + self.places.weight[: ids.shape[1]] if self.positions else hidden
+
+
+@pytest.mark.parametrize(("positions", "both", "order"), [(False, False, True), (True, False, False), (False, True, False)])
+def test_rows_that_are_mixed_by_mistake_are_no_sequence_that_comes_first(positions: bool, both: bool, order: bool) -> None:
+    assert from_model(Mixing(positions=positions, both=both)).convention.sequence_first is order

@@ -31,12 +31,33 @@ def asked(build: str, probes: str) -> Report:
         ("fast_style:build", "cache.matches-full-forward or device.made"),  # a cache made in float32, in a copy in float64
         ("recurrent_style:build", "residual-stream-kept"),  # the residual is added outside of the listed modules
         ("gates_style:build", "reach-every-parameter"),  # gates of zero, and a table of positions in three dimensions
+        ("wordlm_style:build", "batch or no-future"),  # ids [seq_len, batch]
+        ("wordlm_style:build_rnn", "batch or no-future"),
+        ("megatron_style:build", "batch or no-future or loss"),  # a whole mask that must be given, and a loss for each token
+        ("megatron_style:build_optional", "batch or padding.mask-is-accepted"),
+        ("rwkv_style:build", "rows-and-branches-alive or residual-stream-kept"),  # zero on both sides, a norm in the first block
+        ("scores_style:build", "scaled-by-head-size"),  # the scale stands far before the product
+        ("scores_style:build_normed", "scaled-by-head-size"),
+        ("scores_style:build_mup", "scaled-by-head-size"),
+        ("scores_style:build_chunked", "batch or no-future or prefix-alone"),  # whole chunks only
+        ("wrapped_style:build", "meta-build or gradients or no-future"),  # forward(*args, **kwargs), a row for no token
+        ("wrapped_style:build_from_batch", "loss or no-future"),
+        ("wrapped_style:build_autocast", "no-hidden-downcast"),
+        ("wrapped_style:build_bfloat16", "meta-build"),
     ],
 )
 def test_a_legal_design_draws_neither_error_nor_warning(build: str, probes: str) -> None:
     report = asked(build, probes)
     assert [(f.probe, f.message) for f in (*report.of("error"), *report.of("warning"))] == []
     assert report.verdict == "pass"
+
+
+def test_tables_of_a_model_in_bfloat16_are_told_as_what_they_are() -> None:
+    report = asked("wrapped_style:build_bfloat16", "rope")
+    assert report.of("error") == ()
+    assert [f.cause for f in report.of("warning") if f.probe == "rope.depends-on-distance"] == [
+        "the model is in bfloat16, and its buffer cos with it: cosines and sines carry 8 bits"
+    ]
 
 
 def test_a_head_of_zeros_hides_no_gradient_and_what_is_dead_for_good_is_still_told() -> None:

@@ -56,7 +56,10 @@ def test_what_turned_out_to_be_legal_gets_no_error(mutant: Mutant, tmp_path: Pat
     """jax_style:build jax_style:build_local jax_style:build_softcap jax_style:build_multi_query flex_style:build flex_style:build_alibi
     flex_style:build_window flex_style:build_dropout moe_style:build moe_style:build_unnormalised moe_style:build_balanced
     heads_style:build heads_style:build_sinusoidal compiled_style:build modded_style:build fast_style:build ahead_style:build
-    registers_style:build recurrent_style:build recurrent_style:build_mingru recurrent_style:build_lstm gates_style:build""".split(),
+    registers_style:build recurrent_style:build recurrent_style:build_mingru recurrent_style:build_lstm gates_style:build
+    wordlm_style:build wordlm_style:build_rnn megatron_style:build megatron_style:build_optional rwkv_style:build scores_style:build
+    scores_style:build_normed scores_style:build_mup scores_style:build_chunked wrapped_style:build wrapped_style:build_from_batch
+    wrapped_style:build_autocast wrapped_style:build_bfloat16""".split(),
 )
 def test_a_clean_model_of_a_strange_style_gets_no_error(build: str) -> None:
     style, _, name = build.partition(":")
