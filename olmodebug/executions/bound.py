@@ -28,6 +28,7 @@ ROUNDOFF = {
     torch.complex64: 2.0**-24,
     torch.complex128: 2.0**-53,
 }
+FLUSHED = 256  # how many smallest normal numbers a function may lose where its inner exponential leaves the range
 SMALLEST = {  # the smallest subnormal
     torch.float64: 2.0**-1074,
     torch.float32: 2.0**-149,
@@ -100,8 +101,10 @@ def limit(
     if not exact.rounded:
         return error
     error += SMALLEST[output] / 2 * exact.absolute
-    # Half the smallest subnormal to the nearest; a kernel that flushes subnormals to zero errs by up to the smallest normal.
+    # Half the smallest subnormal to the nearest; a kernel that flushes subnormals to zero errs by up to the smallest normal,
+    # of what it computes in: 1 / (1 + exp(100)) is 0 in float32, and 100 times that too.
     floor = SMALLEST[output] / 2 if exact.length == 1 or output == torch.float16 else torch.finfo(output).tiny
+    floor += FLUSHED * torch.finfo(compute).tiny
     return error + out * (size + error) + floor
 
 
@@ -183,7 +186,9 @@ def log_softmax(scores: Tensor, dim: int) -> Exact:
     share = (value.exp() * distance).sum(dim, keepdim=True)
     total = scores.shape[dim]
     roundings = 2 * distance + value.abs() + 2 * share + 2 * math.log(total + 1) + 6 + scores.abs().nan_to_num(0, 0, 0)
-    return Exact(value=value, roundings=roundings, summed=torch.full_like(value, LAMBDA * math.sqrt(total)))
+    # torch's CPU kernel keeps the sum, its logarithm, and the maximum added to that in the dtype of the scores
+    stored = ((scores - value).abs() + value.abs() + 1).nan_to_num(0, 0, 0)
+    return Exact(value=value, roundings=roundings, summed=torch.full_like(value, LAMBDA * math.sqrt(total)), stored=stored)
 
 
 def softmax_backward(gradient: Tensor, output: Tensor, dim: int) -> Exact:
@@ -373,7 +378,11 @@ def layer_norm_backward(
         return [*results, None, None]
     number = math.prod(x.shape[d] for d in rows)
     gain = gradient * normed
-    weight_exact = sum_of(lambda t: t.sum(rows), gain, number)
-    weight_exact.roundings = (gradient.abs() * normed_error + gain.abs()).sum(rows)
-    bias_exact = sum_of(lambda t: t.sum(rows), gradient, number) if bias is not None else None
+
+    def over_rows(t: Tensor) -> Tensor:
+        return t.sum(rows) if rows else t  # a sum over no dimension would be one over all
+
+    weight_exact = sum_of(over_rows, gain, number)
+    weight_exact.roundings = over_rows(gradient.abs() * normed_error + gain.abs())
+    bias_exact = sum_of(over_rows, gradient, number) if bias is not None else None
     return [*results, weight_exact, bias_exact]

@@ -22,6 +22,12 @@ VERDICTS = ("exact", "within", "explained", "diverged", "nondeterministic", "ran
 # IEEE float32 2^-21.9, TF32 2^-11.7, factors rounded to bfloat16 2^-8.7. The limits lie half way.
 BEHAVIOURS = ((-30.0, "float64"), (-16.8, "float32"), (-10.2, "TF32"), (-6.0, "bfloat16"), (0.0, "worse than bfloat16"))
 MOST_ROWS = 64
+# The numbers by which a dtype is known: its spacing at 1, and its smallest.
+OF_DTYPES = {
+    number
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    for number in (torch.finfo(dtype).eps, torch.finfo(dtype).tiny)
+}
 
 Op = dict[str, Any]
 
@@ -387,6 +393,8 @@ def argument_differences(a: Op, b: Op, same_dtype: bool) -> Iterator[dict[str, A
         x, y = left.get(name), right.get(name)
         if x == y or name in ("device", "layout", "pin_memory", "non_blocking", "memory_format") or _is_extreme(x) and _is_extreme(y):
             continue
+        if not same_dtype and _follow_from_dtypes(x, y):
+            continue
         if isinstance(x, str | None) and isinstance(y, str | None) and not same_dtype:
             continue
         if name in ("size", "shape", "dim", "start", "end", "index", "split_size") or isinstance(x, list) or isinstance(y, list):
@@ -394,6 +402,14 @@ def argument_differences(a: Op, b: Op, same_dtype: bool) -> Iterator[dict[str, A
         yield {"argument": name, "left": x, "right": y}
     if same_dtype and [t.partition("[")[0] for t in a["in"]] != [t.partition("[")[0] for t in b["in"]]:
         yield {"argument": "dtype", "left": ", ".join(a["in"]), "right": ", ".join(b["in"])}
+
+
+def _follow_from_dtypes(x: Any, y: Any) -> bool:
+    """Numbers that two precisions give to one intention: a constant rounded to float32, or the eps of each dtype, which is
+    what torch's rms_norm takes where none is given."""
+    if isinstance(x, bool) or isinstance(y, bool) or not isinstance(x, int | float) or not isinstance(y, int | float):
+        return False
+    return abs(x - y) <= torch.finfo(torch.float32).eps * max(abs(x), abs(y)) or (x in OF_DTYPES and y in OF_DTYPES)
 
 
 def _is_extreme(value: Any) -> bool:

@@ -38,6 +38,7 @@ FUNCTIONS = {
     "mul": 1, "div": 2, "sqrt": 2, "rsqrt": 4, "reciprocal": 3, "exp": 5, "exp2": 5, "log": 5, "log2": 5, "log1p": 5, "expm1": 5, "sin": 5,
     "cos": 5, "tan": 9, "tanh": 6, "atan": 5, "erf": 6, "pow": 18, "sigmoid": 8, "square": 1, "polar": 8, "outer": 1, "ldexp": 1,
 }  # fmt: skip
+ERF_ABSOLUTE = 8  # the CPU's vectors take a polynomial whose error is absolute, 4e-7
 ADDING = {"add", "sub", "rsub"}
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot", "vdot", "linear", "matmul"}
 SUMS = {"sum", "mean", "cumsum", "nansum"}
@@ -204,9 +205,14 @@ def _written(call: _Call) -> list[Exact | None]:
 def _function(call: _Call) -> list[Exact | None]:
     count = FUNCTIONS[call.name]
     outputs = [Exact(value=y, roundings=count * y.abs()) for y in call.run()]
+    if call.name == "erf" and call.on_cpu:
+        outputs = [Exact(value=y, roundings=count * y.abs() + ERF_ABSOLUTE) for y in call.run()]
     if call.name == "pow" and call.on_cpu and not isinstance(call.args[1], Tensor) and call.args[1] in (3, -2):
         for exact in outputs:  # the CPU multiplies vectors of the tensor's own dtype
             exact.stored, exact.absolute = 2 * exact.value.abs(), 2.0
+    if call.on_cpu and (call.name == "rsqrt" or (call.name == "pow" and call.args[1] == -0.5)):
+        for exact in outputs:  # what is left over from whole vectors: a root in the tensor's own dtype, and 1 divided by it
+            exact.stored = exact.value.abs()
     return [*outputs]
 
 
@@ -214,7 +220,9 @@ def _added(call: _Call) -> list[Exact | None]:
     (y,) = call.run()
     alpha = call.named.get("alpha", 1)
     if alpha == 1:
-        return [Exact(value=y, roundings=y.abs())]
+        number = next((n for n in call.args[:2] if isinstance(n, int | float) and not isinstance(n, bool)), None)
+        rounded = torch.full_like(y, abs(number), dtype=torch.float64) if number is not None and call.on_cpu else None
+        return [Exact(value=y, roundings=y.abs(), stored=rounded)]  # on the CPU a number is rounded to the tensor's dtype first
     scaled = call.named["other"] if call.name != "rsub" else call.named["self"]
     size = (abs(alpha) * (scaled.abs() if isinstance(scaled, Tensor) else torch.as_tensor(abs(scaled)))).expand_as(y)
     return [Exact(value=y, roundings=y.abs(), stored=2 * size, absolute=2.0)]  # on the CPU alpha is rounded to the tensors' dtype
@@ -255,7 +263,8 @@ def _slope(call: _Call) -> list[Exact | None]:
     (y,) = call.run()
     gradient, output = call.named["grad_output"].abs(), call.named["output"].abs()
     size = gradient * (1 + output**2) if call.name == "tanh_backward" else gradient * output * (1 + output)
-    return [Exact(value=y, roundings=4 * size)]
+    # on the CPU 1 - output and the products are kept in the tensors' dtype
+    return [Exact(value=y, roundings=4 * size, stored=2 * size if call.on_cpu else None, absolute=4.0)]
 
 
 def _product(call: _Call) -> list[Exact | None]:
@@ -351,6 +360,8 @@ def _loss_backward(call: _Call) -> list[Exact | None]:
 def _softmax(call: _Call) -> list[Exact | None]:
     x, dim = call.named["self"], call.named["dim"]
     exact = bound.log_softmax(x, dim) if "log" in call.name else bound.softmax(x, dim)
+    if "log" not in call.name and call.on_cpu:
+        exact.stored, exact.absolute = 2 * exact.value, 4.0  # the CPU keeps the exponentials and their sum in the dtype of the scores
     if call.name == "_safe_softmax":
         exact.value, exact.ignored = exact.value.nan_to_num(0.0), None
         exact.roundings = exact.roundings.nan_to_num(0.0) if exact.roundings is not None else None
@@ -358,10 +369,35 @@ def _softmax(call: _Call) -> list[Exact | None]:
     return [exact]
 
 
+def _logsumexp(call: _Call) -> list[Exact | None]:
+    """The maximum plus the logarithm of the sum, which may cancel."""
+    x, dims, keep = call.named["self"], tuple(call.named["dim"]), bool(call.named.get("keepdim", False))
+    (y,) = call.run()
+    top, below = x.amax(dims, keepdim=True), (x - x.amax(dims, keepdim=True)).abs().nan_to_num(0.0, 0.0, 0.0)
+    weights = (x - x.logsumexp(dims, keepdim=True)).exp().nan_to_num(0.0)
+    share = (weights * below).sum(dims, keepdim=keep)
+    top = (top if keep else top.amax(dims)).abs().nan_to_num(0.0, 0.0, 0.0)
+    count = math.prod(x.shape[d] for d in dims)
+    roundings = 2 * (y.abs() + top + share) + 2 * math.log(count + 1) + 6
+    stored = (2 * top + y.abs() + 1) if call.on_cpu else None  # the CPU keeps each of them in the dtype of the scores
+    return [Exact(value=y, roundings=roundings, summed=torch.full_like(y, LAMBDA * math.sqrt(count)), stored=stored)]
+
+
 def _softmax_backward(call: _Call) -> list[Exact | None]:
     named = call.named
     rule = bound.log_softmax_backward if "log" in call.name else bound.softmax_backward
     return [rule(named["grad_output"], named["output"], named["dim"])]
+
+
+def _rms_norm(call: _Call) -> list[Exact | None]:
+    """`_fused_rms_norm` and its reciprocal root; without an eps it takes that of the dtype in which it computes."""
+    n = call.named
+    x, weight, eps = n["input"], n.get("weight"), n.get("eps")
+    dims = tuple(range(x.ndim - len(n["normalized_shape"]), x.ndim))
+    scale = (x.pow(2).mean(dims, keepdim=True) + (torch.finfo(call.compute).eps if eps is None else eps)).rsqrt()
+    y = x * scale if weight is None else x * scale * weight
+    sums = LAMBDA * math.sqrt(math.prod(x.shape[d] for d in dims))
+    return [Exact(value=v, roundings=8 * v.abs(), summed=sums * v.abs()) for v in (y, scale)]
 
 
 def _layer_norm(call: _Call) -> list[Exact | None]:
@@ -457,6 +493,8 @@ RULES: tuple[tuple[set[str], Callable[[_Call], list[Exact | None]]], ...] = (
     ({"_softmax", "_safe_softmax", "_log_softmax"}, _softmax),
     ({"_softmax_backward_data", "_log_softmax_backward_data"}, _softmax_backward),
     ({"native_layer_norm"}, _layer_norm),
+    ({"_fused_rms_norm"}, _rms_norm),
+    ({"logsumexp"}, _logsumexp),
     ({"native_layer_norm_backward"}, _layer_norm_backward),
     (ATTENTION, _attended),
     ({f"{name}_backward" for name in ATTENTION}, _attended_backward),

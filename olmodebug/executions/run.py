@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils._pytree import tree_leaves
 
 from ..casts import cast
+from ..errors import SubjectError
 from ..records import Event, ModuleCall
 from ..report import plain
 from ..settle import settled
@@ -234,7 +235,15 @@ def _gradients(subject: Subject, case: ParityCase) -> dict[str, Tensor]:
         labels = torch.tensor(case.case.labels, device=output.logits.device)
         logits, targets = output.logits[:, :-1], labels[:, 1:]
         loss = F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
-    loss.backward()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise SubjectError(
+            f"{subject.spec} keeps tensors of an earlier call's graph in eval mode, in which executions are compared; "
+            "leave the training step out: --case padded --case long"
+        ) from error
     results = {"loss": loss.detach(), "logits": output.logits.detach()}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
