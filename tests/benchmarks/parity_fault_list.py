@@ -7,6 +7,7 @@ gets its faults in its last four (`deep`), where the free run has drifted most.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import types
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from olmodebug.model import ATTENTIONS
 
 GENERATIONS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny")
 ALL = GENERATIONS
@@ -351,15 +354,27 @@ def _no_norm(path: str) -> Callable[[Any], None]:
     return lambda model: _forward(model.get_submodule(_within(model, path)), lambda self, hidden: hidden * 1.0)
 
 
+def _attended(attention: Any) -> Callable[..., Tensor]:
+    return ATTENTIONS[attention.config.attn_implementation]
+
+
+def _attend_by(attention: Any, attend: Callable[..., Tensor]) -> None:
+    """Give one layer an attention implementation of its own, under a name of its own."""
+    name: Any = f"fault-{id(attend)}"
+    ATTENTIONS[name] = attend
+    attention.config = copy.copy(attention.config)
+    object.__setattr__(attention.config, "attn_implementation", name)
+
+
 def _head_swap(model: Any) -> None:
     attention = _layer(model, 1).self_attn
-    plain = attention.attend
+    plain = _attended(attention)
 
     def attend(*arguments: Any) -> Tensor:
         out = plain(*arguments)
         return torch.cat([out[:, 1:2], out[:, :1], out[:, 2:]], dim=1)
 
-    attention.attend = attend
+    _attend_by(attention, attend)
 
 
 def _weight(path: str, change: Callable[[Tensor], None]) -> Callable[[Any], None]:
@@ -392,19 +407,19 @@ def _low_scores(model: Any) -> None:
         low = scores.bfloat16()
         return low.softmax(dim=-1).to(value.dtype) @ value
 
-    attention.attend = attend
+    _attend_by(attention, attend)
 
 
 def _wrong_head(model: Any) -> None:
     """GQA tiled instead of repeated: query head h reads key head h modulo the number."""
     attention = _layer(model, 1).self_attn
-    plain, groups = attention.attend, attention.num_key_value_groups
+    plain, groups = _attended(attention), attention.num_key_value_groups
 
     def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
         key, value = (t[:, ::groups].repeat(1, groups, 1, 1) for t in (key, value))
         return plain(query, key, value, visible, scaling)
 
-    attention.attend = attend
+    _attend_by(attention, attend)
 
 
 def _unclipped(model: Any) -> None:
