@@ -104,6 +104,8 @@ OPS = [
     *((f"{n}-number", getattr(aten, n).Tensor, lambda d: ((d.any(1.0), d.random.choice([0.1, 3.7, 2])), {})) for n in ("add", "sub", "mul", "div")),
     ("add-alpha", aten.add.Tensor, lambda d: pair(d, alpha=d.random.choice([0.1, 3]))),
     *((f"pow{e}", aten.pow.Tensor_Scalar, lambda d, e=e: ((d.positive(), e), {})) for e in (2, 3, 0.5, -1, -0.5, 1.5, -2, 4)),
+    ("pow-of-a-number", aten.pow.Scalar, lambda d: ((10000.0 if d.dtype != torch.float16 else 30.0, d.of(9, scale=0.3)), {})),
+    ("pow-of-tensors", aten.pow.Tensor_Tensor, lambda d: ((x := d.positive(), d.of(*x.shape)), {})),
     ("softmax", aten._softmax.default, lambda d: over_dim(d, False)),
     ("log_softmax", aten._log_softmax.default, lambda d: over_dim(d, False)),
     ("softmax_backward", aten._softmax_backward_data.default, lambda d: softmax_backward(d, torch.softmax)),

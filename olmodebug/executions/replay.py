@@ -204,13 +204,17 @@ def _written(call: _Call) -> list[Exact | None]:
 
 def _function(call: _Call) -> list[Exact | None]:
     count = FUNCTIONS[call.name]
+    if call.name == "pow" and not isinstance(call.args[0], Tensor) and len(call.dtypes) == 1:
+        (dtype,) = call.dtypes  # a number to the power of a tensor becomes one of its dtype first
+        call.args = (float(torch.tensor(call.args[0], dtype=dtype)), *call.args[1:])
     outputs = [Exact(value=y, roundings=count * y.abs()) for y in call.run()]
     if call.name == "erf" and call.on_cpu:
         outputs = [Exact(value=y, roundings=count * y.abs() + ERF_ABSOLUTE) for y in call.run()]
-    if call.name == "pow" and call.on_cpu and not isinstance(call.args[1], Tensor) and call.args[1] in (3, -2):
+    exponent = call.args[1] if call.name == "pow" and not isinstance(call.args[1], Tensor) else None
+    if call.on_cpu and exponent in (3, -2):
         for exact in outputs:  # the CPU multiplies vectors of the tensor's own dtype
             exact.stored, exact.absolute = 2 * exact.value.abs(), 2.0
-    if call.on_cpu and (call.name == "rsqrt" or (call.name == "pow" and call.args[1] == -0.5)):
+    if call.on_cpu and (call.name == "rsqrt" or exponent == -0.5):
         for exact in outputs:  # what is left over from whole vectors: a root in the tensor's own dtype, and 1 divided by it
             exact.stored = exact.value.abs()
     return [*outputs]
