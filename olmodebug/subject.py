@@ -624,7 +624,8 @@ def _is_sequence_first(subject: Subject, case: Case) -> bool:
     """Whether ids are read as `[seq_len, batch]`: what stands in the first row of the first dimension reaches the rows after
     it, the last row reaches none before it, and along the second dimension nothing reaches anything, nor does a place
     there matter, which would make it the positions of rows that are mixed by mistake."""
-    if subject.adapter is not None or subject.convention.multiple > 1 or case.batch_size < 2:
+    without_values = subject.device.type == "meta"
+    if subject.adapter is not None or subject.convention.multiple > 1 or case.batch_size < 2 or without_values:
         return False
     ids = torch.tensor(case.input_ids)
     other = torch.tensor(subject.token_ids(*ids.shape, seed=1))
