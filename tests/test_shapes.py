@@ -109,6 +109,19 @@ def test_a_short_table_of_positions_still_tells_the_length_from_a_size() -> None
     assert _row(tree, "position").inputs == ("(T,)",)
 
 
+def test_a_length_that_is_padded_to_whole_chunks_is_still_the_length() -> None:
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(97, 24)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            assert input_ids.shape[1] % 4 == 0, "whole chunks only"
+            return self.embed(input_ids) @ self.embed.weight.t()
+
+    assert _row(shapes(Chunks()), "embed").outputs == ("(B, T, hidden)",)
+
+
 def test_a_model_too_large_to_allocate_is_not_allocated_for_its_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "reads.py"
     file.write_text(

@@ -11,6 +11,7 @@ def dimension_names(subject: Subject, *, batch: int, seq: int) -> dict[int, str]
     """Size -> name for the sizes that mean one thing only; B and T win over the model's own sizes."""
     heads, width = subject.setting(*HEAD_NAMES), subject.setting(*WIDTH_NAMES)
     head_dim = subject.setting("head_dim")
+    seq += -seq % subject.convention.multiple  # as the model sees it
     if not isinstance(head_dim, int) and isinstance(heads, int) and isinstance(width, int) and heads:
         head_dim = width // heads
     meanings: list[tuple[object, str]] = [
