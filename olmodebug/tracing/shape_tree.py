@@ -62,8 +62,9 @@ def _make_fake(model: nn.Module) -> None:
 
 def shape_tree(subject: Subject) -> ShapeTree:
     """The named shapes of every module call of one forward. A subject on the meta device stays there."""
-    longest = subject.max_positions or max(LENGTHS)
-    lengths = [n for n in LENGTHS if n <= longest][:2] or [1]
+    multiple = subject.convention.multiple
+    longest = subject.max_positions or multiple * max(LENGTHS)
+    lengths = [multiple * n for n in LENGTHS if multiple * n <= longest][:2] or [multiple]
     seqs = (lengths[0], lengths[-1])
     first, second = (_recorded(subject, batch, seq) for batch, seq in zip(BATCHES, seqs, strict=True))
     meanings = sizes_of(subject)
