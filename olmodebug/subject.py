@@ -513,6 +513,7 @@ def _narrow_vocabulary(subject: Subject) -> None:
     if subject.declared_vocab or subject.setting(*VOCAB_NAMES) is not None or subject.embedding_rows is None:
         return
     with settled(subject.model, seed=subject.seed), quiet(), suppress(Exception):
+        subject.model.eval()
         width = subject.logits(subject.first_case()).shape[-1]
         if 1 < width < subject.embedding_rows:
             subject.assumptions.append(
