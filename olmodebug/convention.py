@@ -21,6 +21,7 @@ SETUP_NAMES = ("set_kv_cache", "setup_caches", "setup_cache", "setup_kv_cache")
 # A cache that the caller makes, with one of these methods or as an empty dict, and every forward fills.
 HANDED_NAMES = ("cache", "kv_cache", "caches", "kv_caches", *CACHE_NAMES)
 MAKER_NAMES = ("make_cache", "init_cache", "new_cache", "create_cache", "empty_cache", "make_kv_cache", "init_kv_cache", "allocate_cache")
+RESET_NAMES = ("reset_kv_cache", "reset_cache", "clear_kv_cache", "clear_cache", "reset_caches", "clear_caches")  # before a new sequence
 LOSS_METHODS = ("loss", "compute_loss", "loss_fn")  # where forward gives logits only: method(ids, labels)
 LOSS_ATTRIBUTES = ("last_loss",)  # llama2.c gives bare logits and leaves the loss here
 SHIFTED_LABELS = ("labels",)

@@ -24,6 +24,7 @@ from .convention import (
     LOSS_ATTRIBUTES,
     LOSS_METHODS,
     MAKER_NAMES,
+    RESET_NAMES,
     SETUP_NAMES,
     SHIFTED_LABELS,
     Convention,
@@ -57,10 +58,12 @@ CONTEXT_NAMES = (
     "seq_length",
 )
 HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+LAYER_NAMES = ("n_layers", "n_layer", "num_layers", "num_hidden_layers", "layers", "depth")
 CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
 
 # Sizes that a method which makes a cache asks for, and the length where the config declares none.
-SIZE_NAMES = r"b(atch|sz|s$|$)|.*(len|size|positions|tokens)"
+BATCH_NAME = r"b(atch|sz|s$|$)"
+SIZE_NAMES = BATCH_NAME + r"|.*(len|size|positions|tokens)"
 ROOM = 256
 WHOLE_MASKS = ("seen", "hidden", "added")  # what True says of a place; a mask that is added to the scores
 BATCH_SIZES = (3, 5, 7, 2)
@@ -330,13 +333,16 @@ class Subject:
 
     @property
     def keeps_its_cache(self) -> bool:
-        """Whether the model keeps keys and values itself, and is told where new tokens stand."""
+        """Whether the model keeps keys and values itself, and is told where new tokens stand or when a new sequence starts."""
         form = self.convention
-        return form.start is not None or (form.places is not None and self._setup() is not None)
+        counts = form.use_cache is not None and form.cache is None and self._method(RESET_NAMES) is not None
+        return form.start is not None or (form.places is not None and self._method(SETUP_NAMES) is not None) or counts
 
     def new_cache(self, batch_size: int, length: int) -> None:
-        """Have a model that keeps its cache itself make a fresh one, where it has a method for that."""
-        setup = self._setup()
+        """Have a model that keeps its cache itself make a fresh one, or forget the last one, where it has a method for that."""
+        setup, reset = self._method(SETUP_NAMES), self._method(RESET_NAMES)
+        if reset is not None:
+            reset()
         if setup is not None:
             usual = torch.get_default_dtype()
             try:  # what it makes without naming a dtype is made in that of the weights, as in the model's own dtype
@@ -348,16 +354,35 @@ class Subject:
                 torch.set_default_dtype(usual)
 
     def _handed_cache(self, batch_size: int) -> Any:
-        """A fresh cache that the caller has to make: by the model's own method, else an empty dict."""
-        maker = next((method for name in MAKER_NAMES if callable(method := getattr(self.model, name, None))), None)
-        if maker is None:
-            return {}
-        sizes = [p for p in inspect.signature(maker).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        room = self.max_positions or ROOM
-        return maker(*(batch_size if re.match(r"b(atch|sz|s$|$)", p.name) else room for p in sizes[:2] if re.match(SIZE_NAMES, p.name)))
+        """A fresh cache that the caller has to make: by the model's own method, or of the cache class beside the model; else an
+        empty dict."""
+        reset = self._method(RESET_NAMES)
+        if reset is not None:
+            reset()
+        maker, room = self._method(MAKER_NAMES), self.max_positions or ROOM
+        if maker is not None:
+            sizes = [p for p in inspect.signature(maker).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            return maker(*(batch_size if re.match(BATCH_NAME, p.name) else room for p in sizes[:2] if re.match(SIZE_NAMES, p.name)))
+        forward = inspect.unwrap(type(self.model).forward)
+        for name, kind in getattr(forward, "__globals__", {}).items():
+            if isinstance(kind, type) and "cache" in name.lower():
+                with suppress(Exception):  # a cache of another kind, as one of a single layer
+                    return kind(**self._sizes_for(kind, batch_size, room))
+        return {}
 
-    def _setup(self) -> Callable[..., Any] | None:
-        return next((method for name in SETUP_NAMES if callable(method := getattr(self.model, name, None))), None)
+    def _sizes_for(self, kind: type, batch_size: int, room: int) -> dict[str, Any]:
+        """What a cache class must be given, as far as its names say it; KeyError where they do not."""
+        layers = self.setting(*LAYER_NAMES)
+        known = {name: layers for name in LAYER_NAMES} | {name: self.config for name in CONFIG_NAMES} | {"model": self.model}
+        given = {}
+        for p in inspect.signature(kind).parameters.values():
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                sizes = batch_size if re.match(BATCH_NAME, p.name) else room
+                given[p.name] = sizes if re.match(SIZE_NAMES, p.name) else known[p.name]
+        return given
+
+    def _method(self, names: Sequence[str]) -> Callable[..., Any] | None:
+        return next((method for name in names if callable(method := getattr(self.model, name, None))), None)
 
     def reached_by_own_loss(self, case: Case, names: Sequence[str], *, training: bool = False) -> set[str]:
         """Those of some parameters that get a gradient from the loss that the model computes itself, where it computes one:

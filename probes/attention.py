@@ -64,8 +64,13 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
     index, scale, sizes, factors = found
     head_dim = sum(sizes)
     expected = head_dim**-0.5
-    if math.isclose(scale, expected, rel_tol=1e-3) or _are_normed(recording, index, seq):
-        return None  # what queries and keys of one length are scaled by is a choice
+    if math.isclose(scale, expected, rel_tol=1e-3):
+        return None
+    lengths = _lengths(recording, index, seq)
+    multiplied = math.isclose(scale, head_dim**0.5, rel_tol=1e-3)
+    # What queries and keys of one length are scaled by is a choice, but for scores as large as the square of the length.
+    if lengths is not None and not (multiplied and lengths > head_dim / 2):
+        return None
     width, heads = subject.setting(*WIDTH_NAMES), subject.setting(*HEAD_NAMES)
     if not isinstance(width, int) and (table := first_embedding(subject.model)) is not None:
         width = table.embedding_dim
@@ -105,17 +110,20 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
     )
 
 
-def _are_normed(recording: Recording, index: int, seq: int) -> bool:
-    """Whether the queries of a head have one length at all positions, and its keys too (QK-norm)."""
+def _lengths(recording: Recording, index: int, seq: int) -> float | None:
+    """The length of a query times that of a key, where the queries of a head have one length at all positions, and its keys
+    too (QK-norm); None where they do not."""
     made, arguments = product_at(recording, index, seq), recording.kept[index].arguments
     states = (made.query, made.key) if made is not None else (arguments.get("query"), arguments.get("key"))
+    product = 1.0
     for each in states:
         if not isinstance(each, Tensor):
-            return False
+            return None
         lengths = each.double().norm(dim=-1)
         if bool(((lengths - lengths[..., :1]).abs() > 1e-3 * lengths[..., :1]).any()):
-            return False
-    return True
+            return None
+        product *= float(lengths.mean())
+    return product
 
 
 def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, tuple[int, ...], int]]:

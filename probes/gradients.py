@@ -32,6 +32,7 @@ TAKES = ("select", "slice", "split", "unbind", "alias", "view", "_unsafe_view", 
          "detach", "chunk", "as_strided")  # fmt: skip
 CHOICES = ("topk", "sort", "argmax", "multinomial", "bucketize", "one_hot")
 MOST_STACKED = 256  # slices; a longer dimension is one of positions or ids, of which a batch uses some
+LEAST_PART = 4  # outputs of a linear layer
 # Weights that start at zero stand at most this many deep in one path: a head, an output projection, a gate, a scale.
 FIRST_STEPS, FIRST_STEP_SIZE = 5, 1e-2
 CUTS = ("detach", ".data", "no_grad", "stop_gradient")
@@ -105,6 +106,7 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
     if zero and not any("expert" in name for name in zero):
         yield _finding(recording, twin, zero, "warning", "a gradient of exactly zero", None, None)
     yield from _dead_slices(recording, twin, {name: p for name, p in trainable.items() if p.grad is not None and name not in zero + bad})
+    yield from _dead_parts(recording, twin, case, zero + bad)
     yield from _cancelled(twin, case, {name: p for name, p in trainable.items() if name not in at_start and bool(p.any())})
 
 
@@ -156,6 +158,15 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
 def _still_zero(twin: Subject, case: Case, names: list[str]) -> list[str]:
     """Those of some parameters whose gradient stays zero when the others are trained a few steps: a head, a gate or an output
     projection that starts at zero lets none through at first, by design."""
+    for gradients in _first_steps(twin, case):
+        names = [name for name in names if name not in gradients or not bool(gradients[name].any())]
+        if not names:
+            break
+    return names
+
+
+def _first_steps(twin: Subject, case: Case) -> Iterator[dict[str, Tensor]]:
+    """The gradients of the first steps of training on one batch, in a twin of its own."""
     fresh = twin.fresh_twin(training=True)
     parameters = {name: p for name, p in fresh.model.named_parameters() if p.requires_grad}
     target = torch.tensor(case.input_ids, device=fresh.device)[:, 1:]
@@ -165,13 +176,10 @@ def _still_zero(twin: Subject, case: Case, names: list[str]) -> list[str]:
             logits = fresh.call(case).logits
             F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), target.reshape(-1)).backward()
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        names = [name for name in names if name not in gradients or not bool(gradients[name].any())]
-        if not names:
-            return []
+        yield gradients
         with torch.no_grad():
             for name, grad in gradients.items():
                 parameters[name].sub_(grad / grad.abs().max().clamp(min=torch.finfo(grad.dtype).tiny), alpha=FIRST_STEP_SIZE)
-    return names
 
 
 def _dead_slices(recording: Recording, twin: Subject, parameters: dict[str, nn.Parameter]) -> Iterator[Found]:
@@ -205,6 +213,49 @@ def _dead_slices(recording: Recording, twin: Subject, parameters: dict[str, nn.P
                 owner=name.rpartition(".")[0],
             )
             return
+
+
+def _dead_parts(recording: Recording, twin: Subject, case: Case, known: list[str]) -> Iterator[Found]:
+    """Projections fused in one linear layer, equal parts of its outputs, of which one gets no gradient.
+
+    Single outputs may be dead, as behind a ReLU; half, a third or another equal part of them is what a split made.
+    """
+    if any(event.op in CHOICES for event in recording.events):
+        return
+    layers = {
+        f"{path}.weight": module
+        for path, module in twin.model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features != twin.vocab_size and f"{path}.weight" not in known
+    }
+    parts = {name: part for name, layer in layers.items() if (part := _dead_part(layer.weight.grad)) is not None}
+    if not parts:
+        return
+    for gradients in _first_steps(twin, case):  # what stands behind a gate that starts at zero moves after some steps
+        parts = {name: part for name, part in parts.items() if _dead_part(gradients.get(name)) == part}
+    for name, (start, stop) in parts.items():
+        owner = name.rpartition(".")[0]
+        outputs = layers[name].out_features
+        yield _finding(
+            recording,
+            twin,
+            [f"{name}[{start}:{stop}]", *(f"{other}[{a}:{b}]" for other, (a, b) in parts.items() if other != name)],
+            "warning",
+            "a gradient of exactly zero",
+            f"nothing depends on outputs {start} to {stop - 1} of the {outputs} of {owner}: what is split off there is not used",
+            "use that part, or make the layer smaller",
+            owner=owner.rpartition(".")[0],
+        )
+        return
+
+
+def _dead_part(grad: Tensor | None) -> tuple[int, int] | None:
+    """(start, stop) of the one run of rows without gradient, where it is an equal part of all: a half, a third and so on."""
+    if grad is None or not bool(grad.any()):
+        return None
+    dead = (~grad.flatten(1).any(1)).nonzero().flatten().tolist()
+    if len(dead) < LEAST_PART or dead[-1] - dead[0] + 1 != len(dead):
+        return None
+    return (dead[0], dead[-1] + 1) if grad.shape[0] % len(dead) == 0 and dead[0] % len(dead) == 0 else None
 
 
 def _computed_with(recording: Recording) -> set[str]:
@@ -360,7 +411,7 @@ def _finding(
     return Found(
         probe="",
         severity=severity,  # type: ignore[arg-type]
-        message=f"{names[0]} gets {what}" + (f", and {len(names) - 1} other parameters too" if len(names) > 1 else ""),
+        message=f"{names[0]} gets {what}" + ("", ", and another one too", f", and {len(names) - 1} others too")[min(len(names), 3) - 1],
         where=where,
         source=source_lines(where),
         cause=cause,

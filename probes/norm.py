@@ -22,6 +22,7 @@ from olmodebug.tracing.norms import (
     FUSED,
     NormCall,
     acts_as_norm,
+    divides_by_square,
     norm_calls,
     norm_width,
     overflowing_squares,
@@ -31,6 +32,7 @@ from olmodebug.tracing.norms import (
     with_unit_weights,
 )
 from olmodebug.tracing.stream import (
+    branches_of,
     ends_in_norm,
     is_block,
     is_chained,
@@ -40,6 +42,7 @@ from olmodebug.tracing.stream import (
     last_add,
     last_call_place,
     stream_of,
+    sum_that_is_lost,
 )
 from olmodebug.tracing.tracer import Recording, record
 
@@ -66,10 +69,12 @@ FINAL_SCALES = (1e6, 1e9)
 
 @probe()
 def unit_scale(subject: Subject) -> Iterator[Finding]:
-    """A norm that divides by a standard deviation divides by that of the values it has, n of them, not n - 1.
+    """A norm divides by the root of the mean square, or the standard deviation, of the n values it has: not by its square,
+    not by the root of their sum, and not by that of n - 1 of them.
 
-    Why: the output is off by half a percent at width 100, and no longer matches any other implementation.
-    Catches: x.std(-1) or x.var(-1) with torch's default correction inside a LayerNorm written by hand.
+    Why: the output is off by half a percent at width 100, by sqrt(n), or grows as its input shrinks.
+    Catches: x.std(-1) or x.var(-1) with torch's default correction in a LayerNorm written by hand; a forgotten sqrt; a sum
+    for the mean.
     """
     seen: set[type] = set()
     norms = 0
@@ -78,11 +83,38 @@ def unit_scale(subject: Subject) -> Iterator[Finding]:
         if width is None or width < 2 or type(module) in seen:
             continue
         twin = with_unit_weights(module)
+        if divides_by_square(twin, width):
+            seen.add(type(module))
+            norms += 1
+            yield _wrong_divisor(
+                path,
+                twin,
+                width,
+                ("div", "div_", "reciprocal", "mul", "mul_"),
+                f"{path} turns inputs twice as large into outputs half as large: it divides by the variance, not by its root",
+                "the root of the variance or of the mean square is not taken",
+                "x / torch.sqrt(variance + eps), or x * torch.rsqrt(variance + eps)",
+                "outputs that do not depend on the scale of the input",
+            )
+            continue
         if not acts_as_norm(twin, width):
             continue
         norms += 1
         seen.add(type(module))
         size = unit_rms(twin, width)
+        if size is not None and "rms" in type(module).__name__.lower() and _is_unit_vector(module, size, width):
+            found = _wrong_divisor(
+                path,
+                twin,
+                width,
+                ("sum", "linalg_vector_norm", "norm", "pow", "mul"),
+                f"{path} gives a root mean square of {size:.4g} for width {width}, which is 1/sqrt(width): a vector of length 1",
+                "it divides by the root of the sum of squares, and an RMS norm divides by that of their mean",
+                "x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)",
+                "root mean square 1",
+            )
+            yield replace(found, severity="warning")  # a unit vector with a scale of its own is a design, under another name
+            continue
         if size is None or abs(size - ((width - 1) / width) ** 0.5) > UNIT_LIMIT or abs(size - 1.0) <= UNIT_LIMIT:
             continue
         x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -104,6 +136,33 @@ def unit_scale(subject: Subject) -> Iterator[Finding]:
         )
     if not norms:
         not_applicable("no module was recognised as a norm")
+
+
+def _is_unit_vector(module: nn.Module, size: float, width: int) -> bool:
+    """Whether a norm gives vectors of length one, and its weights as they are do not make that good."""
+    plain = all(bool((p == p.flatten()[0]).all()) and float(p.flatten()[0]) in (0.0, 1.0) for p in module.parameters())
+    return plain and abs(size * width**0.5 - 1.0) <= UNIT_LIMIT
+
+
+def _wrong_divisor(
+    path: str, twin: nn.Module, width: int, ops: tuple[str, ...], message: str, cause: str, fix: str, expected: str
+) -> Found:
+    """What a norm divides by is wrong; the place is that of the first of these ops that it runs."""
+    x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    recording = traced(twin, lambda: twin(x))
+    event = next((e for name in ops for e in recording.events if e.op == name), None)
+    where = replace(event.where, module=path) if event is not None else Where(module=path)
+    return Found(
+        probe="",
+        severity="error",
+        message=message,
+        where=where,
+        source=source_lines(where),
+        cause=cause,
+        fix=fix,
+        expected=expected,
+        evidence={"width": width},
+    )
 
 
 @probe()
@@ -181,7 +240,7 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
     """A block whose branches give nothing hands its input on unchanged, unless it ends in a norm (post-norm).
 
     Why: a residual stream that is normalised or dropped on the way loses the gradient's straight path through the depth.
-    Catches: x = norm(x); x = x + attn(x), and x = mlp(norm(x)) without the addition.
+    Catches: x = norm(x); x = x + attn(x); x = mlp(norm(x)) without the addition; the mlp added to what came before attention.
     """
     blocks = blocks_of(subject.model)
     if len(blocks) < 2 or not is_block(blocks[0][1]):
@@ -204,6 +263,7 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
         not_applicable("the output of a block is not the input of the next: the residual stream runs outside of them")
     changed = [s for s in streams if s is not None and difference(s[0], s[1], relative_limit=limit) is not None]
     if not changed:
+        yield from _lost_branch(subject, first, case)
         return
     before, after = changed[0]
     if is_scaled(before, after, limit):
@@ -237,6 +297,32 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
         evidence={"blocks that do so": f"{len(changed)} of {len(blocks)}"},
         case=case,
     )
+
+
+def _lost_branch(subject: Subject, path: str, case: Case) -> Iterator[Finding]:
+    """A branch that is added to the stream, and whose sum only the next branch reads: the block does not hand it on."""
+    names = [name for name, _ in branches_of(subject.model.get_submodule(path))]
+    for branch in names if len(names) > 1 else ():
+        twin = subject.fresh_twin()
+        silence_branches(twin.model.get_submodule(path), but=branch)
+        recording = _recorded(twin, case)
+        lost = sum_that_is_lost(recording, path, branch, roundings_limit(recording.dtypes()))
+        if lost is None:
+            continue
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"{path}: what {branch} adds to the residual stream never leaves the block: the next branch reads it, and is added to "
+            "what came before it",
+            where=lost.where,
+            source=source_lines(lost.where),
+            cause="the last addition takes the block's input, not the sum that is made here",
+            fix="keep this sum, and add the next branch to it",
+            expected=f"an output that holds what {branch} gives",
+            observed=f"the block's input, unchanged, where no branch but {branch} gives anything",
+            case=case,
+        )
+        return
 
 
 def _owns_more(first: nn.Module, other: nn.Module) -> bool:

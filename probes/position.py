@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
@@ -25,6 +26,7 @@ from olmodebug.tracing.tracer import record
 # A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.
 MOST_LOGITS = 40_000_000
 LONGEST = 8192
+LEAST_ROWS = 16  # a table with fewer may number something else: segments, sides
 ALIBI_NAMES = ("alibi", "use_alibi")
 POSITION_TABLE = re.compile(r"(^|[._])(cos|sin|rope|rotary|inv_freq|freqs|freqs_cis|wpe|wpos|pos|position|positions|alibi)([._]|$|_)")
 
@@ -95,6 +97,49 @@ def honoured(subject: Subject) -> Iterator[Finding]:
         observed="the same logits",
         case=stretched,
     )
+
+
+@probe()
+def table_is_read(subject: Subject) -> Iterator[Finding]:
+    """A table of positions is read at another row for every position.
+
+    Why: a row that all tokens share says nothing about their order, and the other rows are never trained.
+    Catches: zeros where arange belongs; positions of shape [seq_len, 1] that count the wrong dimension.
+    """
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    if seq < 3:
+        not_applicable("the model takes fewer than three tokens")
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=37))
+    run(twin, case)  # an exception of the model is a finding of its own
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    tables = 0
+    for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
+        name = next((name for name in event.parameters if POSITION_TABLE.search(name.lower())), None)
+        rows = kept.arguments.get("indices")
+        if event.op != "embedding" or name is None or not isinstance(rows, Tensor) or rows.numel() < seq:
+            continue
+        tables += 1
+        table = kept.inputs[0].shape[0]
+        if table < max(seq, LEAST_ROWS) or bool((rows != rows.flatten()[0]).any()):
+            continue
+        where = place_of(spot, module=event.where.module, op=event.op)
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"{name} is read at row {int(rows.flatten()[0])} for all {seq} positions; it has {table} rows",
+            where=where,
+            source=source_lines(where),
+            cause="the indices that it is read with are all the same",
+            fix="read it with torch.arange(seq_len)",
+            expected="a row for each position",
+            observed="one row for all",
+            case=case,
+        )
+        return
+    if not tables:
+        not_applicable("forward looks no positions up in a table")
 
 
 def _looks_back(twin: Subject, case: Case) -> bool:

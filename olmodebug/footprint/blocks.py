@@ -54,14 +54,17 @@ def final_norm(model: nn.Module) -> str | None:
     return None
 
 
-def silence_branches(block: nn.Module) -> int:
-    """Set every matrix and every bias of a block to zero, so that its branches give nothing; how many were set.
+def silence_branches(block: nn.Module, *, but: str | None = None) -> int:
+    """Set every matrix and every bias of a block, `but` those of one child, to zero, so that its branches give nothing; how
+    many were set.
 
     Norm weights stay as they are: a norm of zero is zero.
     """
     count = 0
     with torch.no_grad():
         for name, parameter in block.named_parameters():
+            if but is not None and name.startswith(f"{but}."):
+                continue
             if parameter.ndim >= 2 or name.rpartition(".")[2] in ("bias", "b", "beta"):
                 parameter.zero_()
                 count += 1

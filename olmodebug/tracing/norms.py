@@ -83,6 +83,17 @@ def acts_as_norm(module: nn.Module, width: int) -> bool:
     return size > 0 and varied and float((first - second).abs().max()) <= 1e-5 * size
 
 
+def divides_by_square(module: nn.Module, width: int) -> bool:
+    """Whether what a module gives is half as large for an input twice as large, which no norm means to do."""
+    try:
+        sizes = [isolated(module, width, scale=scale) for scale in (1e2, 2e2, 4e2)]
+    except Exception:  # a module that wants other arguments is no plain norm
+        return False
+    first, *others = sizes
+    size = float(first.abs().max())
+    return size > 0 and all(float((first - out * 2.0**i).abs().max()) <= 1e-3 * size for i, out in enumerate(others, 1))
+
+
 def traced(module: nn.Module, run: Callable[[], Any]) -> Recording:
     """The ops of one isolated call, with their tensors."""
     return record(module, run, keep=True, catch=True)

@@ -9,13 +9,21 @@ from torch import Tensor, nn
 from ..compare import difference
 from ..explain import place_of
 from ..records import Event, Where
+from .norms import norm_width
 from .tracer import Recording
 
 
 def is_block(block: nn.Module) -> bool:
-    """Whether attention and feed-forward stand in one module: at least three matrices, in two children or more."""
-    children = [child for child in block.children() if any(p.ndim >= 2 for p in child.parameters())]
-    return len(children) >= 2
+    """Whether attention and feed-forward stand in one module, or a mixer of tokens and the norm before it: two children
+    with matrices or more, or one and a norm. Layers of an RNN stand in a row without residuals."""
+    children = branches_of(block)
+    normed = any(norm_width(child) for child in block.children())
+    return len(children) >= 2 or (len(children) == 1 and normed and not any(isinstance(m, nn.RNNBase) for m in block.modules()))
+
+
+def branches_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the children that have matrices."""
+    return [(name, child) for name, child in block.named_children() if any(p.ndim >= 2 for p in child.parameters())]
 
 
 def stream_of(recording: Recording, path: str) -> tuple[Tensor, Tensor] | None:
@@ -74,6 +82,29 @@ def last_add(recording: Recording, path: str) -> Event | None:
     for event in reversed(recording.events[call.first_event : call.last_event + 1]):
         hidden = [info for info in event.inputs if info.shape == shape]
         if event.op in ("add", "add_") and len(hidden) == 2 and event.where.module == path:
+            return event
+    return None
+
+
+def sum_that_is_lost(recording: Recording, path: str, branch: str, limit: float) -> Event | None:
+    """The addition of a block's input and what one branch gave, where the block, in which no other branch gives anything,
+    hands its input on all the same; None where the branch reaches the output, or adds nothing to the input."""
+    stream = stream_of(recording, path)
+    call = next((c for c in recording.kept_calls if c.module == f"{path}.{branch}"), None)
+    if stream is None or call is None or not call.outputs or call.outputs[0].shape != stream[0].shape:
+        return None
+    before, after = stream
+    if difference(before, after, relative_limit=limit) is not None:
+        return None
+    total = before + call.outputs[0]
+    if difference(before, total, relative_limit=limit) is None:
+        return None
+    for event in recording.events[call.last_event + 1 :]:
+        if event.op not in ("add", "add_") or event.where.module != path:
+            continue
+        if any(
+            out.shape == total.shape and difference(out, total, relative_limit=limit) is None for out in recording.kept[event.index].outputs
+        ):
             return event
     return None
 
