@@ -373,7 +373,7 @@ class Subject:
     def _sizes_for(self, kind: type, batch_size: int, room: int) -> dict[str, Any]:
         """What a cache class must be given, as far as its names say it; KeyError where they do not."""
         layers = self.setting(*LAYER_NAMES)
-        known = {name: layers for name in LAYER_NAMES} | {name: self.config for name in CONFIG_NAMES} | {"model": self.model}
+        known = dict.fromkeys(LAYER_NAMES, layers) | dict.fromkeys(CONFIG_NAMES, self.config) | {"model": self.model}
         given = {}
         for p in inspect.signature(kind).parameters.values():
             if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):

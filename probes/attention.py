@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
 from olmodebug.tracing.dims import WIDTH_NAMES
-from olmodebug.tracing.products import LAYOUTS, product_at
+from olmodebug.tracing.products import LAYOUTS, met_states, product_at
 from olmodebug.tracing.tracer import Recording, record
 
 # Published architectures that leave the scores unscaled.
@@ -51,6 +52,78 @@ def scaled_by_head_size(subject: Subject) -> Iterator[Finding]:
     choices: list[str | None] = [*attention_choices(subject)] or [None]
     wrong = [finding for name in choices if (finding := _judged(subject, subject.twin(attention=name))) is not None]
     yield from wrong[:1]
+
+
+@probe()
+def groups_agree(subject: Subject) -> Iterator[Finding]:
+    """Query heads that share a key head share its value head (grouped-query attention).
+
+    Why: a head that looks with one group's keys and reads another group's values learns neither; weights from elsewhere
+    give random words.
+    Catches: keys repeated head by head (repeat_interleave) and values as a whole (repeat, expand), or the other way round.
+    """
+    choices: list[str | None] = [*attention_choices(subject)] or [None]
+    compared = 0
+    for name in choices:
+        twin = subject.twin(attention=name)
+        case = Case(name="one sequence", input_ids=twin.token_ids(1, twin.sizes()[1], seed=38))
+        with torch.no_grad(), quiet():
+            recording = record(twin.model, lambda: twin.call(case), keep=True)  # noqa: B023 - called at once
+        for index, keys, values in met_states(recording, case.seq_len):
+            shared, read = _alike(keys), _alike(values)
+            compared += 1
+            if sorted(map(len, shared)) != sorted(map(len, read)) or len(shared) in (1, len(keys)) or shared == read:
+                continue
+            made_keys, made_values = (_repeated_at(recording, index, states) for states in (keys, values))
+            event = recording.events[index]
+            where = place_of(recording.spots[made_keys or index], module=event.where.module, op=recording.events[made_keys or index].op)
+            other = recording.events[made_values].where if made_values is not None else None
+            first, second = shared[0], next(group for group in read if shared[0][0] in group)
+            yield Found(
+                probe="",
+                severity="error",
+                message=f"query heads {_heads(first)} share one key head, and query heads {_heads(second)} one value head",
+                where=where,
+                source=source_lines(where),
+                cause="keys and values are repeated in different orders" + (f": values at line {other.line}" if other else ""),
+                fix="repeat both in the same way: repeat_interleave(groups, dim=heads)",
+                expected="the same heads in both groups",
+                observed=f"{_heads(first)} and {_heads(second)}",
+                evidence={"query heads": len(keys), "key heads": len(shared)},
+                case=case,
+            )
+            return
+    if not compared:
+        not_applicable("no attention over heads was recognised")
+
+
+def _alike(states: Tensor) -> list[tuple[int, ...]]:
+    """The heads of states `[heads, seq_len, head_dim]` that hold the same numbers, as groups."""
+    groups: list[list[int]] = []
+    for head in range(len(states)):
+        group = next((group for group in groups if torch.equal(states[group[0]], states[head])), None)
+        if group is None:
+            groups.append([head])
+        else:
+            group.append(head)
+    return [tuple(group) for group in groups]
+
+
+def _heads(group: tuple[int, ...]) -> str:
+    return ", ".join(map(str, group[:-1])) + f" and {group[-1]}" if len(group) > 1 else str(group[0])
+
+
+def _repeated_at(recording: Recording, index: int, states: Tensor) -> int | None:
+    """The op before `index` that made as many numbers as these states have out of fewer."""
+    for i in range(index - 1, -1, -1):
+        event = recording.events[i]
+        for info in event.outputs:
+            sizes = [prod(each.shape) for each in event.inputs]
+            if prod(info.shape) == states.numel() and sizes and max(sizes) < states.numel() and event.op not in ("mm", "addmm", "bmm"):
+                same = recording.kept[i].outputs[0]
+                if set(same.shape) & set(states.shape) and torch.equal(same.flatten().sort().values, states.flatten().sort().values):
+                    return i
+    return None
 
 
 def _judged(subject: Subject, twin: Subject) -> Found | None:

@@ -4,7 +4,7 @@ An einsum over grouped heads, `btkgh,bskh->bkgts`, multiplies the rows of all qu
 result is viewed as next says how those rows are laid out.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -48,6 +48,25 @@ def product_at(recording: Recording, index: int, seq: int) -> Product | None:
         parted = query.unflatten(-2, (seq, groups)).transpose(-2, -3) if order == "tokens first" else query.unflatten(-2, (groups, seq))
         query = parted.flatten(0, 1)
     return Product(index=index, query=query, key=key)
+
+
+def met_states(recording: Recording, seq: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(op, keys, values) of each attention over one sequence, both `[heads, seq_len, head_dim]`, as many heads as queries have;
+    the op is the fused one, or the product of weights and values."""
+    keys: Tensor | None = None
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        if event.op.startswith("_scaled_dot_product"):
+            query, key, value = (kept.arguments.get(name) for name in ("query", "key", "value"))
+            if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor) and query.ndim == 4:
+                if query.shape[:2] == key.shape[:2] == value.shape[:2]:
+                    yield index, key[0], value[0]
+            continue
+        if (made := product_at(recording, index, seq)) is not None:
+            keys = made.key if made.key.shape[0] == made.query.shape[0] else None
+        elif keys is not None and event.op == "bmm" and kept.inputs[0].shape == (len(keys), seq, seq) and kept.inputs[1].ndim == 3:
+            if kept.inputs[1].shape[:2] == (len(keys), seq):
+                yield index, keys, kept.inputs[1]
+            keys = None
 
 
 def score_parameters(recording: Recording, seq: int, names: Container[str]) -> set[str]:
