@@ -140,7 +140,7 @@ def unit_scale(subject: Subject) -> Iterator[Finding]:
 
 def _is_unit_vector(module: nn.Module, size: float, width: int) -> bool:
     """Whether a norm gives vectors of length one, and its weights as they are do not make that good."""
-    plain = all(bool((p == p.flatten()[0]).all()) and float(p.flatten()[0]) in (0.0, 1.0) for p in module.parameters())
+    plain = all(bool((p == p.flatten()[0]).all()) and p.flatten()[0].item() in (0.0, 1.0) for p in module.parameters())
     return plain and abs(size * width**0.5 - 1.0) <= UNIT_LIMIT
 
 

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.catalog import MUTANTS, NEUTRAL, Mutant, materialize
+from tests.mutants.courses import COURSES
+from tests.mutants.courses import LEGAL as LEGAL_COURSES
 from tests.mutants.strangers import LEGAL, STRANGERS
 
-STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates".split()
+STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates course".split()
 CLEAN = tuple(f"{style}_style" for style in STYLES)
-ALL = (*MUTANTS, *STRANGERS)
+ALL = (*MUTANTS, *STRANGERS, *COURSES)
 PRESETS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny")
 WORKERS = 2
 
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every row here")
     arguments = parser.parse_args(argv)
     mutants = [m for m in ALL if re.search(arguments.only, m.name)]
-    neutral = [m for m in (*NEUTRAL, *LEGAL) if re.search(arguments.only, m.name)]
+    neutral = [m for m in (*NEUTRAL, *LEGAL, *LEGAL_COURSES) if re.search(arguments.only, m.name)]
     here = Path(__file__).parent / "mutants" / "clean"
     models = [(f"clean/{name}", f"{here / name}.py:build") for name in CLEAN] + [(f"preset/{name}", name) for name in PRESETS]
     models = [(name, spec) for name, spec in models if re.search(arguments.only, name)]

@@ -56,6 +56,7 @@ _BASES = {
     "flex": "flex_style",
     "moe": "moe_style",
     "heads": "heads_style",
+    "course": "course_style",
 }
 
 
