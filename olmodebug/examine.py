@@ -109,7 +109,9 @@ def run_probe(
     try:
         with settled(subject.model, seed=subject.seed):
             for finding in probe.function(subject):
-                findings.append(_found(finding, probe, subject))
+                found = _found(finding, probe, subject)
+                if not any((found.message, found.where) == (other.message, other.where) for other in findings):
+                    findings.append(found)  # what two cases show at one line is told once
     except NotApplicable as error:
         if not findings:
             return Result(outcome=outcome("not-applicable", str(error)))
