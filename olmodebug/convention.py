@@ -12,6 +12,7 @@ from .errors import SubjectError
 
 IDS_NAMES = ("input_ids", "idx", "tokens", "token_ids", "ids", "x", "input", "inputs", "src")
 MASK_NAMES = ("attention_mask", "padding_mask", "pad_mask", "attn_mask", "mask")
+HIDING_NAMES = ("src_key_padding_mask", "key_padding_mask")  # torch.nn's: True hides
 POSITION_NAMES = ("position_ids", "positions", "pos_ids", "position")
 CACHE_NAMES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache_params", "cache")  # the last from transformers 5.24 on
 # Where the model keeps the cache itself, the caller says where the new tokens stand: their positions as a tensor
@@ -33,7 +34,7 @@ class Convention:
     """The argument names of a model's forward; None where it has no such argument. `by_name`: the ids are a keyword too.
 
     `labels_aligned` says that label t belongs to logit t (nanoGPT's `targets`); otherwise the model shifts inside
-    (`labels`). `hands_cache`: the caller makes the cache and hands it to every forward. `loss_method` takes the labels
+    (`labels`). `mask_hides`: the mask is True where it hides, as torch.nn's are. `hands_cache`: the caller makes the cache and hands it to every forward. `loss_method` takes the labels
     where forward takes none. `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take
     the positions of the new tokens, or the first of them, where the model keeps its cache itself. `required` have no default: what
     no case states is given as counted positions, a mask of ones, the ids themselves as labels. `whole_mask`: an argument for a mask
@@ -45,6 +46,7 @@ class Convention:
     ids: str
     by_name: bool = False
     attention_mask: str | None = None
+    mask_hides: bool = False
     position_ids: str | None = None
     cache: str | None = None
     use_cache: str | None = None
@@ -110,11 +112,13 @@ def read_signature(forward: Callable[..., object]) -> Convention:
 
     ids = first(IDS_NAMES) or names[0]
     labels = first(SHIFTED_LABELS) or first(ALIGNED_LABELS)
+    hiding = first(HIDING_NAMES)
     without_default = {p.name for p in parameters if p.default is p.empty}
     convention = Convention(
         ids=ids,
         by_name=signature.parameters[ids].kind is inspect.Parameter.KEYWORD_ONLY,
-        attention_mask=first(MASK_NAMES[:1]) or first(MASK_NAMES[1:3]),
+        attention_mask=first(MASK_NAMES[:1]) or first(MASK_NAMES[1:3]) or hiding,
+        mask_hides=hiding is not None and not first(MASK_NAMES[:3]),
         position_ids=first(POSITION_NAMES),
         cache=first(CACHE_NAMES) if "use_cache" in names else None,
         use_cache="use_cache" if "use_cache" in names else None,

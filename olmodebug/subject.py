@@ -245,7 +245,7 @@ class Subject:
         arguments: dict[str, Any] = {form.ids: ids}
         mask = attention_mask if attention_mask is not None else ids_tensor(case.attention_mask, device)
         if form.attention_mask and mask is not None:
-            arguments[form.attention_mask] = mask
+            arguments[form.attention_mask] = mask == 0 if form.mask_hides else mask
         positions = position_ids if position_ids is not None else ids_tensor(case.position_ids, device)
         if form.position_ids and positions is not None:
             arguments[form.position_ids] = positions
@@ -303,7 +303,7 @@ class Subject:
             formed.setdefault(form.whole_mask[0], whole_mask(form.whole_mask[1], ids.shape[1], device=ids.device))
         neutral = {
             form.position_ids: lambda: torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous(),
-            form.attention_mask: lambda: torch.ones_like(ids),
+            form.attention_mask: lambda: torch.zeros_like(ids, dtype=torch.bool) if form.mask_hides else torch.ones_like(ids),
             form.labels: ids.clone,
         }
         formed |= {name: neutral[name]() for name in form.required if name not in formed}

@@ -3,12 +3,30 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
+from olmodebug.compare import difference
+from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import probe
 from olmodebug.records import Case, Rows
-from olmodebug.relations.invariance import Pair, Violation, base_part, crash, drawn, findings_of, limit_of, settings_of, smallest, violation
+from olmodebug.relations.invariance import (
+    Pair,
+    Violation,
+    base_part,
+    crash,
+    drawn,
+    findings_of,
+    limit_of,
+    run,
+    settings_of,
+    smallest,
+    violation,
+)
+from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.subject import HEAD_NAMES, Subject
+from olmodebug.subject import HEAD_NAMES, Subject, quiet
+from olmodebug.tracing.tracer import record
 
 
 @probe()
@@ -45,6 +63,42 @@ def rows_independent(subject: Subject) -> Iterator[Finding]:
     make = lambda s: _pair(twin, s.batch, s.seq, change if s.masked else "tokens")  # noqa: E731
     if not seen and (broken := drawn(twin, make, limit=limit_of(twin), least_batch=2)) is not None:
         yield from findings_of(broken, message=_text(broken))
+
+
+@probe(after=("batch.rows-independent", "determinism.eval-repeats"))
+def rows_alike(subject: Subject) -> Iterator[Finding]:
+    """Rows of the same tokens have the same logits, wherever in the batch they stand.
+
+    Why: what a model says then depends on the place in the batch, and no token knows its own position.
+    Catches: a table of positions read along the batch: pe[: x.size(0)] where the batch comes first.
+    """
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    case = Case(name="rows of the same tokens", input_ids=twin.token_ids(1, seq, seed=39) * batch)
+    logits, limit = run(twin, case), limit_of(twin)
+    found = difference(logits[:1].expand_as(logits), logits, relative_limit=limit)
+    if found is None:
+        return
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    place = place_of(None)
+    for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
+        parted = [t for t in kept.outputs if t.is_floating_point() and t.ndim > 1 and t.shape[0] == batch]
+        if any(difference(t[:1].expand_as(t), t, relative_limit=limit) is not None for t in parted):
+            place = place_of(spot, module=event.where.module, op=event.op)
+            break
+    yield Found(
+        probe="",
+        severity="error",
+        message=f"row {found.index[0]} has logits {found.max_abs:.3g} away from those of row 0, and holds the same tokens",
+        where=place,
+        source=source_lines(place),
+        cause=f"at this line a tensor of {batch} rows, one for each of the batch, holds other numbers in every row",
+        fix="is a dimension of positions taken for that of the batch? With the batch first, positions are counted along dimension 1",
+        expected="the same logits in every row",
+        observed=f"a difference of {found.max_abs:.3g} in row {found.index[0]}",
+        case=case,
+    )
 
 
 def _text(broken: Violation) -> str:

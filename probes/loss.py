@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmodebug.compare import roundings_limit
+from olmodebug.compare import difference, roundings_limit
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
+from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
@@ -46,6 +47,8 @@ def next_token_cross_entropy(subject: Subject) -> Iterator[Finding]:
     expected = cross_entropy(logits, target, shift=shift)
     limit = LOSS_LIMIT
     if _close(loss, expected, limit) or _has_other_terms(twin, case, loss, expected):
+        if (found := _of_other_logits(twin, case, logits, target, loss, shift)) is not None:
+            yield found
         return
     if _takes_aligned(twin, logits, target, loss):
         yield replace(
@@ -170,6 +173,21 @@ def _loss(twin: Subject, case: Case) -> tuple[Tensor, Tensor]:
 
 def _close(loss: Tensor, expected: Tensor, limit: float) -> bool:
     return bool(torch.isfinite(loss)) and abs(float(loss) - float(expected)) <= limit * max(1.0, abs(float(expected)))
+
+
+def _of_other_logits(twin: Subject, case: Case, logits: Tensor, target: Tensor, loss: Tensor, shift: int) -> Found | None:
+    """What is wrong where the loss is that of logits which stand in another order than those without labels."""
+    if twin.convention.logits_need_labels:
+        return None
+    plain = run(twin, replace(case, labels=None)).cpu()
+    if plain.shape != logits.shape or difference(plain, logits, relative_limit=LOSS_LIMIT) is None:
+        return None
+    rows, given = plain.flatten(0, 1), logits.flatten(0, 1)
+    if difference(rows.double().sort(0).values, given.double().sort(0).values, relative_limit=LOSS_LIMIT) is not None:
+        return None  # other numbers, not the same in another order
+    expected = cross_entropy(plain, target, shift=shift)
+    cause = f"with {twin.convention.labels} the logits stand in another order than without: rows and positions are mixed before the loss"
+    return _wrong(twin, case, loss, expected, (cause, "flatten logits and labels in the same order: logits.view(-1, vocab)"))
 
 
 def _takes_aligned(twin: Subject, logits: Tensor, labels: Tensor, loss: Tensor) -> bool:

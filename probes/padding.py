@@ -1,6 +1,7 @@
 """Padded tokens are as if they were not there."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -45,9 +46,24 @@ def mask_is_accepted(subject: Subject) -> Iterator[Finding]:
     apart = difference(plain, masked, relative_limit=limit_of(twin))
     if apart is None:
         return
+    inverted = False
     mask = _added(twin, case)
+    with suppress(SubjectCodeError):
+        zeros = run(twin, replace(case, attention_mask=((0,) * seq,) * batch))
+        inverted = difference(plain, zeros, relative_limit=limit_of(twin)) is None
     text = f"a mask of ones changes the logits by {apart.max_abs:.3g}; all tokens are real, so it must change nothing"
-    yield mask or Found(probe="", severity="error", message=text, case=case, evidence={"largest change": apart.max_abs})
+    where, name = _forward(twin), twin.convention.attention_mask
+    yield mask or Found(
+        probe="",
+        severity="error",
+        message=text,
+        where=where,
+        source=source_lines(where),
+        cause=f"{name} is read the other way round: a mask that hides every token leaves the logits as they are" if inverted else None,
+        fix=f"invert {name} where it is used" if inverted else None,
+        case=case,
+        evidence={"largest change": apart.max_abs},
+    )
 
 
 @probe(after=("padding.mask-is-accepted",))
@@ -87,7 +103,9 @@ def finite(subject: Subject) -> Iterator[Finding]:
         logits = run(twin, case)
         real = torch.tensor(case.attention_mask, dtype=torch.bool)
         if not bool(torch.isfinite(logits[real]).all()):
-            yield _non_finite(twin, case, setting, "logits of real tokens are not finite in a left-padded batch")
+            found = _non_finite(twin, case, setting, "logits of real tokens are not finite in a left-padded batch")
+            # Of a mask as torch.nn takes it nobody promises padding on the left: its queries see no key at all.
+            yield replace(found, severity="warning") if twin.convention.mask_hides else found
             return
         with settled(twin.model), quiet(), torch.enable_grad():
             twin.model.zero_grad(set_to_none=True)
@@ -270,6 +288,16 @@ def _content(subject: Subject, *, left: bool) -> Iterator[Finding]:
                 return
 
 
+def _forward_spot(twin: Subject) -> Spot | None:
+    """The first line of the model's forward."""
+    forward = code_of(type(twin.model).forward)
+    return Spot(forward, 0, forward.co_firstlineno) if forward is not None else None
+
+
+def _forward(twin: Subject) -> Where:
+    return place_of(_forward_spot(twin))
+
+
 def _explained(twin: Subject, broken: Violation, limit: float, left: bool) -> Iterator[Finding]:
     pair, side = broken.pair, "left" if left else "right"
     text = (
@@ -282,9 +310,7 @@ def _explained(twin: Subject, broken: Violation, limit: float, left: bool) -> It
             cause=f"{twin.convention.attention_mask} is accepted and has no effect: logits are the same with it and without it",
             fix="pass the mask on to the attention, or take it out of the signature",
         )
-        forward = code_of(type(twin.model).forward)
-        spot = Spot(forward, 0, forward.co_firstlineno) if forward is not None else None
-        broken.culprits = [Culprit(where=place_of(spot), spot=spot)]
+        broken.culprits = [Culprit(where=_forward(twin), spot=_forward_spot(twin))]
         broken.diagnoses = [fallback]
     added = _added(twin, pair.left)
     if added is not None:

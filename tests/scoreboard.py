@@ -23,7 +23,7 @@ from tests.mutants.courses import COURSES
 from tests.mutants.courses import LEGAL as LEGAL_COURSES
 from tests.mutants.strangers import LEGAL, STRANGERS
 
-STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates course".split()
+STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates course torchnn".split()
 CLEAN = tuple(f"{style}_style" for style in STYLES)
 ALL = (*MUTANTS, *STRANGERS, *COURSES)
 PRESETS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny")

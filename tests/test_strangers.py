@@ -20,7 +20,8 @@ SHARP = frozenset(
     flex/targets-shifted moe/scale-nope-only heads/positions-reversed heads/loss-shifted-again
     course/norm-without-root course/norm-of-the-sum course/stale-shortcut course/mixer-without-residual course/positions-zero
     course/keys-tiled course/normed-scores-multiplied course/gate-for-value course/scan-grows course/handed-cache-mask-rows
-    course/switched-cache-counts-calls course/first-position-sampled
+    course/switched-cache-counts-calls course/first-position-sampled torchnn/positions-along-the-batch
+    torchnn/logits-flattened-across torchnn/padding-mask-unused torchnn/padding-mask-inverted
     """.split()
 )
 # What the probes do not see, or not as it should be told, each with the reason.
@@ -68,7 +69,7 @@ def test_what_turned_out_to_be_legal_gets_no_error(mutant: Mutant, tmp_path: Pat
     wordlm_style:build wordlm_style:build_rnn megatron_style:build megatron_style:build_optional rwkv_style:build scores_style:build
     scores_style:build_normed scores_style:build_mup scores_style:build_chunked wrapped_style:build wrapped_style:build_from_batch
     wrapped_style:build_autocast wrapped_style:build_bfloat16 course_style:build course_style:build_grouped course_style:build_scan
-    course_style:build_sampler""".split(),
+    course_style:build_sampler torchnn_style:build torchnn_style:build_encoder""".split(),
 )
 def test_a_clean_model_of_a_strange_style_gets_no_error(build: str) -> None:
     style, _, name = build.partition(":")

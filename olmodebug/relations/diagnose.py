@@ -51,6 +51,8 @@ SAME_VALUES = (
     "div",
     "add",
 )
+# The fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer in eval mode.
+NATIVE_ATTENTION = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 FUSED_ATTENTION = ("_scaled_dot_product_", "_efficient_attention", "_flash_attention", "scaled_dot_product_attention")
 
 
@@ -82,6 +84,8 @@ def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording 
         return _softmax(culprit, part, hidden)
     if is_fused_attention(op):
         return _fused(culprit, part, hidden)
+    if op in NATIVE_ATTENTION:
+        return _native(culprit, part, hidden)
     if op in ("view", "_unsafe_view", "reshape", "clone", "_reshape_alias"):
         return _layout(culprit, part, hidden)
     if op in ("bmm", "mm", "matmul"):
@@ -257,6 +261,26 @@ def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     if hidden == "padded tokens":
         return _padding_seen(pattern, mask, part, "attn_mask")
     return _pattern(pattern, hidden)
+
+
+def _native(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
+    """What torch.nn's attention was told in its fast path; its masks are True where they hide."""
+    assert culprit.left is not None
+    mask, kind = culprit.left.arguments.get("mask"), culprit.left.arguments.get("mask_type")
+    if not isinstance(mask, Tensor) or kind == 1:
+        padding = hidden == "padded tokens"
+        if padding and kind == 1:
+            return Diagnosis()
+        name = "key_padding_mask" if padding else "attn_mask (mask, in a TransformerEncoder)"
+        return Diagnosis(
+            cause=f"torch.nn's attention is called without {name}" + ("" if padding else ", so that there is no causal mask"),
+            fix=f"pass {name}" + ("" if padding else ": nn.Transformer.generate_square_subsequent_mask(seq_len)"),
+        )
+    if mask.shape[-2:] != (part.seq, part.seq):
+        return Diagnosis()
+    visible = ~mask if mask.dtype == torch.bool else mask > -1e30
+    pattern = visible.reshape(-1, part.seq, part.seq).any(0)
+    return _padding_seen(pattern, mask, part, "key_padding_mask") if hidden == "padded tokens" else _pattern(pattern, hidden)
 
 
 def _pattern(pattern: Tensor, hidden: str) -> Diagnosis:

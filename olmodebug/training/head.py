@@ -73,7 +73,7 @@ def run_on(subject: Subject, ids: Tensor, *, attention_mask: Tensor | None = Non
     form = subject.convention
     arguments: dict[str, Any] = {form.ids: ids}
     if form.attention_mask and attention_mask is not None:
-        arguments[form.attention_mask] = attention_mask
+        arguments[form.attention_mask] = attention_mask == 0 if form.mask_hides else attention_mask
     if form.position_ids and position_ids is not None:
         arguments[form.position_ids] = position_ids
     if form.use_cache:

@@ -57,6 +57,7 @@ _BASES = {
     "moe": "moe_style",
     "heads": "heads_style",
     "course": "course_style",
+    "torchnn": "torchnn_style",
 }
 
 
