@@ -397,7 +397,31 @@ def rolled_by_a_negative_index() -> None:
     train(model, torch.optim.Adam(model.parameters()), 3, lambda: model.embed(ids())[0][torch.arange(11) - 3].pow(2).mean())
 
 
-MET_IN_SCRIPTS = (wrapper_in_eval_mode_around_a_model_in_train_mode, two_tasks_of_different_sizes, monte_carlo_dropout, hard_examples_chosen_without_gradients,
+def a_padded_batch_through_the_fast_path_of_an_encoder() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    with torch.no_grad(), pytest.warns(UserWarning, match="nested tensors"):
+        encoder(torch.randn(2, 5, 16), src_key_padding_mask=torch.arange(5).expand(2, 5) > torch.tensor([[4], [2]]))
+
+
+def gradients_that_are_distributed_tensors() -> None:
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Replicate()]))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for _ in range(3):
+            kept = torch.full((3,), float("-inf"))  # a mask; it must not lead to a look into the gradient's memory
+            (weight.to_local() * torch.exp(kept).add(1)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+MET_IN_SCRIPTS = (a_padded_batch_through_the_fast_path_of_an_encoder, gradients_that_are_distributed_tensors, wrapper_in_eval_mode_around_a_model_in_train_mode, two_tasks_of_different_sizes, monte_carlo_dropout, hard_examples_chosen_without_gradients,
        bfloat16_weights_with_compensation, one_part_updated_by_hand, one_scaler_for_two_optimizers, loss_scaled_by_hand,
        low_precision_copy_and_master_weights, rolled_by_a_negative_index)  # fmt: skip
 
@@ -476,3 +500,53 @@ def test_a_script_that_only_evaluates_with_dropout_is_told() -> None:
         loss_of(model, ids())
         loss_of(model, ids())
     assert [f.probe for f in journal.findings] == ["loop.evaluates-in-eval-mode"]
+
+
+def test_a_bad_index_that_the_script_catches_is_a_warning() -> None:
+    model, journal = Model(), Journal(None)
+    with Watch(GUARDS, journal), pytest.raises(IndexError):
+        model(torch.full((1, 3), VOCAB))
+    assert [(f.probe, f.severity) for f in journal.findings] == [("index.in-bounds", "warning")]
+    journal = Journal(None)
+    with pytest.raises(IndexError), Watch(GUARDS, journal):
+        model(torch.full((1, 3), VOCAB))
+    assert [(f.probe, f.severity) for f in journal.findings] == [("index.in-bounds", "error")]
+
+
+class Recurrent(nn.Module):
+    """Dropout that is no module of its own: between the layers of an LSTM, and as a function."""
+
+    def __init__(self, layers: float, function: float) -> None:
+        super().__init__()
+        self.embed, self.lstm, self.head = (
+            nn.Embedding(VOCAB, 12),
+            nn.LSTM(12, 12, 2, dropout=layers, batch_first=True),
+            nn.Linear(12, VOCAB),
+        )
+        self.rate = function
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.dropout(self.lstm(self.embed(ids))[0], self.rate, self.training))
+
+
+@pytest.mark.parametrize("rates", [(0.3, 0.0), (0.0, 0.3)], ids=["lstm", "function"])
+@pytest.mark.parametrize("careful", [True, False])
+def test_dropout_that_is_no_module_is_seen_in_an_evaluation(rates: tuple[float, float], careful: bool) -> None:
+    model, journal = Recurrent(*rates), Journal(None)
+    with Watch(GUARDS, journal):
+        train(model, torch.optim.Adam(model.parameters()), 2)
+        model.train(not careful)
+        with torch.no_grad():
+            loss_of(model, ids())
+        model.train()
+        train(model, torch.optim.Adam(model.parameters()), 2)
+    assert [f.probe for f in journal.findings] == ([] if careful else ["loop.evaluates-in-eval-mode"])
+
+
+def test_an_lstm_left_in_eval_mode_is_told() -> None:
+    model, journal = Recurrent(0.3, 0.0), Journal(None)
+    with Watch(GUARDS, journal):
+        train(model, optimizer := torch.optim.Adam(model.parameters()), 2)
+        model.eval()
+        train(model, optimizer, 3)
+    assert [f.probe for f in journal.findings] == ["loop.trains-in-train-mode"]

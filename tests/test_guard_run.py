@@ -18,6 +18,13 @@ from olmodebug.records import Where
 from olmodebug.report import Finding, Report, from_json
 
 BAD_INDEX = "import torch\ntable = torch.zeros(8, 2)\ntry:\n    table[torch.tensor([8])]\nexcept IndexError:\n    pass\n"
+NEVER_RESET = """import torch
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(4):
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+"""
 
 
 def run_script(
@@ -48,12 +55,19 @@ def test_os_exit_and_a_secret_leave_a_readable_record(tmp_path: Path) -> None:
 
 
 def test_an_error_finding_makes_a_successful_script_exit_1(tmp_path: Path) -> None:
-    done, report = run_script(tmp_path, BAD_INDEX + "print('done')\n", options=("--json", "out.json"))
+    done, report = run_script(tmp_path, NEVER_RESET + "print('done')\n", options=("--json", "out.json"))
     assert done.returncode == 1
     assert done.stdout == "done\n"
-    assert "index 8 is out of range: `table` has 8 rows" in done.stderr
+    assert "nothing reset them after optimizer.step() at script.py:6" in done.stderr
     assert report.sections["guard"]["ended"]["status"] == 0
     assert from_json((tmp_path / "out.json").read_text()).findings == report.findings
+
+
+def test_a_script_that_catches_its_error_keeps_exit_status_0(tmp_path: Path) -> None:
+    done, report = run_script(tmp_path, BAD_INDEX + "print('done')\n")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert [(f.probe, f.severity) for f in report.findings] == [("index.in-bounds", "warning")]
+    assert "index 8 is out of range: `table` has 8 rows (the script caught the exception and went on)" in done.stderr
 
 
 def test_a_script_without_torch_says_that_nothing_was_checked(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Guarded(TorchDispatchMode):
             if inside is not NotImplemented:
                 return inside
         self.ops += 1
+        self.watch.refused = None
         if func in self.reads:
             self.check_index(func, args, kwargs)
         elif func in self.samplers:
@@ -108,7 +109,7 @@ class Guarded(TorchDispatchMode):
         finally:
             self.quiet = False
         if bad.index.device.type != "cpu":
-            raise IndexError(f"{message} (stopped by olmodebug before the kernel was launched)")
+            raise self._stopped(IndexError, message)
 
     def check_probabilities(self, probabilities: torch.Tensor) -> None:
         """multinomial on a device asserts on improper probabilities, after the launch."""
@@ -119,7 +120,13 @@ class Guarded(TorchDispatchMode):
         finally:
             self.quiet = False
         if wrong and probabilities.device.type != "cpu":
-            raise RuntimeError(f"{message} (stopped by olmodebug before the kernel was launched)")
+            raise self._stopped(RuntimeError, message)
+
+    def _stopped(self, kind: type[Exception], message: str) -> Exception:
+        """The error in the place of a kernel that would have asserted."""
+        error = kind(f"{message} (stopped by olmodebug before the kernel was launched)")
+        self.watch.op_raised(None, (), {}, error)
+        return error
 
 
 def skip_compiler(functions: list[Any]) -> None:

@@ -132,8 +132,13 @@ class Evaluating:
 
 def _is_off(root: nn.Module) -> bool:
     """Whether a model has dropout, and all of it is off; a wrapper's own mode says nothing about what it wraps."""
-    modes = [m.training for m in root.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    modes = [m.training for m in root.modules() if _drops(m)]
     return bool(modes) and not any(modes)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Dropout as a module, or between the layers of an LSTM or GRU."""
+    return (isinstance(module, nn.Dropout) and module.p > 0) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
 
 
 def _running() -> set[Any]:

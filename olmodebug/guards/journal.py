@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..report import Finding, plain
+from ..report import Finding, Severity, plain
 from .settings import redacted, secrets_of
 
 MOST_FINDINGS = 200  # of one process; a script that fails at every step must not fill the disk
@@ -64,8 +64,9 @@ class Journal:
 
 
 def softened(finding: Finding) -> Finding:
-    """Memory that ran out where the script caught it and went on, as a search for the largest batch does: worth a note."""
-    return replace(finding, severity="note", message=f"{finding.message} (the script caught the exception and went on)")
+    """An exception that the script caught: memory in a search for the largest batch is worth a note, a bad index a warning."""
+    severity: Severity = "note" if finding.probe.startswith("memory.") else "warning"
+    return replace(finding, severity=severity, message=f"{finding.message} (the script caught the exception and went on)")
 
 
 def _key(finding: Finding) -> tuple[object, ...]:

@@ -21,6 +21,7 @@ from ..report import Finding
 from ..sources import Spot
 from . import place
 from .excerpts import lines_at
+from .gradients import has_plain_gradient
 from .origins import Origin, describe, explain_origin, first_birth
 from .undefined import cause_of
 
@@ -266,8 +267,10 @@ class NonFinite:
         if self.origins:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
+                    if not has_plain_gradient(parameter):
+                        continue
                     grad = parameter.grad
-                    origin = None if grad is None or grad.layout != torch.strided else self.origins.get(_pointer(grad))
+                    origin = self.origins.get(_pointer(grad))
                     if origin is not None and any(_has(grad)):
                         self._tell(origin, f"the gradient of {self.watch.name_of_tensor(parameter) or 'a parameter'}")
                         break
@@ -330,7 +333,8 @@ def _kind(func: Any) -> int:
 def _floats(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         plain = type(tree) is Tensor or type(tree) is nn.Parameter
-        if plain and tree.is_floating_point() and tree.numel() and tree.device.type != "meta" and tree.layout == torch.strided:
+        readable = tree.layout == torch.strided and not tree.is_nested and tree.device.type != "meta"
+        if plain and readable and tree.is_floating_point() and tree.numel():
             yield tree
     elif isinstance(tree, (list, tuple)):
         for item in tree:

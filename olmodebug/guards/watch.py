@@ -61,7 +61,8 @@ class Watch:
         self.backwards = 0
         self.faults = 0
         self.ended = False
-        self.raised: list[tuple[Finding, str]] = []  # memory that ran out, and the exception's text: no frame is held
+        self.raised: list[tuple[Finding, str]] = []  # findings on ops that raised, and the exception's text: no frame is held
+        self.refused: Finding | None = None  # on the arguments of the op that runs now
         self.events = Events(self.looking, self.fault)
         self.models = Models()
         self.parts: list[Any] = []
@@ -154,6 +155,7 @@ class Watch:
             bad, place.here(sys._getframe(2)), index.built_at(bad.table, self.memory.origin if self.memory else None)
         )
         self.find(finding)
+        self.refused = finding
         return f"{finding.message}: {finding.observed}, expected {finding.expected}"
 
     def index_wraps(self, bad: Bad) -> None:
@@ -162,22 +164,24 @@ class Watch:
     def improper(self, probabilities: Tensor, wrong: str) -> str:
         where = place.here(sys._getframe(2)).at("multinomial")
         message = f"multinomial is given {wrong}, which is no probability"
-        self.find(
-            Finding(
-                probe=index.PROBABILITIES,
-                severity="error",
-                message=message,
-                where=where,
-                source=lines_at(where),
-                expected="finite numbers of at least 0",
-                observed=f"{wrong} in {tuple(probabilities.shape)} {str(probabilities.dtype)[6:]}",
-                fix="look at the logits before the softmax: a nan or inf there, or a temperature of 0",
-            )
+        self.refused = Finding(
+            probe=index.PROBABILITIES,
+            severity="error",
+            message=message,
+            where=where,
+            source=lines_at(where),
+            expected="finite numbers of at least 0",
+            observed=f"{wrong} in {tuple(probabilities.shape)} {str(probabilities.dtype)[6:]}",
+            fix="look at the logits before the softmax: a nan or inf there, or a temperature of 0",
         )
+        self.find(self.refused)
         return message
 
     def op_raised(self, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
         """An op raised: what is live is looked at while it lives; the rest can be asked of the exception later."""
+        if self.refused is not None:
+            self.raised.append((self.refused, str(error)))
+            return
         if self.memory is not None and isinstance(error, (RuntimeError, MemoryError)):
             finding = self.memory.ran_out(error)
             if finding is not None:
@@ -208,7 +212,7 @@ class Watch:
             self.find(finding)
 
     def _handled(self, error: BaseException | None) -> None:
-        """Memory that ran out without ending the script: it caught the exception, as a search for the largest batch does."""
+        """What an op raised without ending the script, which caught it: a search for the largest batch, a row that is skipped."""
         if multiprocessing.parent_process() is not None:
             return  # a worker hands its exception to its parent, which may end of it
         texts, seen = [], set()
@@ -216,8 +220,9 @@ class Watch:
             seen.add(id(error))
             texts.append(str(error))
             error = error.__cause__ or error.__context__
-        for finding, text in self.raised:
-            if not any(text in whole for whole in texts):
+        fatal = [finding.where for finding, text in self.raised if any(text in whole for whole in texts)]
+        for finding, _ in self.raised:
+            if finding.where not in fatal:
                 self.journal.handled(finding)
 
     def _numbers(self) -> dict[str, Any]:
