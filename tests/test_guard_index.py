@@ -1,5 +1,6 @@
 """The index guard: every index op is checked before it runs, and the finding names table, value, place and cause."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,10 @@ class Model(nn.Module):
 
 
 def found(run: Callable[[], Any], *, raises: bool = True) -> list[Finding]:
-    """What the guard finds in a run that torch refuses (or not)."""
+    """The findings of the index guard; the op itself raises, and that ends the guarded block."""
     journal = Journal(None)
-    with Watch(("index",), journal):
-        if raises:
-            with pytest.raises((IndexError, RuntimeError)):
-                run()
-        else:
-            run()
+    with pytest.raises((IndexError, RuntimeError)) if raises else contextlib.nullcontext(), Watch(("index",), journal):
+        run()
     return journal.findings
 
 
