@@ -421,6 +421,23 @@ def gradients_that_are_distributed_tensors() -> None:
         torch.distributed.destroy_process_group()
 
 
+def updates_by_hand(*, reset: str) -> None:
+    model = Model()
+    for number in range(9):
+        loss_of(model, ids()).backward()
+        if reset == "accumulate" and number % 3 != 2:
+            continue
+        with torch.no_grad():
+            for p in model.parameters():
+                p.data -= 0.1 * p.grad  # type: ignore[operator]
+                if reset in ("none", "accumulate"):
+                    p.grad = None
+                elif reset == "data":
+                    p.grad.data.zero_()  # type: ignore[union-attr]
+                elif reset == "momentum":
+                    p.grad.mul_(0.9)  # type: ignore[union-attr]
+
+
 MET_IN_SCRIPTS = (a_padded_batch_through_the_fast_path_of_an_encoder, gradients_that_are_distributed_tensors, wrapper_in_eval_mode_around_a_model_in_train_mode, two_tasks_of_different_sizes, monte_carlo_dropout, hard_examples_chosen_without_gradients,
        bfloat16_weights_with_compensation, one_part_updated_by_hand, one_scaler_for_two_optimizers, loss_scaled_by_hand,
        low_precision_copy_and_master_weights, rolled_by_a_negative_index)  # fmt: skip
@@ -449,6 +466,10 @@ CONTROLS: list[Callable[[], None]] = [
     two_backwards_of_one_graph,
     losses_that_are_detached,
     second_derivatives,
+    functools.partial(updates_by_hand, reset="none"),
+    functools.partial(updates_by_hand, reset="data"),
+    functools.partial(updates_by_hand, reset="momentum"),
+    functools.partial(updates_by_hand, reset="accumulate"),
 ]
 
 
@@ -550,3 +571,11 @@ def test_an_lstm_left_in_eval_mode_is_told() -> None:
         model.eval()
         train(model, optimizer, 3)
     assert [f.probe for f in journal.findings] == ["loop.trains-in-train-mode"]
+
+
+def test_updates_by_hand_that_never_reset_the_gradients_are_told() -> None:
+    journal = Journal(None)
+    with Watch(GUARDS, journal):
+        updates_by_hand(reset="never")
+    assert [(f.probe, f.where.op) for f in journal.findings] == [("loop.gradients-reset", "backward")]
+    assert journal.findings[0].source and "loss_of(model, ids()).backward()" in str(journal.findings[0].source)

@@ -1,7 +1,7 @@
 """Gradient accumulation that averages means over unequal numbers of labels."""
 
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..sources import Spot
+from .gradients import nearest_leaf
 
 WEIGHTS = "loop.token-weighted-accumulation"
 
 UNEQUAL = 1.05  # ratio of token counts from which on a mean of means is another mean
-NEAREST = 2000  # graph nodes searched for the parameter next to a loss
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ class Accumulating:
         """Nothing waits for the end."""
 
     def _backward(self, roots: list[Tensor], spot: Spot | None) -> None:
-        leaf = _nearest_leaf(roots)
+        leaf = nearest_leaf(roots)
         before = self.leaf() if self.leaf is not None else None
         same_line = spot is not None and self.line is not None and (spot.code, spot.line) == (self.line.code, self.line.line)
         if self.window and not (same_line and leaf is before and self._is_kept(leaf)):
@@ -94,19 +94,3 @@ class Accumulating:
             observed=f"equal weights for {shown} labels",
             evidence={"micro_batches": len(window), "ratio": factor},
         )
-
-
-def _nearest_leaf(roots: list[Tensor]) -> Tensor | None:
-    """The parameter with the fewest nodes of the graph between it and the loss."""
-    queue = deque(root.grad_fn for root in roots)
-    seen: set[Any] = set()
-    while queue and len(seen) < NEAREST:
-        node = queue.popleft()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            return variable
-        queue.extend(following for following, _ in node.next_functions)
-    return None
