@@ -225,7 +225,7 @@ def _dead_parts(recording: Recording, twin: Subject, case: Case, known: list[str
     layers = {
         f"{path}.weight": module
         for path, module in twin.model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features != twin.vocab_size and f"{path}.weight" not in known
+        if isinstance(module, nn.Linear) and module.out_features % twin.vocab_size and f"{path}.weight" not in known  # heads aside
     }
     parts = {name: part for name, layer in layers.items() if (part := _dead_part(layer.weight.grad)) is not None}
     if not parts:
