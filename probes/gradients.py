@@ -233,6 +233,8 @@ def _dead_parts(recording: Recording, twin: Subject, case: Case, known: list[str
     for gradients in _first_steps(twin, case):  # what stands behind a gate that starts at zero moves after some steps
         parts = {name: part for name, part in parts.items() if _dead_part(gradients.get(name)) == part}
     for name, (start, stop) in parts.items():
+        if start == twin.vocab_size:
+            continue  # rows beyond the vocabulary, to fill a tile
         owner = name.rpartition(".")[0]
         outputs = layers[name].out_features
         yield _finding(
