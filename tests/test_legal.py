@@ -163,3 +163,25 @@ def test_what_only_a_copy_in_float64_cannot_do_is_no_fault_of_the_model(broken: 
     assert result.outcome.status == status
     if not broken:
         assert "not in its own dtype" in str(result.outcome.reason)
+
+
+class Parts(nn.Module):
+    """One layer gives several things, of which `kind` says what is read."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.embed, self.fused = nn.Embedding(20, 12), nn.Linear(12, 24)
+        self.head = nn.Linear(12, {"filled": 30, "ahead": 40}.get(kind, 20))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        gate, value = self.fused(self.embed(input_ids)).chunk(2, -1)
+        hidden = F.silu(gate) * (gate if self.kind == "unread" else value)
+        return self.head(hidden)[..., :20]  # rows that fill a tile, or a head for the token after the next
+
+
+@pytest.mark.parametrize(("kind", "found"), [("read", 0), ("filled", 0), ("ahead", 0), ("unread", 1)])
+def test_a_part_of_a_layer_that_nothing_reads_is_told_and_rows_beyond_the_vocabulary_are_not(kind: str, found: int) -> None:
+    result = run_probe(PROBES["gradients.reach-every-parameter"], from_model(Parts(kind)))
+    assert [finding.message for finding in result.findings] == ["fused.weight[12:24] gets a gradient of exactly zero"] * found
