@@ -189,3 +189,29 @@ def test_a_journal_is_readable_line_by_line_and_a_cut_line_is_left_out(tmp_path:
     (events,) = read_journals(tmp_path)
     assert [event["event"] for event in events] == ["start", "finding"]
     assert json.loads(path.read_text().splitlines()[1])["finding"]["where"]["line"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("fault", "probe"), [("torch.arange(4)[torch.tensor([i])]", "index.in-bounds"), ("torch.ones(2) + torch.ones(3 + i)", "shape.fits")]
+)
+def test_a_fault_in_a_worker_is_told_once_at_the_workers_line(tmp_path: Path, context: str, fault: str, probe: str) -> None:
+    text = f"""
+    import torch
+    from torch.utils.data import DataLoader
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+        def __getitem__(self, i):
+            return {fault}
+
+    if __name__ == "__main__":
+        list(DataLoader(Rows(), batch_size=2, num_workers=1, multiprocessing_context="{context}"))
+    """
+    done, report = run_script(tmp_path, text)
+    assert done.returncode == 1
+    assert [(f.probe, f.where.line, f.where.function) for f in report.findings] == [
+        (probe, 9, "Rows.__getitem__" if probe.startswith("index") else "__getitem__")
+    ]

@@ -106,7 +106,10 @@ def _merged(journals: list[list[Event]], processes: int, ended: Ended) -> list[F
             if start.get("rank") is not None:
                 ranks.setdefault(key, []).append(str(start["rank"]))
     found = []
+    refused = {(f.where.file, f.where.line) for f in merged.values() if f.probe.startswith("index.")}
     for place, finding in merged.items():
+        if finding.probe == "shape.fits" and (finding.where.file, finding.where.line) in refused:
+            continue  # a worker told of the index, and its parent of the exception that came of it
         if processes > 1 and ranks.get(place):
             where = ", ".join(dict.fromkeys(sorted(ranks[place], key=int)))
             finding = replace(finding, evidence={**finding.evidence, "ranks": where})

@@ -5,6 +5,7 @@ The operands are named by the model's own dimensions, each with the line that ma
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..load import SubjectCodeError
 from ..records import Case, Where
 from ..relations.repair import Edit
 from ..report import Finding, Scalar
-from ..sources import Sources, Spot, traceback_frames
+from ..sources import OWN, Sources, Spot, short_path, traceback_frames
 from ..subject import Subject, quiet
 from ..tracing.tracer import Recording, record
 from . import place
@@ -32,6 +33,8 @@ from .place import Place
 FITS = "shape.fits"
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
 
+FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
+
 KINDS = (RuntimeError, IndexError, TypeError, ValueError)
 
 
@@ -39,6 +42,8 @@ def explain_exception(error: BaseException) -> Finding | None:
     """The finding on an exception from a torch op; None for one that the script raised itself."""
     if not isinstance(error, KINDS) or not _from_torch(error):
         return None
+    if "Original Traceback" in str(error):
+        return _of_worker(error)
     at = place.of(error.__traceback__)
     explanation = _explained(error, at)
     if explanation is None:
@@ -68,6 +73,20 @@ def explain_exception(error: BaseException) -> Finding | None:
         observed=found.observed,
         evidence={**found.evidence, **evidence},
         raised=found.raised or None,
+    )
+
+
+def _of_worker(error: BaseException) -> Finding | None:
+    """What a data loader's worker raised and handed over as text, placed at the worker's own line."""
+    text = str(error).strip()
+    frames = [(file, int(line), name) for file, line, name in FRAME.findall(text) if place.rank(file) == OWN]
+    if not frames:
+        return None
+    file, line, name = frames[-1]
+    where = Where(function=name, file=short_path(file), line=line)
+    last = text.splitlines()[-1]
+    return Finding(
+        probe=FITS, severity="error", message=f"{last} (in a worker of the data loader)", where=where, source=lines_at(where), raised=last
     )
 
 
