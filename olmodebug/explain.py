@@ -134,7 +134,8 @@ def explain_run(subject: Subject, run: Callable[[], Any], error: BaseException, 
 
 
 def operands(error: BaseException, spot: Spot | None, names: dict[int, str]) -> str:
-    """The tensors that the failing expression names, with their shapes, read from the frame it ran in."""
+    """The tensors that the failing expression names, with their shapes, read from the frame it ran in; nothing where all of
+    them are single numbers, whose shapes explain no failure."""
     tree = expressions(spot)
     frame = next((f for f, _, line in reversed(traceback_frames(error.__traceback__)) if spot and f.f_code is spot.code), None)
     if tree is None or spot is None or frame is None:
@@ -147,7 +148,7 @@ def operands(error: BaseException, spot: Spot | None, names: dict[int, str]) -> 
         value = frame.f_locals.get(node.id) if isinstance(node, ast.Name) else None
         if isinstance(value, Tensor):
             shapes[node.id] = named_shape(tuple(value.shape), names)  # type: ignore[attr-defined]
-    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) if set(shapes.values()) - {"()"} else ""
 
 
 def _already_exists(error: BaseException, explanation: Explanation) -> bool:
