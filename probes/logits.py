@@ -130,13 +130,13 @@ def last_position_alone(subject: Subject) -> Iterator[Finding]:
     where = place_of(cuts[-1][1], module=cuts[-1][0].where.module, op=cuts[-1][0].op) if cuts else place_of(None)
     yield Found(
         probe="",
-        severity="error",
+        severity="error" if len(same) == 1 else "warning",  # other numbers of the same position may be meant: a cap, a temperature
         message=f"without {form.labels} it gives the logits of one position, and they are {found.max_abs:.3g} away from those of the last",
         where=where,
         source=source_lines(where),
         cause=f"they are the logits of position {same[0]} of {seq}" if len(same) == 1 else None,
         fix="take the last position: [:, [-1], :]" if len(same) == 1 else None,
         expected=f"the logits that position {seq - 1} has with {form.labels} given",
-        observed=f"the logits of position {same[0]}" if len(same) == 1 else "the logits of no position",
+        observed=f"the logits of position {same[0]}" if len(same) == 1 else f"a difference of {found.max_abs:.3g}",
         case=case,
     )

@@ -58,6 +58,7 @@ COURSES: tuple[Mutant, ...] = (
         "logits",
         "last|position|one position",
         ("return self.out_head(x[:, [-1], :])", "return self.out_head(block(x)[:, [-1], :])"),
+        severity="warning",
         build=_SAMPLER,
     ),
     # ---------------------------------------------------------------- the residual stream
