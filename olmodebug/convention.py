@@ -34,13 +34,14 @@ class Convention:
     """The argument names of a model's forward; None where it has no such argument. `by_name`: the ids are a keyword too.
 
     `labels_aligned` says that label t belongs to logit t (nanoGPT's `targets`); otherwise the model shifts inside
-    (`labels`). `mask_hides`: the mask is True where it hides, as torch.nn's are. `hands_cache`: the caller makes the cache and hands it to every forward. `loss_method` takes the labels
-    where forward takes none. `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take
-    the positions of the new tokens, or the first of them, where the model keeps its cache itself. `required` have no default: what
-    no case states is given as counted positions, a mask of ones, the ids themselves as labels. `whole_mask`: an argument for a mask
-    `[batch, 1, seq_len, seq_len]` with causality in it, and what True says in it. `in_dict`: one argument holds all by
-    their names. `sequence_first`: ids are `[seq_len, batch]`, and so are the logits. `multiple`: the model takes sequences of
-    such lengths only, and others are padded on the right.
+    (`labels`). `mask_hides`: the mask is True where it hides, as torch.nn's are. `hands_cache`: the caller makes the
+    cache and hands it to every forward. `loss_method` takes the labels where forward takes none.
+    `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take the
+    positions of the new tokens, or the first of them, where the model keeps its cache itself. `required` have no
+    default: what no case states is given as counted positions, a mask of ones, the ids themselves as labels.
+    `whole_mask`: an argument for a mask `[batch, 1, seq_len, seq_len]` with causality in it, and what True says in
+    it. `in_dict`: one argument holds all by their names. `sequence_first`: ids are `[seq_len, batch]`, and so are the
+    logits. `multiple`: the model takes sequences of such lengths only, and others are padded on the right.
     """
 
     ids: str

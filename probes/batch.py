@@ -10,6 +10,7 @@ from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import probe
 from olmodebug.records import Case, Rows
+from olmodebug.relations.diagnose import OTHER_ROWS
 from olmodebug.relations.invariance import (
     Pair,
     Violation,
@@ -81,7 +82,7 @@ def rows_alike(subject: Subject) -> Iterator[Finding]:
         return
     with torch.no_grad(), quiet():
         recording = record(twin.model, lambda: twin.call(case), keep=True)
-    place = place_of(None)
+    place = None
     for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
         parted = [t for t in kept.outputs if t.is_floating_point() and t.ndim > 1 and t.shape[0] == batch]
         if any(difference(t[:1].expand_as(t), t, relative_limit=limit) is not None for t in parted):
@@ -91,9 +92,9 @@ def rows_alike(subject: Subject) -> Iterator[Finding]:
         probe="",
         severity="error",
         message=f"row {found.index[0]} has logits {found.max_abs:.3g} away from those of row 0, and holds the same tokens",
-        where=place,
-        source=source_lines(place),
-        cause=f"at this line a tensor of {batch} rows, one for each of the batch, holds other numbers in every row",
+        where=place or place_of(None),
+        source=source_lines(place) if place else (),
+        cause=f"at this line a tensor of {batch} rows, one for each of the batch, holds other numbers in every row" if place else None,
         fix="is a dimension of positions taken for that of the batch? With the batch first, positions are counted along dimension 1",
         expected="the same logits in every row",
         observed=f"a difference of {found.max_abs:.3g} in row {found.index[0]}",
@@ -164,7 +165,7 @@ def _pair(twin: Subject, batch: int, seq: int, change: str) -> Pair:
             positions = (counted,) * batch
             left, right = replace(left, position_ids=positions), replace(right, position_ids=positions)
     part = base_part(twin, left, rows=slice(row, row + 1))
-    return Pair(left=left, right=right, part=part, hidden="the other rows", change=change)
+    return Pair(left=left, right=right, part=part, hidden=OTHER_ROWS, change=change)
 
 
 def _shape_crash(twin: Subject, pair: Pair, error: SubjectCodeError) -> Finding | None:

@@ -51,6 +51,7 @@ SAME_VALUES = (
     "div",
     "add",
 )
+OTHER_ROWS = "the other rows"
 # The fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer in eval mode.
 NATIVE_ATTENTION = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 FUSED_ATTENTION = ("_scaled_dot_product_", "_efficient_attention", "_flash_attention", "scaled_dot_product_attention")
@@ -236,6 +237,8 @@ def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     tree = expressions(culprit.spot)
     call = _call(tree, culprit, ("scaled_dot_product_attention",))
     if mask is None and not causal:
+        if hidden == OTHER_ROWS:
+            return _along_the_batch(culprit, part)
         if hidden == "padded tokens":
             return Diagnosis(
                 cause="scaled_dot_product_attention gets no attn_mask, so padded keys take part",
@@ -263,10 +266,24 @@ def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     return _pattern(pattern, hidden)
 
 
+def _along_the_batch(culprit: Culprit, part: Part) -> Diagnosis:
+    """Attention whose sequence is the batch: nothing else brings the rows of a batch together in it, and no mask is to blame."""
+    assert culprit.left is not None
+    query = culprit.left.arguments.get("query")
+    if not isinstance(query, Tensor) or query.ndim < 3 or query.shape[-2] != part.batch or part.batch == part.seq:
+        return Diagnosis()
+    return Diagnosis(
+        cause=f"attention runs along the batch: its sequence has {part.batch} entries, the number of rows, and there are {part.seq} tokens",
+        fix="batch_first=True, for nn.MultiheadAttention and nn.TransformerEncoderLayer; elsewhere transpose before it",
+    )
+
+
 def _native(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     """What torch.nn's attention was told in its fast path; its masks are True where they hide."""
     assert culprit.left is not None
     mask, kind = culprit.left.arguments.get("mask"), culprit.left.arguments.get("mask_type")
+    if hidden == OTHER_ROWS:
+        return _along_the_batch(culprit, part)
     if not isinstance(mask, Tensor) or kind == 1:
         padding = hidden == "padded tokens"
         if padding and kind == 1:

@@ -74,10 +74,10 @@ def norm_width(module: nn.Module) -> int | None:
 
 def acts_as_norm(module: nn.Module, width: int) -> bool:
     """Whether a module forgets the scale of what it is given and keeps its direction apart: f(1e6 x) = f(1e9 x), not constant."""
-    try:
-        first, second = isolated(module, width, scale=LARGE), isolated(module, width, scale=1e3 * LARGE)
-    except Exception:  # a module that wants other arguments is no plain norm
+    outputs = _at_scales(module, width, LARGE, 1e3 * LARGE)
+    if outputs is None:
         return False
+    first, second = outputs
     size = float(first.abs().max())
     varied = bool((first.std(dim=-1) > 1e-3 * size).all())
     return size > 0 and varied and float((first - second).abs().max()) <= 1e-5 * size
@@ -85,13 +85,20 @@ def acts_as_norm(module: nn.Module, width: int) -> bool:
 
 def divides_by_square(module: nn.Module, width: int) -> bool:
     """Whether what a module gives is half as large for an input twice as large, which no norm means to do."""
-    try:
-        sizes = [isolated(module, width, scale=scale) for scale in (1e2, 2e2, 4e2)]
-    except Exception:  # a module that wants other arguments is no plain norm
+    outputs = _at_scales(module, width, 1e2, 2e2, 4e2)
+    if outputs is None:
         return False
-    first, *others = sizes
+    first, *others = outputs
     size = float(first.abs().max())
     return size > 0 and all(float((first - out * 2.0**i).abs().max()) <= 1e-3 * size for i, out in enumerate(others, 1))
+
+
+def _at_scales(module: nn.Module, width: int, *scales: float) -> list[Tensor] | None:
+    """What a module gives for the same input at several scales; None where it wants other arguments, and so is no plain norm."""
+    try:
+        return [isolated(module, width, scale=scale) for scale in scales]
+    except Exception:  # whatever another kind of module raises
+        return None
 
 
 def traced(module: nn.Module, run: Callable[[], Any]) -> Recording:
