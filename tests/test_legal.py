@@ -1,5 +1,6 @@
 """Legal designs that a probe once took for a bug, each asked the one probe that was loud."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import olmodebug
 from olmodebug.examine import run_probe
 from olmodebug.probe import shipped_probes
-from olmodebug.report import Report
+from olmodebug.report import Finding, Report
 from olmodebug.subject import from_model
 
 CLEAN = Path(__file__).parent / "mutants" / "clean"
@@ -185,3 +186,26 @@ class Parts(nn.Module):
 def test_a_part_of_a_layer_that_nothing_reads_is_told_and_rows_beyond_the_vocabulary_are_not(kind: str, found: int) -> None:
     result = run_probe(PROBES["gradients.reach-every-parameter"], from_model(Parts(kind)))
     assert [finding.message for finding in result.findings] == ["fused.weight[12:24] gets a gradient of exactly zero"] * found
+
+
+class Offset(nn.Module):
+    """Two rows of the table are never a position, as in RoBERTa."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(max_position_embeddings=100, vocab_size=31)
+        self.embed, self.positions, self.head = nn.Embedding(31, 8), nn.Embedding(100, 8), nn.Linear(8, 31)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids) + self.positions(torch.arange(2, input_ids.shape[1] + 2)))
+
+
+def test_a_sequence_longer_than_the_model_takes_is_no_matter_of_finite_logits() -> None:
+    assert run_probe(PROBES["logits.finite"], from_model(Offset())).outcome.status == "passed"
+
+
+def test_what_two_cases_show_at_one_line_is_told_once() -> None:
+    first, other = (Finding(probe="", severity="error", message=text) for text in ("one fault", "another fault"))
+    twice = replace(PROBES["logits.finite"], function=lambda subject: iter([first, other, first]))
+    result = run_probe(twice, from_model(Small("smooth")))
+    assert [finding.message for finding in result.findings] == ["one fault", "another fault"]
