@@ -26,6 +26,8 @@ CLASSES = (
     "Mamba Cohere"
 ).split()
 
+ALONE = ("ops", "scratch")  # programs of their own
+
 COMMANDS: dict[str, list[str]] = {
     "parity-device-assert": ["parity", f"{BUGS}/short_rope_table.py:build", "--device", "cuda", "--dtype", "float32"],
     "parity-eager-sdpa": ["parity", "olmo2-tiny", "--left", "cuda,bfloat16,eager", "--right", "cuda,bfloat16,sdpa"],
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     arguments.to.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + arguments.seconds
-    names = [name for name in ("ops", *COMMANDS) if re.search(arguments.only, name)]
+    names = [name for name in (*ALONE, *COMMANDS) if re.search(arguments.only, name)]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(lambda name: run(name, arguments, end), names))
     print(f"{len(rows)} entries, {sum(row is None for row in rows)} not run for want of time")
@@ -94,8 +96,8 @@ def run(name: str, arguments: argparse.Namespace, end: float) -> int | None:
 
 def line_of(name: str, report: Path, train: list[str]) -> list[str]:
     """The command line of an entry."""
-    if name == "ops":
-        return [sys.executable, "-m", "tests.gpu_ops", "--json", str(report)]
+    if name in ALONE:
+        return [sys.executable, "-m", f"tests.gpu_{name}", "--json", str(report)]
     verb, *rest = COMMANDS[name]
     options = ["--json", str(report), *([] if verb == "run" else ["--timeout", "120"]), *(train if verb == "train" else [])]
     return [sys.executable, "-m", "olmodebug", verb, *options, *rest]

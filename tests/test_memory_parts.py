@@ -8,7 +8,7 @@ import torch
 from olmodebug.errors import UsageError
 from olmodebug.footprint.device_memory import device_memory
 from olmodebug.footprint.gpus import GPUS, bytes_from, gpu_named
-from olmodebug.footprint.history import aligned, peak_of_history
+from olmodebug.footprint.history import Predicted, aligned, peak_of_history
 from olmodebug.footprint.oom import explain_out_of_memory, is_out_of_memory, reason_of, requested_bytes
 from olmodebug.footprint.peak_owner import owner
 from olmodebug.footprint.scratch import scratch_bytes
@@ -100,15 +100,27 @@ def entry(size: int, line: int) -> dict:
     return {"action": "alloc", "size": size, "frames": frames}
 
 
+def predicted(*sizes: int) -> list[Predicted]:
+    return [Predicted(size, f"op{i} of model, forward") for i, size in enumerate(sizes)]
+
+
 def test_a_real_allocation_that_nobody_predicted_is_named_with_its_line() -> None:
-    found = aligned([1000, 2000, 2000], [entry(1024, 1), entry(2048, 2), entry(2048, 2), entry(70000, 7), entry(70000, 7)])
+    made = predicted(1000, 2000, 2000)
+    found = aligned(made, [entry(1024, 1), entry(2048, 2), entry(2048, 2), entry(70000, 7), entry(70000, 7)])
     assert not found["identical"] and (found["predicted"], found["measured"]) == (3, 5)
     assert found["unpredicted"] == [{"bytes": 70144, "count": 2, "place": "model.py:7 forward"}]
-    assert aligned([1000, 2000], [entry(1024, 1), entry(2048, 2)])["identical"]
-    assert (
-        aligned([1000, 2000], [entry(1024, 1)])["first_difference"]
-        == "0 real allocations that were not predicted, 1 predicted ones that were not made"
-    )
+    assert aligned(predicted(1000, 2000), [entry(1024, 1), entry(2048, 2)])["identical"]
+    found = aligned(predicted(1000, 2000), [entry(1024, 1)])
+    assert found["first_difference"] == "0 real allocations that were not predicted, 1 predicted ones that were not made"
+    assert found["missing"] == [{"bytes": 2048, "count": 1, "place": "op1 of model, forward"}]
+
+
+def test_an_allocation_without_frames_is_named_by_what_was_predicted_before_it() -> None:
+    bare = {"action": "alloc", "frames": []}
+    sizes = [512, 1024, 2048, 7168, 7168, 4096, 512]  # of 7168 one was predicted, later
+    found = aligned(predicted(512, 1024, 2048, 4096, 512, 7168, 9216), [{**bare, "size": size} for size in sizes])
+    assert found["unpredicted"] == [{"bytes": 7168, "count": 1, "place": "after op2 of model, forward"}]
+    assert found["missing"] == [{"bytes": 9216, "count": 1, "place": "op6 of model, forward"}]
 
 
 def test_the_peak_of_a_history_counts_frees_when_they_complete() -> None:

@@ -357,6 +357,30 @@ def layer_norm(x: Tensor, shape: int, weight: Tensor | None, bias: Tensor | None
     ]
 
 
+def rms_norm_backward(gradient: Tensor, x: Tensor, shape: int, scale: Tensor, weight: Tensor | None) -> list[Exact | None]:
+    """The gradients of input and weight of `_fused_rms_norm`, from the saved reciprocal root of the mean square."""
+    dims = tuple(range(x.ndim - shape, x.ndim))
+    rows = tuple(range(x.ndim - shape))
+    count = math.prod(x.shape[d] for d in dims)
+    normed = x * scale
+    given = gradient if weight is None else gradient * weight
+    inner = (given * normed).mean(dims, keepdim=True)
+    value = scale * (given - normed * inner)
+    size = (given * normed).abs().mean(dims, keepdim=True)
+    error = 3 * given.abs() + normed.abs() * ((LAMBDA * math.sqrt(count) + 6) * size + 2 * inner.abs())
+    first = Exact(value=value, roundings=scale.abs() * error + 3 * value.abs())
+    if weight is None:
+        return [first, None]
+    gain = gradient * normed
+
+    def over_rows(t: Tensor) -> Tensor:
+        return t.sum(rows) if rows else t  # a sum over no dimension would be one over all
+
+    second = sum_of(over_rows, gain, math.prod(x.shape[d] for d in rows))
+    second.roundings = 3 * over_rows(gain.abs())
+    return [first, second]
+
+
 def layer_norm_backward(
     gradient: Tensor, x: Tensor, shape: int, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> list[Exact | None]:

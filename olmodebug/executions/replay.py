@@ -42,6 +42,7 @@ ERF_ABSOLUTE = 8  # the CPU's vectors take a polynomial whose error is absolute,
 ADDING = {"add", "sub", "rsub"}
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot", "vdot", "linear", "matmul"}
 SUMS = {"sum", "mean", "cumsum", "nansum"}
+SCANS = {"logcumsumexp", "cumprod"}
 SCATTERED = {"embedding_dense_backward", "index_put", "_index_put_impl", "index_add", "scatter_add", "scatter_reduce", "index_reduce"}
 ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -211,8 +212,8 @@ def _function(call: _Call) -> list[Exact | None]:
     if call.name == "erf" and call.on_cpu:
         outputs = [Exact(value=y, roundings=count * y.abs() + ERF_ABSOLUTE) for y in call.run()]
     exponent = call.args[1] if call.name == "pow" and not isinstance(call.args[1], Tensor) else None
-    if call.on_cpu and exponent in (3, -2):
-        for exact in outputs:  # the CPU multiplies vectors of the tensor's own dtype
+    if exponent in (3, -2):
+        for exact in outputs:  # multiplied, and each product rounded to the tensor's own dtype
             exact.stored, exact.absolute = 2 * exact.value.abs(), 2.0
     if call.on_cpu and (call.name == "rsqrt" or exponent == -0.5):
         for exact in outputs:  # what is left over from whole vectors: a root in the tensor's own dtype, and 1 divided by it
@@ -267,8 +268,7 @@ def _slope(call: _Call) -> list[Exact | None]:
     (y,) = call.run()
     gradient, output = call.named["grad_output"].abs(), call.named["output"].abs()
     size = gradient * (1 + output**2) if call.name == "tanh_backward" else gradient * output * (1 + output)
-    # on the CPU 1 - output and the products are kept in the tensors' dtype
-    return [Exact(value=y, roundings=4 * size, stored=2 * size if call.on_cpu else None, absolute=4.0)]
+    return [Exact(value=y, roundings=4 * size, stored=2 * size, absolute=4.0)]  # 1 - output and the products are kept in the tensors' dtype
 
 
 def _product(call: _Call) -> list[Exact | None]:
@@ -277,17 +277,24 @@ def _product(call: _Call) -> list[Exact | None]:
         return [bound.contraction(named["self"], named["mat2"])]
     if call.name == "addmm":
         scales = {"scale": float(named.get("alpha", 1)), "add_scale": float(named.get("beta", 1))}
-        return [bound.contraction(named["mat1"], named["mat2"], added=named["self"], **scales)]
+        return [_sum_apart(call, bound.contraction(named["mat1"], named["mat2"], added=named["self"], **scales), scales["add_scale"])]
     if call.name == "baddbmm":
         scales = {"scale": float(named.get("alpha", 1)), "add_scale": float(named.get("beta", 1))}
         added = None if scales["add_scale"] == 0 else named["self"]
-        return [bound.contraction(named["batch1"], named["batch2"], added=added, **scales)]
+        return [_sum_apart(call, bound.contraction(named["batch1"], named["batch2"], added=added, **scales), scales["add_scale"])]
     (y,) = call.run()
     left, right = (t for t in call.floats[-2:])
     size, spread = call.func(left.abs(), right.abs()), call.func(left * left, right * right).sqrt()
     length = left.shape[-1]
     partial = torch.minimum(size, y.abs() + LAMBDA * spread)
     return [Exact(value=y, summed=LAMBDA * math.sqrt(length) * partial, spread=spread, length=max(2, length))]
+
+
+def _sum_apart(call: _Call, exact: Exact, add_scale: float) -> Exact:
+    """cuBLAS may write the product in the output's dtype before the bias is added (seen on an H100 with a few columns)."""
+    if not call.on_cpu and add_scale:
+        exact.stored = (exact.value - add_scale * call.named["self"]).abs()
+    return exact
 
 
 def _convolved(call: _Call) -> list[Exact | None]:
@@ -310,6 +317,8 @@ def _summed(call: _Call) -> list[Exact | None]:
     once = call.func(torch.zeros((), dtype=torch.float64).expand(terms.shape), *rest, **kwargs)
     length = terms.shape[call.named["dim"]] if call.name == "cumsum" else max(1, terms.numel() // max(1, once.numel()))
     exact = bound.sum_of(lambda t: call.func(t, *rest, **kwargs), terms, length)
+    if call.name == "cumsum":
+        exact.own_accumulation = not call.on_cpu  # CUDA's scan keeps its sums in the tensor's own dtype
     if call.name == "mean":
         # The mean of squares is no root of anything: undo the division under the root.
         exact.spread = (exact.spread / math.sqrt(length)) if exact.spread is not None else None
@@ -383,14 +392,21 @@ def _logsumexp(call: _Call) -> list[Exact | None]:
     top = (top if keep else top.amax(dims)).abs().nan_to_num(0.0, 0.0, 0.0)
     count = math.prod(x.shape[d] for d in dims)
     roundings = 2 * (y.abs() + top + share) + 2 * math.log(count + 1) + 6
-    stored = (2 * top + y.abs() + 1) if call.on_cpu else None  # the CPU keeps each of them in the dtype of the scores
+    stored = 2 * top + y.abs() + 2 + share  # differences, exponentials and their sum are tensors in the dtype of the scores
     return [Exact(value=y, roundings=roundings, summed=torch.full_like(y, LAMBDA * math.sqrt(count)), stored=stored)]
 
 
 def _softmax_backward(call: _Call) -> list[Exact | None]:
-    named = call.named
-    rule = bound.log_softmax_backward if "log" in call.name else bound.softmax_backward
-    return [rule(named["grad_output"], named["output"], named["dim"])]
+    gradient, output, dim = (call.named[name] for name in ("grad_output", "output", "dim"))
+    if "log" in call.name:
+        return [bound.log_softmax_backward(gradient, output, dim)]
+    exact = bound.softmax_backward(gradient, output, dim)
+    if not call.on_cpu:  # CUDA writes gradient times output in their dtype first
+        product = gradient * output
+        carried = torch.minimum(product.abs().sum(dim, keepdim=True), LAMBDA * product.square().sum(dim, keepdim=True).sqrt())
+        exact.stored = product.abs() + output.abs() * carried
+        exact.absolute = 2 + output.abs() * output.shape[dim]
+    return [exact]
 
 
 def _rms_norm(call: _Call) -> list[Exact | None]:
@@ -402,6 +418,14 @@ def _rms_norm(call: _Call) -> list[Exact | None]:
     y = x * scale if weight is None else x * scale * weight
     sums = LAMBDA * math.sqrt(math.prod(x.shape[d] for d in dims))
     return [Exact(value=v, roundings=8 * v.abs(), summed=sums * v.abs()) for v in (y, scale)]
+
+
+def _rms_norm_backward(call: _Call) -> list[Exact | None]:
+    """The gradients of input and weight of `_fused_rms_norm`, from the saved reciprocal root."""
+    n = call.named
+    x, scale, weight, gradient = n["input"], n["rstd"], n.get("weight"), n["grad_out"]
+    results = bound.rms_norm_backward(gradient, x, len(n["normalized_shape"]), scale, weight)
+    return [exact if wanted else None for exact, wanted in zip(results, n["output_mask"], strict=True)]
 
 
 def _layer_norm(call: _Call) -> list[Exact | None]:
@@ -450,6 +474,12 @@ def _attended_backward(call: _Call) -> list[Exact | None]:
     return [*bound.attention_backward(call.named)]
 
 
+def _log_sigmoid(call: _Call) -> list[Exact | None]:
+    """The second output is a buffer of the CPU's own; on CUDA it is empty."""
+    (first, *rest) = _calibrated(call)
+    return [first, *(rest if call.on_cpu else [None for _ in rest])]
+
+
 def _calibrated(call: _Call) -> list[Exact | None]:
     """An op without a derived bound: how far random roundings of its arguments carry it, and eight of the result."""
     if sum(t.numel() for t in call.floats) > MOST_CALIBRATED:
@@ -473,7 +503,8 @@ def _calibrated(call: _Call) -> list[Exact | None]:
         if not (y.dtype.is_floating_point or y.dtype.is_complex):
             results.append(None)
             continue
-        length = max(1, size // max(1, y.numel()))
+        scanned = y.shape[call.named["dim"]] if call.name in SCANS and y.ndim else 1
+        length = max(scanned, size // max(1, y.numel()))
         grown = math.sqrt(length)
         summed = (LAMBDA * m + 8 * y.abs()) * grown
         results.append(Exact(value=y, summed=summed, length=2, own_accumulation=True, absolute=LAMBDA * grown, derived=False))
@@ -498,6 +529,8 @@ RULES: tuple[tuple[set[str], Callable[[_Call], list[Exact | None]]], ...] = (
     ({"_softmax_backward_data", "_log_softmax_backward_data"}, _softmax_backward),
     ({"native_layer_norm"}, _layer_norm),
     ({"_fused_rms_norm"}, _rms_norm),
+    ({"_fused_rms_norm_backward"}, _rms_norm_backward),
+    ({"log_sigmoid_forward"}, _log_sigmoid),
     ({"logsumexp"}, _logsumexp),
     ({"native_layer_norm_backward"}, _layer_norm_backward),
     (ATTENTION, _attended),

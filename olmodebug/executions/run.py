@@ -32,7 +32,7 @@ from .compare import drift
 from .compiled import BACKENDS, backend_of, departed, judged, uncompiled
 from .execution import Execution, applied
 from .judge import Judgement, judge
-from .replay import Expected, expect, is_arithmetic, op_name
+from .replay import ATTENTION, Expected, expect, is_arithmetic, op_name
 
 Tell = Callable[..., None]
 REPRO_BYTES = 64 << 20  # of inputs of one failed op
@@ -88,7 +88,7 @@ class _Watch:
         line |= {"in": [str(t) for t in event.inputs], "out": [str(t) for t in event.outputs], "parameters": list(event.parameters)}
         line["scalars"] = scalars(moment.arguments)
         line["digest"] = [digest(t) for t in moment.outputs]
-        self.digests.append(hash(tuple(line["digest"])))
+        self.digests.append(bits(moment))
         if self.expected is not None:
             found = judge(self.expected, moment.outputs, declared=self.declared)
             line["judged"] = judgement_fields(found)
@@ -196,6 +196,9 @@ def prepare(subject: Subject, execution: Execution, weights: str | None, *, grap
                     parameter.copy_(parameter.to(dtype_named(weights)).to(parameter.dtype))
     if execution.attention is not None:
         set_attention(model, execution.attention)
+    if execution.dtype == "float64":
+        with contextlib.suppress(Exception):  # the grouped kernel of transformers' experts takes no float64; not every class has another
+            model.set_experts_implementation("eager")  # type: ignore[operator]
     cast(model, dtype_named(execution.dtype), device=torch.device(execution.device))
     if execution.compile:
         model.compile(backend=backend_of(execution.compile, [] if graphs is None else graphs))
@@ -205,7 +208,16 @@ def _forward(subject: Subject, case: ParityCase) -> dict[str, Tensor]:
     with torch.no_grad():
         if case.mode == "decode":
             return {"logits": _decoded(subject, case)}
-        return {"logits": subject.call(case.case).logits}
+        return {"logits": _attended(case, subject.call(case.case).logits)}
+
+
+def _attended(case: ParityCase, logits: Tensor) -> Tensor:
+    """The logits of the positions that the attention mask shows, as one row: at hidden ones nothing is defined."""
+    mask = case.case.attention_mask
+    if mask is None:
+        return logits
+    shown = [i for i, seen in enumerate(seen for row in mask for seen in row) if seen]
+    return logits.flatten(0, 1)[None, shown]
 
 
 def _decoded(subject: Subject, case: ParityCase) -> Tensor:
@@ -345,10 +357,25 @@ def _digests(subject: Subject, run: Callable[[], Any]) -> list[int]:
 
     def note(moment: Moment) -> None:
         if not moment.event.op.startswith("_record_function"):
-            seen.append(hash(tuple(digest(t) for t in moment.outputs)))
+            seen.append(bits(moment))
 
     record(subject.model, run, on_event=note, log=False)
     return seen
+
+
+def bits(moment: Moment) -> int:
+    """A checksum of what an op's outputs hold that is defined.
+
+    Fused attention also returns padded row sums, a seed that nothing drew from and rows that see no key: memory as it was.
+    """
+    outputs = moment.outputs
+    if moment.event.op in ATTENTION and outputs:
+        bias = moment.arguments.get("attn_bias", moment.arguments.get("attn_mask"))
+        outputs = outputs[:1]
+        if isinstance(bias, Tensor) and bias.is_floating_point():
+            blind = torch.isneginf(bias).all(-1, keepdim=True)
+            outputs = [outputs[0].masked_fill(blind, 0.0)]
+    return hash(tuple(digest(t) for t in outputs))
 
 
 # What an event says of its op

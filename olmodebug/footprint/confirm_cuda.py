@@ -15,9 +15,9 @@ from .allocator import settings_of
 from .confirm import EMPTY, figure, real_subject
 from .device_memory import device_memory
 from .dry_run import Prepared, token_ids, trace_fake
-from .estimate import estimate, on_device
+from .estimate import estimate, folded, on_device
 from .gpus import GPUS, Gpu
-from .history import aligned, allocations_of
+from .history import Predicted, aligned, allocations_of
 from .oom import explain_out_of_memory, is_out_of_memory
 from .records import MemoryEstimate
 from .short_training import short_training
@@ -63,7 +63,7 @@ def confirm_on_cuda(job: Job, plan: StepPlan, _: MemoryEstimate, *, budget_bytes
     body |= {
         "figures": rows,
         "retries": int(stats.get("num_alloc_retries", 0)),
-        "events": aligned(_last_step(trace, gpu), allocations_of(history)),
+        "events": None if plan.inference else aligned(_last_step(trace, gpu), allocations_of(history)),
         "skipped": None if after.process_bytes is not None else f"the process's memory: {after.source}",
     }
     yield body
@@ -147,11 +147,12 @@ def _measured_inference(subject: Any, plan: StepPlan) -> dict[str, int]:
     return {"prefill": torch.cuda.max_memory_allocated()}
 
 
-def _last_step(trace: StorageTrace, gpu: Gpu) -> list[int]:
-    """The sizes that the last predicted step allocates, in order."""
+def _last_step(trace: StorageTrace, gpu: Gpu) -> list[Predicted]:
+    """What the last predicted step allocates, in order."""
     allocations, events = on_device(trace, gpu)
     last = max(a.step for a in allocations)
-    return [allocations[e].bytes for e in events if e >= 0 and allocations[e].step == last]
+    made = (allocations[e] for e in events if e >= 0 and allocations[e].step == last)
+    return [Predicted(a.bytes, f"{a.op} of {folded(a.module)}, {a.phase}") for a in made]
 
 
 def _phase(found: MemoryEstimate, name: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..convention import find_logits, find_loss
 from ..errors import UsageError
@@ -170,8 +170,10 @@ def chunked_loss(subject: Subject, input_ids: Tensor) -> Tensor:
         del module.__dict__["forward"]
     targets = next_tokens(input_ids).flatten()
     total = hidden.new_zeros((), dtype=torch.float32)
-    for states, labels in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-        total = total + checkpoint(_chunk_loss, module, states, labels, use_reentrant=False, preserve_rng_state=False)
+    # Without the early stop: the exception that ends a recomputation is lost inside torch 2.11's cross-entropy on CUDA.
+    with set_checkpoint_early_stop(False):
+        for states, labels in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+            total = total + checkpoint(_chunk_loss, module, states, labels, use_reentrant=False, preserve_rng_state=False)
     return total / (len(input_ids) * (input_ids.shape[1] - 1))
 
 

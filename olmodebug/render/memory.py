@@ -163,7 +163,12 @@ def _confirmation(confirmation: Mapping[str, Any] | None) -> Iterator[Line]:
         same = "identical, one by one" if events["identical"] else f"differ: {events['first_difference']}"
         yield row("events", f"{events['predicted']} predicted, {events['measured']} measured: {same}")
         for item in events["unpredicted"][:5]:
-            yield row("", f"not predicted: {item['count']} x {bytes_text(item['bytes'])} at {item['place']}")
+            yield row(
+                "",
+                f"not predicted: {item['count']} x {bytes_text(item['bytes'])} {item['place'] if item['place'].startswith('after ') else 'at ' + item['place']}",
+            )
+        for item in events.get("missing", [])[:5]:
+            yield row("", f"not made: {item['count']} x {bytes_text(item['bytes'])}, {item['place']}")
     if training := confirmation["training"]:
         word = "fell" if training["fell"] else "did not fall"
         yield row(

@@ -39,6 +39,7 @@ def born_nan() -> None:
 
 
 def memory() -> None:
+    torch.cuda.set_per_process_memory_fraction(0.15)  # as on a smaller card: others may use the rest
     kept = []
     model = nn.Linear(4096, 50304, device="cuda")
     while True:
