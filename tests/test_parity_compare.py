@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from torch import Tensor
 
 import olmodebug.report
 from olmodebug.environment import environment
@@ -16,9 +17,11 @@ from olmodebug.executions.cases import cases_of
 from olmodebug.executions.compare import compare
 from olmodebug.executions.execution import parse
 from olmodebug.executions.findings import findings
-from olmodebug.executions.run import Options, run_parity
+from olmodebug.executions.run import Options, bits, run_parity
+from olmodebug.records import Event, Where
 from olmodebug.report import plain
 from olmodebug.spec import Job, resolve
+from olmodebug.tracing.recording import Moment
 
 SCHEMA = json.loads(Path(olmodebug.report.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
 PARITY = SCHEMA["properties"]["sections"]["properties"]["parity"]
@@ -70,6 +73,31 @@ def test_bfloat16_agrees_with_float64_and_every_op_is_judged(truth: Bundle, low:
     assert [item["behaves_like"] for item in section["products"]] == ["float32 sums, one rounding to bf16"]
     assert section["decisions"]["changed"] == 0
     assert findings(found, low, scripts=None) == []
+
+
+def test_hidden_positions_are_not_compared(low: Bundle) -> None:
+    (case,) = (c for c in cases_of(resolve(Job(spec="olmo2-tiny")), ("padded",)))
+    mask = case.case.attention_mask
+    assert mask is not None
+    logits = low.tensor("padded/logits")
+    assert logits is not None and logits.shape[:2] == (1, sum(map(sum, mask)))
+
+
+def attention(output: Tensor, *rest: Tensor, bias: Tensor | None = None) -> Moment:
+    event = Event(index=0, op="_scaled_dot_product_efficient_attention", where=Where())
+    return Moment(event=event, spot=None, arguments={"attn_bias": bias}, inputs=[], outputs=[output, *rest])
+
+
+def test_what_fused_attention_leaves_undefined_is_not_asked_to_repeat() -> None:
+    output, other = torch.rand(1, 2, 3, 4), torch.rand(1, 2, 3, 4)
+    bias = torch.zeros(1, 1, 3, 3)
+    bias[:, :, 0] = -torch.inf  # the first query sees nothing
+    blind = output.clone()
+    blind[:, :, 0] = 7.0
+    assert bits(attention(output, torch.tensor(1))) == bits(attention(output, torch.tensor(2)))
+    assert bits(attention(output, bias=bias)) == bits(attention(blind, bias=bias))
+    assert bits(attention(output)) != bits(attention(blind))
+    assert bits(attention(output, bias=bias)) != bits(attention(other, bias=bias))
 
 
 def test_a_backward_op_is_judged_like_a_forward_one(low: Bundle) -> None:

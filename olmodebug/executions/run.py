@@ -32,7 +32,7 @@ from .compare import drift
 from .compiled import BACKENDS, backend_of, departed, judged, uncompiled
 from .execution import Execution, applied
 from .judge import Judgement, judge
-from .replay import ATTENTION, Expected, expect, is_arithmetic, op_name
+from .replay import ATTENTION, UNWRITTEN, Expected, expect, is_arithmetic, op_name
 
 Tell = Callable[..., None]
 REPRO_BYTES = 64 << 20  # of inputs of one failed op
@@ -366,9 +366,10 @@ def _digests(subject: Subject, run: Callable[[], Any]) -> list[int]:
 def bits(moment: Moment) -> int:
     """A checksum of what an op's outputs hold that is defined.
 
-    Fused attention also returns padded row sums, a seed that nothing drew from and rows that see no key: memory as it was.
+    Memory that was only asked for holds what was there before; so do fused attention's padded row sums, the seed that nothing
+    drew from, and rows that see no key.
     """
-    outputs = moment.outputs
+    outputs = [] if moment.event.op.rstrip("_") in UNWRITTEN else moment.outputs
     if moment.event.op in ATTENTION and outputs:
         bias = moment.arguments.get("attn_bias", moment.arguments.get("attn_mask"))
         outputs = outputs[:1]
