@@ -7,6 +7,7 @@ from torch import nn
 from olmodebug.errors import UsageError
 from olmodebug.model import Olmo
 from olmodebug.presets import PRESETS, preset
+from olmodebug.training.loop import is_spike
 from olmodebug.training.optimizer import kinds, make_optimizers, zero_residual_outputs
 from olmodebug.training.recipe import LADDER, OURS, SHORT, recipe
 
@@ -104,3 +105,13 @@ def test_rates_of_a_step_keep_their_proportion() -> None:
     rates = [group["lr"] for optimizer in optimizers.each for group in optimizer.param_groups]
     assert rates == [OURS.embedding_rate / 2, OURS.norm_rate / 2, OURS.learning_rate / 2]
     assert isinstance(optimizers.each[1], torch.optim.Muon)
+
+
+def test_a_loss_is_a_spike_beside_losses_on_the_same_kind_of_windows() -> None:
+    ours = recipe("olmodebug")
+    assert (ours.first_of_kind(79), ours.first_of_kind(80), recipe("short").first_of_kind(99)) == (0, 80, 0)
+    flat: list[float | None] = [4.0] * 80
+    assert is_spike(flat, 5.5, first=ours.first_of_kind(79))
+    assert not is_spike(flat, 5.5, first=ours.first_of_kind(80))  # the windows with which documents begin are harder
+    assert is_spike([*flat, *([5.4] * 10)], 6.5, first=ours.first_of_kind(90))
+    assert not is_spike(flat[:5], 9.0, first=0)

@@ -208,10 +208,15 @@ def _step(
         scaler.update()
     if finite:
         optimizers.zero_grad()
-    recent = [s["loss"] for s in watch.steps[-LOOKED_AT_EVERY:] if s["loss"] is not None]
-    if len(recent) == LOOKED_AT_EVERY and math.isfinite(value) and value > statistics.median(recent) + SPIKE_NATS:
+    if is_spike([s["loss"] for s in watch.steps], value, first=recipe.first_of_kind(step)):
         watch.spikes.append(step + 1)
     return seen
+
+
+def is_spike(losses: Sequence[float | None], value: float, *, first: int) -> bool:
+    """Whether a step's loss lies far over the last ones, none of them before step `first`, where other data began."""
+    recent = [loss for loss in losses[first:][-LOOKED_AT_EVERY:] if loss is not None]
+    return len(recent) == LOOKED_AT_EVERY and math.isfinite(value) and value > statistics.median(recent) + SPIKE_NATS
 
 
 def _touch(subject: Subject, watch: Watch) -> None:

@@ -62,6 +62,11 @@ class Recipe:
         """How many of the run's windows are such with which documents begin: whole steps, the last ones."""
         return round(self.starts_share * self.steps) * self.batch_size
 
+    def first_of_kind(self, step: int) -> int:
+        """The first step, from 0, that trains on the same kind of windows as this one does."""
+        starts = self.steps - self.starts() // self.batch_size
+        return starts if step >= starts else 0
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "betas": list(self.betas)}
 
