@@ -7,6 +7,7 @@ import torch
 
 from olmodebug.errors import UsageError
 from olmodebug.footprint.device_memory import device_memory
+from olmodebug.footprint.estimate import on_device
 from olmodebug.footprint.gpus import GPUS, bytes_from, gpu_named
 from olmodebug.footprint.history import Predicted, aligned, peak_of_history
 from olmodebug.footprint.oom import explain_out_of_memory, is_out_of_memory, reason_of, requested_bytes
@@ -45,6 +46,19 @@ def test_what_is_no_size_is_a_usage_error(text: str) -> None:
 def test_the_workspace_of_cublas_is_8_mib_and_a_bit_before_hopper_and_32_from_it_on() -> None:
     assert GPUS["A100"].cublas_workspace_bytes == 8_519_680
     assert GPUS["H100"].cublas_workspace_bytes == 32 * MIB
+
+
+def test_each_thread_of_a_step_takes_a_workspace_and_inference_has_one_thread() -> None:
+    def trace(*phases: str) -> StorageTrace:
+        made = [Allocation(MIB, "mm", "model", phase, 1, ACTIVATIONS) for phase in phases]
+        return StorageTrace(allocations=made, events=list(range(len(made))))
+
+    def phases(*given: str) -> list[str]:
+        allocations, events = on_device(trace(*given), GPUS["H100"])
+        return [allocations[e].phase if allocations[e].op == "cublas workspace" else "" for e in events]
+
+    assert phases("setup", "forward", "forward", "backward", "optimizer") == ["", "forward", "", "", "backward", "", ""]
+    assert phases("setup", "prefill", "decode") == ["", "prefill", "", ""]
 
 
 def test_scratch_of_flash_backward_is_a_float32_gradient_and_a_row_sum() -> None:

@@ -31,13 +31,12 @@ def estimate(trace: StorageTrace, gpu: Gpu | None, settings: AllocatorSettings |
     peak_live = [allocations[number] for number in replayed.live_at_peak]
     at = allocations[events[replayed.peak_event] if events[replayed.peak_event] >= 0 else ~events[replayed.peak_event]]
     scratch = max((a.bytes for a in allocations if a.category == WORKSPACE), default=0)
-    second = gpu.cublas_workspace_bytes if gpu else 0
     certain = peak_of(allocations, events, without=WORKSPACE)
-    tensors = Range(low=certain, expected=replayed.peak, safe=replayed.peak + second + (scratch if gpu else 0))
+    tensors = Range(low=certain, expected=replayed.peak, safe=replayed.peak + (scratch if gpu else 0))
     reserved = process = segments = None
     if gpu is not None and replayed.allocator is not None:
         simulated = replayed.allocator.peak_reserved
-        margin = second + LARGE_SEGMENT + round(SAFE_MARGIN * simulated)
+        margin = LARGE_SEGMENT + round(SAFE_MARGIN * simulated)
         reserved = Range(low=min(certain, simulated), expected=simulated, safe=max(simulated, tensors.safe) + margin)
         process = Range(low=reserved.low + CONTEXT.low, expected=reserved.expected + CONTEXT.expected, safe=reserved.safe + CONTEXT.safe)
         segments = Segments(
@@ -74,16 +73,21 @@ def estimate(trace: StorageTrace, gpu: Gpu | None, settings: AllocatorSettings |
 
 
 def on_device(trace: StorageTrace, gpu: Gpu | None) -> tuple[list[Allocation], list[int]]:
-    """The allocations and events that concern the device: no step counters of the CPU; with cuBLAS's workspace, which the
-    first product takes and nobody gives back, at the start of the first pass."""
+    """The allocations and events that concern the device: no step counters of the CPU; with cuBLAS's workspaces, which nobody
+    gives back: one is taken by the first product of the forward pass, another by that of the backward pass, since autograd
+    runs it on a thread of its own and each thread has its own handle."""
     if gpu is None:
         return trace.allocations, trace.events
     allocations = list(trace.allocations)
     events = [e for e in trace.events if not allocations[e if e >= 0 else ~e].host]
-    first = next((i for i, e in enumerate(events) if e >= 0 and allocations[e].phase != "setup"), len(events))
-    phase = allocations[events[first]].phase if first < len(events) else "setup"
-    allocations.append(Allocation(gpu.cublas_workspace_bytes, "cublas workspace", "", phase, 1, WORKSPACE))
-    events.insert(first, len(allocations) - 1)
+    for later in (False, True):
+        skipped = ("setup", "forward") if later else ("setup",)
+        first = next((i for i, e in enumerate(events) if e >= 0 and allocations[e].phase not in skipped), len(events))
+        phase = allocations[events[first]].phase if first < len(events) else "setup"
+        if later and phase != "backward":
+            break
+        allocations.append(Allocation(gpu.cublas_workspace_bytes, "cublas workspace", "", phase, 1, WORKSPACE))
+        events.insert(first, len(allocations) - 1)
     return allocations, events
 
 
