@@ -150,3 +150,17 @@ def test_a_kernel_of_torch_is_no_bug(name: str, op: Any, make: Callable[[Draw], 
             if found.verdict not in ("exact", "within", "range"):
                 wrong.append((str(dtype), seed, found))
     assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [64, 300, 700, 3000])
+def test_gradients_that_fused_attention_adds_up_in_16_bits_are_no_bug(dtype: torch.dtype, length: int) -> None:
+    draw = Draw(dtype, length)
+    query, key, value, gradient = (draw.of(1, 2, length, 16) for _ in range(4))
+    output, sums = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)
+    args = (gradient, query, key, value, output, sums, 0.0, True)
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    expected, results = expect(backward, args, {}), backward(*args)
+    assert judge(expected, results).verdict in ("exact", "within")
+    wrong = torch.where(results[1].abs() == results[1].abs().max(), 2 * results[1], results[1])
+    assert judge(expected, [results[0], wrong, results[2]]).verdict == "diverged"

@@ -233,8 +233,11 @@ def attention(arguments: Mapping[str, Any]) -> Exact:
     return exact
 
 
-def attention_backward(arguments: Mapping[str, Any]) -> list[Exact]:
-    """Fused attention, backward: the gradients of query, key and value from the saved output."""
+def attention_backward(arguments: Mapping[str, Any], *, blocks: int = 1) -> list[Exact]:
+    """Fused attention, backward: the gradients of query, key and value from the saved output.
+
+    `blocks`: in how many parts a kernel adds up the gradients of key and value in their own dtype.
+    """
     parts = _attention_parts(arguments)
     query, key, value_states, scale = parts["query"], parts["key"], parts["value"], parts["scale"]
     gradient = arguments["grad_out"] if "grad_out" in arguments else arguments["grad_out_"]
@@ -248,25 +251,27 @@ def attention_backward(arguments: Mapping[str, Any]) -> list[Exact]:
     score = weights * (along - inner)
     score_error = moved * (along - inner).abs() + weights * (LAMBDA * width + 2) * (along_size + inner_size)
 
-    def product(left: Tensor, error: Tensor, right: Tensor, by: float, count: float) -> Exact:
+    def product(left: Tensor, error: Tensor, right: Tensor, by: float, count: float, added: float = 0.0) -> Exact:
         size = left.abs() @ right.abs() * by
         spread = (left**2 @ right**2).sqrt() * by
         error_sum = torch.minimum(error @ right.abs(), LAMBDA * (error**2 @ right**2).sqrt()) * by
+        value = left @ right * by
         return Exact(
-            value=left @ right * by,
+            value=value,
             roundings=error_sum + 8 * size,
             summed=LAMBDA * count * size,
-            stored=torch.minimum(size, LAMBDA * spread),
+            stored=torch.minimum(size, LAMBDA * spread) + added * torch.minimum(size, value.abs() + LAMBDA * spread),
             absolute=right.abs().sum(-2, keepdim=True).expand_as(size) * by,
             spread=spread,
             length=2,
         )
 
     groups = parts["groups"]
+    added = 0.0 if blocks == 1 else min(blocks, LAMBDA * math.sqrt(blocks / 3))  # a rounding's root mean square is u / sqrt(3)
     results = [
         product(score, score_error, key, scale, columns),
-        _folded(product(score.transpose(-1, -2), score_error.transpose(-1, -2), query, scale, rows), groups),
-        _folded(product(weights.transpose(-1, -2), moved.transpose(-1, -2), gradient, 1.0, rows), groups),
+        _folded(product(score.transpose(-1, -2), score_error.transpose(-1, -2), query, scale, rows, added), groups),
+        _folded(product(weights.transpose(-1, -2), moved.transpose(-1, -2), gradient, 1.0, rows, added), groups),
     ]
     if parts["empty"] is not None:
         for result in results:

@@ -471,7 +471,10 @@ def _attended(call: _Call) -> list[Exact | None]:
 def _attended_backward(call: _Call) -> list[Exact | None]:
     if call.named.get("dropout_p"):
         raise ValueError("dropout is on")
-    return [*bound.attention_backward(call.named)]
+    rows = call.named["query"].shape[-2]
+    in_16_bits = call.on_cpu and not call.dtypes & {torch.float32, torch.float64}
+    # FlashAttentionKernel.cpp adds to the gradients of key and value block by block of queries: 256 of them, or 64 of few.
+    return [*bound.attention_backward(call.named, blocks=-(-rows // (256 if rows >= 768 else 64)) if in_16_bits else 1)]
 
 
 def _log_sigmoid(call: _Call) -> list[Exact | None]:
