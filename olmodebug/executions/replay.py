@@ -472,7 +472,7 @@ def _attended_backward(call: _Call) -> list[Exact | None]:
     if call.named.get("dropout_p"):
         raise ValueError("dropout is on")
     rows = call.named["query"].shape[-2]
-    in_16_bits = call.on_cpu and not call.dtypes & {torch.float32, torch.float64}
+    in_16_bits = call.on_cpu and bool(call.dtypes & {torch.float16, torch.bfloat16})  # the row sums are float32
     # FlashAttentionKernel.cpp adds to the gradients of key and value block by block of queries: 256 of them, or 64 of few.
     return [*bound.attention_backward(call.named, blocks=-(-rows // (256 if rows >= 768 else 64)) if in_16_bits else 1)]
 
