@@ -4,6 +4,7 @@ The job comes as JSON on standard input; every event goes as one JSON line to th
 before the next step starts, so that the parent knows what was running when a process dies or hangs.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def run(order: dict[str, Any], tell: Tell) -> None:
             records=[plain(f.records) for f in result.found],
             replayed=[plain(item) for item in again],
         )
+        if subject.lost is not None:
+            os._exit(1)  # nothing runs on the device in this process any more; the parent starts another for what is left
         for topic in list(subject.measured):
             tell("section", topic=topic, value=plain(subject.measured.pop(topic)))
     tell("subject", value=plain(subject.info()))

@@ -17,6 +17,8 @@ def difference(left: Tensor, right: Tensor, *, relative_limit: float = 0.0) -> D
     they agree. Integers must be equal; NaN agrees with NaN, and an infinity only with itself."""
     if left.shape != right.shape:
         return Difference(max_abs=float("inf"), scale=1.0, mismatched=1, total=1)
+    if left.device != right.device:
+        left, right = left.cpu(), right.cpu()
     if left.numel() == 0 or (left.dtype == right.dtype and torch.equal(left, right)):
         return None
     if not left.dtype.is_floating_point and not left.dtype.is_complex:

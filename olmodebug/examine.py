@@ -16,12 +16,14 @@ import torch
 from .errors import SubjectError
 from .explain import explain
 from .load import SubjectCodeError
+from .on_device import index_checked, is_lost
 from .probe import NotApplicable, Probe, Skipped
+from .records import Where
 from .relations.repair import Found, RepairedSource
 from .relations.stored import draws_record
 from .report import Finding, Outcome
 from .settle import settled
-from .spec import Job, resolve
+from .spec import Job, device_named, resolve
 from .subject import Subject, own_refusal
 
 BUILD = "build.constructs"
@@ -60,7 +62,8 @@ def build(job: Job) -> Building:
     """Build the subject. SubjectError (exit 2) when the spec leads nowhere; what the subject's code raises is a finding."""
     started = time.perf_counter()
     try:
-        subject = resolve(job)
+        with index_checked(device_named(job.device)):
+            subject = resolve(job)
     except SubjectCodeError as error:
         return Building(results=unbuilt(error, job, time.perf_counter() - started))
     seconds = time.perf_counter() - started
@@ -96,6 +99,8 @@ def run_probe(
 ) -> Result:
     """Run one probe. `failed` are the probes that failed before or were left out, each with its `root`; `expected` maps
     names to why they may fail."""
+    if subject.lost is not None:
+        return Result(outcome=Outcome(probe=probe.name, status="skipped", reason=f"the device was lost under {subject.lost}"))
     root = blocker(probe, failed)
     if root is not None:
         return Result(outcome=Outcome(probe=probe.name, status="skipped", reason=f"it depends on {root}, which failed"), blocked_by=root)
@@ -107,7 +112,7 @@ def run_probe(
     findings: list[Found] = []
     subject.draws.made.clear()
     try:
-        with settled(subject.model, seed=subject.seed):
+        with settled(subject.model, seed=subject.seed), index_checked(subject.device):
             for finding in probe.function(subject):
                 found = _found(finding, probe, subject)
                 if not any((found.message, found.where) == (other.message, other.where) for other in findings):
@@ -119,14 +124,18 @@ def run_probe(
         if not findings:
             return Result(outcome=outcome("skipped", str(error)))
     except (SubjectCodeError, SubjectError) as error:
+        if is_lost(error):
+            return _device_lost(probe, subject, error, outcome("failed"))
         if subject.dtype != torch.float64 and not subject.keep_dtype and not findings and _passes_in_own_dtype(probe, subject):
             note = "it raises on a copy in float64 and not in its own dtype, in which it was asked instead"
             return Result(outcome=outcome("passed", note))
         if (refusal := refused(error)) is not None and not findings:
             return Result(outcome=outcome("not-applicable", f"the model refuses this case: {refusal}"))
-        with settled(subject.model, seed=subject.seed):  # the failing run is traced again
+        with settled(subject.model, seed=subject.seed), index_checked(subject.device):  # the failing run is traced again
             findings.append(_found(_raised(error), probe, subject))
-    except Exception:
+    except Exception as error:
+        if is_lost(error):
+            return _device_lost(probe, subject, error, outcome("failed"))
         return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
     if job is not None:
         findings = [verified(f, job, lambda: _holds(probe, job, f, findings)) for f in findings]  # noqa: B023 - called at once
@@ -146,10 +155,27 @@ def run_probe(
 def _passes_in_own_dtype(probe: Probe, subject: Subject) -> bool:
     """Whether a probe that raised on a copy in float64 finds nothing where the copies stay in the model's own dtype."""
     try:
-        with settled(subject.model, seed=subject.seed):
+        with settled(subject.model, seed=subject.seed), index_checked(subject.device):
             return not any(found.severity == "error" for found in probe.function(subject.in_own_dtype()))
     except Exception:  # it raises there too, or does not apply: the finding stands
         return False
+
+
+def _device_lost(probe: Probe, subject: Subject, error: BaseException, outcome: Outcome) -> Result:
+    """The finding for a device that stopped under a probe; whatever comes after it is left out."""
+    subject.lost = probe.name
+    raised: BaseException = error
+    while raised.__cause__ is not None:
+        raised = raised.__cause__
+    where = explain(error).finding().where if isinstance(error, SubjectCodeError) else Where()
+    finding = Finding(
+        probe=probe.name,
+        severity="error",
+        message=f"the device stopped: {str(raised).strip().partition(chr(10))[0][:200]}",
+        where=where,
+        raised=f"{type(raised).__name__}: {str(raised).strip().partition(chr(10))[0][:200]}",
+    )
+    return Result(outcome=outcome, findings=(finding,))
 
 
 def verified(finding: F, job: Job, holds: Callable[[], bool]) -> F:
@@ -170,7 +196,7 @@ def _holds(probe: Probe, job: Job, finding: Finding, findings: Iterable[Finding]
     with RepairedSource(job, edits) as subject:
         if subject is None:
             return False
-        with settled(subject.model, seed=subject.seed):
+        with settled(subject.model, seed=subject.seed), index_checked(subject.device):
             return all(left.severity != "error" or left.where.function in others for left in probe.function(subject))
 
 

@@ -22,6 +22,8 @@ from .records import Where
 SECONDS_TO_LOAD = 120.0  # torch and the probes, before the subject's own time begins; cold disks are slow
 SECONDS_TO_LEAVE = 20.0  # from the journal's end to the process's end
 
+HOST = ("cpu", "meta")  # devices without a context that could be lost
+
 Event = dict[str, Any]
 
 
@@ -54,6 +56,12 @@ class Death:
     hung: bool = False
     signal: int | None = None
     exit_status: int | None = None
+
+
+def launched(device: str) -> dict[str, str]:
+    """What must stand in a process's environment before this device starts: kernels one at a time, so that an error is
+    raised at the op that made it."""
+    return {} if device.partition(":")[0] in HOST else {"CUDA_LAUNCH_BLOCKING": "1"}
 
 
 def run_child(child: Child, message: Mapping[str, Any], note: Callable[[Event], None], tick: Callable[[], None]) -> Death | None:

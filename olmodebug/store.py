@@ -1,21 +1,24 @@
 """The run records in `.olmodebug/`: what was asked, the report, and what the subject printed.
 
-The folder ignores itself in git and keeps the newest runs. A run that cannot be recorded still runs.
+The folder ignores itself in git and keeps the newest runs, and older ones that still go on. A run that cannot be recorded still runs.
 """
 
 import contextlib
+import fcntl
 import json
 import secrets
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import ReportError
 from .report import Report, read
 
 KEPT_RUNS = 20
+LOCK = "in-use"
+_held: dict[Path, IO[str]] = {}  # open until the run is saved, or as long as this process lives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,8 @@ class Run:
         if self.folder is not None:
             (self.folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
             report.write(self.folder / "report.json")
+            if (file := _held.pop(self.folder, None)) is not None:
+                file.close()
 
 
 def new_run(base: Path, *, name: str | None = None) -> Run:
@@ -42,10 +47,32 @@ def new_run(base: Path, *, name: str | None = None) -> Run:
         (home / ".gitignore").write_text("*\n", encoding="utf-8")
     except OSError as error:
         return Run(id=name, folder=None, problem=f"this run is not recorded: {home} cannot be written ({error.strerror})")
+    _hold(folder)
     with contextlib.suppress(OSError):
         for old in sorted(path for path in (home / "runs").iterdir() if path.is_dir())[:-KEPT_RUNS]:
-            shutil.rmtree(old, ignore_errors=True)
+            if not _is_held(old):
+                shutil.rmtree(old, ignore_errors=True)
     return Run(id=name, folder=folder)
+
+
+def _hold(folder: Path) -> None:
+    """Mark a folder as in use until its run is saved or this process ends, however it ends: others leave it alone so long."""
+    with contextlib.suppress(OSError):
+        file = (folder / LOCK).open("w", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _held[folder] = file
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether some process is still at work in a folder; one that nobody has marked is not."""
+    try:
+        with (folder / LOCK).open("r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def find_run(base: Path, wanted: str | None) -> Path:

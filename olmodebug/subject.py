@@ -83,6 +83,7 @@ class Subject:
     `assumptions` are what had to be guessed; the report prints them. `measured` is what probes measured beyond their
     findings, by topic of `Report.sections`, and `draws` the values that they drew; a subject and its twins share both.
     `attention` is the implementation that a twin was asked for; with `keep_dtype` twins asked for in float64 stay in the model's own.
+    `lost` is the probe under which the device stopped: nothing more can run there in this process.
     """
 
     spec: str
@@ -98,6 +99,7 @@ class Subject:
     measured: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
     keep_dtype: bool = False
+    lost: str | None = None
     draws: Draws = field(default_factory=Draws)
     seed: int = 0
     limit: float | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .process import Child, Death, innermost, last_line, run_child
+from .process import Child, Death, innermost, last_line, launched, run_child
 from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, root_groups, with_reproduction
 from .store import Run
 
@@ -104,7 +104,7 @@ def _one_child(
         module=module,
         folder=folder,
         timeout_seconds=order.timeout_seconds,
-        environment={"HYPOTHESIS_STORAGE_DIRECTORY": storage},
+        environment={"HYPOTHESIS_STORAGE_DIRECTORY": storage} | launched(str(order.job.get("device", "cpu"))),
     )
     message = {
         "job": dict(order.job),
@@ -162,6 +162,8 @@ def _place(journal: _Journal, probe: str, number: int) -> int:
 
 def _record_death(journal: _Journal, death: Death, folder: Path) -> None:
     step = journal.step
+    if step in journal.outcomes:
+        return  # it was told before the process ended, as where a device was lost
     while_doing = "building the model" if step == BUILD else f"running {step}"
     where = innermost(folder / "stacks.txt")
     last = last_line(folder / "output.txt")

@@ -339,7 +339,7 @@ def _come_alive(twin: Subject, names: list[str], case: Case) -> bool:
         for name, parameter in parameters.items():
             parameter.grad = None
             if name not in names and parameter.dtype == torch.float64:
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.02)
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device), alpha=0.02)
     with settled(seed=twin.seed), quiet(), torch.enable_grad(), own_code(twin, case):
         twin.call(case).logits.pow(2).mean().backward()
     return any((grad := parameters[name].grad) is not None and bool(grad.any()) for name in names)

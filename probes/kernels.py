@@ -170,8 +170,8 @@ def embeddings_as_input_agree(subject: Subject) -> Iterator[Finding]:
     expected = run(twin, case)
     try:
         with torch.no_grad(), quiet(), settled(seed=twin.seed):
-            embeds = twin.model.get_input_embeddings()(torch.tensor(case.input_ids))  # type: ignore[operator]
-            observed = twin.model(inputs_embeds=embeds).logits
+            embeds = twin.model.get_input_embeddings()(torch.tensor(case.input_ids, device=twin.device))  # type: ignore[operator]
+            observed = twin.model(inputs_embeds=embeds).logits.cpu()
     except Exception as error:
         skip(f"inputs_embeds alone is refused: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]}")
     apart = difference(expected, observed, relative_limit=limit_of(twin))
@@ -298,7 +298,7 @@ def _gradients(twin: Subject) -> dict[str, Tensor] | None:
                 logits = twin.call(case).logits
             if not logits.requires_grad:
                 return {}
-            weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).reshape(logits.shape)
+            weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device).reshape(logits.shape)
             (logits * weights).mean().backward()
         except (SubjectCodeError, RuntimeError):
             return None

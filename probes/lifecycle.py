@@ -345,7 +345,7 @@ def _compare(subject: Subject, model: nn.Module) -> tuple[Case, Difference | Non
     usual = subject.twin(dtype=subject.dtype)
     batch, seq = usual.sizes()
     case = Case(name="a batch", input_ids=usual.token_ids(batch, seq, seed=20))
-    other = replace(usual, model=model.eval(), config=config_of(model) or usual.config, _twins={})
+    other = replace(usual, model=model.to(usual.device).eval(), config=config_of(model) or usual.config, _twins={})
     return case, difference(run(usual, case), run(other, case))
 
 

@@ -22,6 +22,7 @@ from olmodebug.tracing.norms import (
     FUSED,
     NormCall,
     acts_as_norm,
+    device_of,
     divides_by_square,
     norm_calls,
     norm_width,
@@ -117,7 +118,7 @@ def unit_scale(subject: Subject) -> Iterator[Finding]:
             continue
         if size is None or abs(size - ((width - 1) / width) ** 0.5) > UNIT_LIMIT or abs(size - 1.0) <= UNIT_LIMIT:
             continue
-        x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device_of(twin))
         event = unbiased(traced(twin, lambda: twin(x)))  # noqa: B023 - called at once
         if event is None:
             continue
@@ -148,7 +149,7 @@ def _wrong_divisor(
     path: str, twin: nn.Module, width: int, ops: tuple[str, ...], message: str, cause: str, fix: str, expected: str
 ) -> Found:
     """What a norm divides by is wrong; the place is that of the first of these ops that it runs."""
-    x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device_of(twin))
     recording = traced(twin, lambda: twin(x))
     event = next((e for name in ops for e in recording.events if e.op == name), None)
     where = replace(event.where, module=path) if event is not None else Where(module=path)

@@ -69,12 +69,12 @@ def _leak(twin: Subject, name: str, documents: Tensor, row: int, cuts: list[int]
     def run(ids: Any, told: Tensor | None = documents) -> Tensor:
         with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(twin.seed)
-            given = {} if told is None else {name: told}
-            result = twin.forward({twin.convention.ids: torch.tensor(ids), **given})
+            given = {} if told is None else {name: told.to(twin.device)}
+            result = twin.forward({twin.convention.ids: torch.tensor(ids, device=twin.device), **given})
             logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
             logits = result[0] if logits is None else logits
             assert isinstance(logits, Tensor)
-            return logits
+            return logits.cpu()
 
     part = Part(batch=batch, seq=seq, rows=slice(row, row + 1), columns=slice(cut, None), fixed=model_sizes(twin.model))
 

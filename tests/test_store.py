@@ -1,6 +1,8 @@
 """The run records: where they lie, how many are kept, and how one is found again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,21 @@ def test_only_the_newest_runs_are_kept(tmp_path: Path) -> None:
     assert len(names) == KEPT_RUNS
     assert newest.id in names
     assert "20250101-000000-0000" not in names
+
+
+def test_a_run_of_another_process_that_still_goes_on_is_kept(tmp_path: Path) -> None:
+    code = f"import sys; from pathlib import Path; from olmodebug.store import new_run; new_run(Path({str(tmp_path)!r}), name='20240101-000000-0000'); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for number in range(KEPT_RUNS + 3):
+            (tmp_path / ".olmodebug" / "runs" / f"20250101-0000{number:02d}-0000").mkdir(parents=True)
+        new_run(tmp_path)
+        assert (tmp_path / ".olmodebug" / "runs" / "20240101-000000-0000").is_dir()
+        assert not (tmp_path / ".olmodebug" / "runs" / "20250101-000000-0000").is_dir()
+        other.kill()
+    new_run(tmp_path)
+    assert not (tmp_path / ".olmodebug" / "runs" / "20240101-000000-0000").is_dir()
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem_not_an_exception(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from ..on_device import is_lost
 from ..serve import Tell, serve
 
-DEVICE_ERRORS = ("CUDA error", "HIP error", "device-side assert", "illegal memory access", "AcceleratorError")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to allocate")
 
 
@@ -62,7 +62,7 @@ def run(message: dict[str, Any], tell: Tell) -> None:
         tell("unusable", text=str(error))
     except Exception as error:
         text = str(error).strip()
-        if any(word in f"{type(error).__name__}: {text}" for word in DEVICE_ERRORS):
+        if is_lost(error):
             tell("died", of="device", text=text.partition("\n")[0])
         elif isinstance(error, MemoryError) or any(word in text for word in OUT_OF_MEMORY):
             tell("died", of="memory", text=text.partition("\n")[0])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import UsageError
+from ..process import launched
 from .policies import BF16_POLICY, LOW_POLICY, REDUCED_POLICY, TF32_POLICY
 
 DTYPES = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -49,11 +50,8 @@ class Execution:
     @property
     def environment(self) -> dict[str, str]:
         """What must stand in the process's environment before the device starts."""
-        if self.device.partition(":")[0] == "cpu":
-            return {}
-        # Kernels run one at a time, so that an error is raised at the op that made it.
-        known = {"CUDA_LAUNCH_BLOCKING": "1"}
-        return known | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if "deterministic" in self.flags else {})
+        known = launched(self.device)
+        return known | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if known and "deterministic" in self.flags else {})
 
 
 def parse(text: str, *, default: Execution | None = None) -> Execution:

@@ -67,6 +67,6 @@ def chunked(twin: Subject, case: Case, sizes: tuple[int, ...]) -> Tensor | None:
     """The logits of all chunks in a row; None where the model gives no cache back."""
     with settled(), own_code(twin, case):
         try:
-            return torch.cat(run_chunks(twin, case, pieces(sizes))[0], dim=1)
+            return torch.cat(run_chunks(twin, case, pieces(sizes))[0], dim=1).cpu()
         except NoCache:
             return None

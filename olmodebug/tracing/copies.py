@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from ..process import HOST
 from ..records import TensorInfo
 
 
@@ -63,7 +64,7 @@ class Copies:
     def of(self, tensor: Tensor) -> Tensor:
         """A copy of the tensor as it is now, without its history; parameters are lent until somebody writes."""
         number, writes = self.storages.writes(tensor)
-        if number in self._lent:
+        if number in self._lent and tensor.device.type in HOST:
             alias = tensor.detach()
             self._lent[number].append(ref(alias))
             return alias
@@ -71,7 +72,7 @@ class Copies:
         owner = self._owners.get(id(tensor))
         if number and owner is not None and owner() is tensor and (known := self._made.get(key)) is not None:
             return known
-        copy = tensor.detach().clone()
+        copy = on_host(tensor)
         if number:
             self._made[key], self._owners[id(tensor)] = copy, ref(tensor)
         return copy
@@ -83,6 +84,11 @@ class Copies:
                 lent.data = lent.clone()
         if self.storages.number(tensor) in self._lent:
             self._lent[self.storages.number(tensor)] = []
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy without history, on the CPU: what is compared is compared there, and a device keeps its memory."""
+    return tensor.detach().clone() if tensor.device.type in HOST else tensor.detach().cpu()
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -58,10 +58,15 @@ def isolated(module: nn.Module, width: int, *, dtype: torch.dtype = torch.float6
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, rows, width, generator=generator, dtype=torch.float64) * scale
     with torch.no_grad():
-        out = module(x.to(dtype))
+        out = module(x.to(device_of(module), dtype))
     if not isinstance(out, Tensor) or out.shape != x.shape:
         raise ValueError("it does not map a tensor to one of the same shape")
-    return out
+    return out.cpu()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors are; the CPU for one without any."""
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def norm_width(module: nn.Module) -> int | None:

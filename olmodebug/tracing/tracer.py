@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..records import Event, ModuleCall, TensorInfo
 from ..sources import Sources, Spot
-from .copies import Copies, info
+from .copies import Copies, info, on_host
 from .places import Places
 from .recording import Kept, KeptCall, Moment, Recording
 
@@ -193,7 +193,7 @@ class _Tracer(TorchDispatchMode):
             output = func(*args, **kwargs)
         except Exception:
             if not keep:
-                recording.failed_arguments = _bind(func, args, kwargs, lambda t: t.detach().clone())
+                recording.failed_arguments = _bind(func, args, kwargs, on_host)
             raise
         recording.failed = recording.failed_arguments = None
         for tensor in written:
