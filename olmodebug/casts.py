@@ -9,8 +9,8 @@ import warnings
 import torch
 from torch import nn
 
+from .device_errors import is_out_of_memory, memory_left
 from .errors import SubjectError
-from .on_device import is_out_of_memory, memory_left
 
 
 def cast(model: nn.Module, dtype: torch.dtype | None, *, device: torch.device | None = None) -> nn.Module:

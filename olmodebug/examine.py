@@ -13,10 +13,11 @@ from typing import TypeVar
 
 import torch
 
+from .device_errors import is_lost
 from .errors import SubjectError
 from .explain import explain
 from .load import SubjectCodeError
-from .on_device import index_checked, is_lost
+from .on_device import index_checked
 from .probe import NotApplicable, Probe, Skipped
 from .records import Where
 from .relations.repair import Found, RepairedSource

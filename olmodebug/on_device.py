@@ -1,4 +1,4 @@
-"""What a device does to a process that asks for the wrong thing, met before it happens: bad indices, and a context that is lost.
+"""Indices that would stop a device, met before the kernel starts.
 
 A kernel with an index beyond its table asserts on the device, and nothing runs there afterwards. On the CPU the same op
 raises an error with a line and goes on. So indices are looked at first, and a bad one is given to the CPU, which says so.
@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode  # the documented ext
 from torch.utils._pytree import tree_map_only
 
 from .process import HOST
-
-LOST = ("CUDA error", "HIP error", "device-side assert", "illegal memory access", "AcceleratorError")
 
 
 def index_checked(device: torch.device) -> AbstractContextManager[Any]:
@@ -47,27 +45,3 @@ class _IndexChecked(TorchDispatchMode):
             func(*host_args, **host_kwargs)
             raise IndexError(f"{func._schema.name.rpartition('::')[2]}: an index is out of range")  # an op that the CPU lets pass
         return func(*args, **kwargs)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether an error says that the device's context is gone, so that nothing more can run there in this process."""
-    if is_out_of_memory(error):
-        return False
-    text = f"{type(error).__name__}: {error}"
-    return any(word in text for word in LOST) or (error.__cause__ is not None and is_lost(error.__cause__))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or ("CUDA error" in str(error) and "out of memory" in str(error))
-
-
-def memory_left(device: torch.device) -> str:
-    """`1.2 GiB of 79.2 GiB are free`; empty where the device does not say."""
-    from .units import bytes_text
-
-    try:
-        free, total = torch.cuda.mem_get_info(device)
-    except (RuntimeError, ValueError, AssertionError):  # AssertionError: torch was built without CUDA
-        return ""
-    return f"{bytes_text(free)} of {bytes_text(total)} are free"

@@ -6,19 +6,20 @@ The folder ignores itself in git and keeps the newest runs, and older ones that 
 import contextlib
 import fcntl
 import json
+import os
 import secrets
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .errors import ReportError
 from .report import Report, read
 
 KEPT_RUNS = 20
 LOCK = "in-use"
-_held: dict[Path, IO[str]] = {}  # open until the run is saved, or as long as this process lives
+_held: dict[Path, int] = {}  # open until the run is saved, or as long as this process lives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class Run:
         if self.folder is not None:
             (self.folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
             report.write(self.folder / "report.json")
-            if (file := _held.pop(self.folder, None)) is not None:
-                file.close()
+            if (descriptor := _held.pop(self.folder, None)) is not None:
+                os.close(descriptor)
 
 
 def new_run(base: Path, *, name: str | None = None) -> Run:
@@ -58,9 +59,9 @@ def new_run(base: Path, *, name: str | None = None) -> Run:
 def _hold(folder: Path) -> None:
     """Mark a folder as in use until its run is saved or this process ends, however it ends: others leave it alone so long."""
     with contextlib.suppress(OSError):
-        file = (folder / LOCK).open("w", encoding="utf-8")
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        _held[folder] = file
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _held[folder] = descriptor
 
 
 def _is_held(folder: Path) -> bool:

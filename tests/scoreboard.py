@@ -1,6 +1,6 @@
 """Judges the probes on the mutants: was each detected, in the right function, with the right words; are clean models clean?
 
-`python -m tests.scoreboard [--only REGEX] [-k EXPR] [--json FILE]`. A mutant counts as detected when a probe of one of its
+`python -m tests.scoreboard [--only REGEX] [-k EXPR] [--json FILE] [--device cuda --workers 14]`. A mutant counts as detected when a probe of one of its
 topics finds an error or a warning; it is placed when such a finding names the mutated function, and explained when one
 of its words occurs in the message or the cause.
 """
@@ -30,7 +30,7 @@ PRESETS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny")
 WORKERS = 2
 
 
-def findings_on(spec: str, expression: str | None = None) -> list[dict[str, Any]]:
+def findings_on(spec: str, expression: str | None = None, device: str = "cpu") -> list[dict[str, Any]]:
     """Every finding, as plain values, of all probes but the slow ones on a subject; a probe that broke is one too."""
     import torch
 
@@ -40,7 +40,7 @@ def findings_on(spec: str, expression: str | None = None) -> list[dict[str, Any]
     from olmodebug.spec import Job
 
     torch.set_num_threads(1)
-    job = Job(spec=spec)
+    job = Job(spec=spec, device=device)
     building = build(job)
     findings = [plain(finding) for result in building.results for finding in result.findings]
     if building.subject is None:
@@ -58,11 +58,11 @@ def findings_on(spec: str, expression: str | None = None) -> list[dict[str, Any]
     return findings
 
 
-def judge(mutant: Mutant, expression: str | None = None) -> dict[str, Any]:
+def judge(mutant: Mutant, expression: str | None = None, device: str = "cpu") -> dict[str, Any]:
     """One mutant's row: detected, placed, explained, and by which probes."""
     started, busy = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        findings = findings_on(f"{materialize(mutant, Path(folder))}:{mutant.build}", expression)
+        findings = findings_on(f"{materialize(mutant, Path(folder))}:{mutant.build}", expression, device)
     loud = [f for f in findings if f["severity"] in ("error", "warning")]
     right = [f for f in loud if f["probe"].partition(".")[0] in (*mutant.topics, "build")]
     names = (mutant.function, *mutant.also)
@@ -84,17 +84,17 @@ def judge(mutant: Mutant, expression: str | None = None) -> dict[str, Any]:
     }
 
 
-def silent(name: str, spec: str, expression: str | None = None) -> dict[str, Any]:
+def silent(name: str, spec: str, expression: str | None = None, device: str = "cpu") -> dict[str, Any]:
     """A clean model's row: the errors it was given, each of them a false alarm."""
     busy = time.process_time()
-    findings = findings_on(spec, expression)
+    findings = findings_on(spec, expression, device)
     return _clean_row(name, findings, time.process_time() - busy)
 
 
-def silent_neutral(mutant: Mutant, expression: str | None = None) -> dict[str, Any]:
+def silent_neutral(mutant: Mutant, expression: str | None = None, device: str = "cpu") -> dict[str, Any]:
     """A legal variation's row."""
     with tempfile.TemporaryDirectory() as folder:
-        return silent(mutant.name, f"{materialize(mutant, Path(folder))}:{mutant.build}", expression)
+        return silent(mutant.name, f"{materialize(mutant, Path(folder))}:{mutant.build}", expression, device)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="mutants and models whose name matches this regular expression")
     parser.add_argument("-k", dest="select", help="only probes whose name fits")
     parser.add_argument("--json", type=Path, help="write every row here")
+    parser.add_argument("--device", default="cpu", help="where the models run (default cpu)")
+    parser.add_argument("--workers", type=int, default=WORKERS, help=f"models at a time (default {WORKERS})")
     arguments = parser.parse_args(argv)
+    asked: dict[str, Any] = {"expression": arguments.select, "device": arguments.device}
     mutants = [m for m in ALL if re.search(arguments.only, m.name)]
     neutral = [m for m in (*NEUTRAL, *LEGAL, *LEGAL_COURSES) if re.search(arguments.only, m.name)]
     here = Path(__file__).parent / "mutants" / "clean"
@@ -110,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     models = [(name, spec) for name, spec in models if re.search(arguments.only, name)]
     rows: list[dict[str, Any]] = []
     clean: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(WORKERS) as pool:
-        for row in pool.map(functools.partial(judge, expression=arguments.select), mutants):
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        for row in pool.map(functools.partial(judge, **asked), mutants):
             rows.append(row)
             marks = "".join(letter if row[key] else "-" for letter, key in (("D", "detected"), ("P", "placed"), ("E", "explained")))
             print(f"{marks}  {row['name']:42s}{row['row']:10s}{row['seconds']:5.1f} s  {', '.join(row['probes'] or row['elsewhere'])}")
@@ -120,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
             if row["broke"]:
                 print(f"       BROKE {row['broke']}")
             sys.stdout.flush()
-        jobs = [pool.submit(silent_neutral, m, arguments.select) for m in neutral]
-        jobs += [pool.submit(silent, name, spec, arguments.select) for name, spec in models]
+        jobs = [pool.submit(silent_neutral, m, **asked) for m in neutral]
+        jobs += [pool.submit(silent, name, spec, **asked) for name, spec in models]
         for job in jobs:
             row = job.result()
             clean.append(row)
@@ -133,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"detected {found}/{len(rows)}, in the right function {placed}/{len(rows)} ({placed / total:.0%}), explained {explained}/{len(rows)}"
     )
+    broke = sum(bool(row["broke"]) for row in (*rows, *clean))
+    print(f"{broke} models under which a probe broke" if broke else "no probe broke")
     print(f"false alarms on {sum(bool(row['errors']) for row in clean)} of {len(clean)} clean models")
     if arguments.json:
         arguments.json.write_text(json.dumps({"mutants": rows, "clean": clean}, indent=1), encoding="utf-8")

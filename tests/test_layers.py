@@ -16,7 +16,22 @@ PLAIN, SUBJECT, INSTRUMENT, PROBE, TOPIC, COMMAND = range(6)
 LAYERS = {
     **dict.fromkeys(("errors", "units", "records", "report", "files", "guards.decode", "guards.signatures"), PLAIN),
     **dict.fromkeys(
-        ("model", "presets", "subject", "load", "spec", "spec_text", "convention", "sources", "settle", "casts", "tiny", "draws"), SUBJECT
+        (
+            "model",
+            "presets",
+            "subject",
+            "load",
+            "spec",
+            "spec_text",
+            "convention",
+            "sources",
+            "settle",
+            "casts",
+            "tiny",
+            "draws",
+            "device_errors",
+        ),
+        SUBJECT,
     ),
     **dict.fromkeys(("probe", "examine", "replaying", "causes"), PROBE),
     **dict.fromkeys(("api", "cli", "testing", "__main__", "__init__"), COMMAND),

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olmodebug import on_device
 from olmodebug.casts import cast
 from olmodebug.child import run
+from olmodebug.device_errors import is_lost, memory_left
 from olmodebug.errors import SubjectError
 from olmodebug.examine import run_probe
-from olmodebug.on_device import _IndexChecked, index_checked, is_lost
+from olmodebug.on_device import _IndexChecked, index_checked
 from olmodebug.probe import select, shipped_probes
 from olmodebug.process import launched
 from olmodebug.spec import Job, resolve
@@ -128,4 +128,4 @@ def test_a_device_without_memory_for_the_model_is_one_line(monkeypatch: pytest.M
     with pytest.raises(SubjectError, match=r"^--device cuda: no memory for the model there \(1.00 GiB of 8.00 GiB are free\)$"):
         cast(Full(), None, device=torch.device("cuda"))
     monkeypatch.undo()
-    assert on_device.memory_left(torch.device("cuda")) == "" or torch.cuda.is_available()
+    assert memory_left(torch.device("cuda")) == "" or torch.cuda.is_available()

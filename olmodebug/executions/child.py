@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from ..on_device import is_lost
+from ..device_errors import is_lost
 from ..serve import Tell, serve
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "failed to allocate")
