@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from olmodebug.footprint.scratch import scratch_bytes
+from olmodebug.footprint.scratch import scratch_blocks
 
 HALF = torch.float16
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -40,7 +40,7 @@ class Allocations(TorchDispatchMode):
         blocks = [int(entry["size"]) for entry in _history()[before:] if entry["action"] == "alloc"]
         name = func._overloadpacket.__name__
         outputs = [t.untyped_storage().nbytes() for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_cuda]
-        known = scratch_bytes(name, args, kwargs or {}, result)
+        known = scratch_blocks(name, args)
         self.rows.append({"op": name, "blocks": blocks, "outputs": outputs, "scratch": known, "thread": _thread()})
         return result
 

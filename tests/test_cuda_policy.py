@@ -73,7 +73,10 @@ def test_the_cpu_differs_where_the_emulation_changes_it_and_is_put_back() -> Non
     ("gpu", "dtype", "head_dim", "masked", "kernel"),
     [
         ("A100", torch.float16, 64, False, "flash"),
-        ("H100", torch.bfloat16, 128, False, "flash"),
+        ("H100", torch.bfloat16, 128, False, "cudnn"),
+        ("H100", torch.float16, 64, True, "cudnn"),
+        ("H100", torch.float16, 20, False, "flash"),
+        ("H100", torch.float32, 64, False, "efficient"),
         ("A100", torch.float16, 64, True, "efficient"),
         ("A100", torch.float32, 64, False, "efficient"),
         ("A100", torch.float16, 512, False, "efficient"),

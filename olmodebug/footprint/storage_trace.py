@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 
 from ..sources import Sources, Spot
-from .scratch import scratch_bytes
+from .scratch import scratch_blocks
 
 LOSS = "(loss)"  # what runs behind the output head, in the module column
 OPTIMIZER = "(optimizer)"
@@ -199,8 +199,9 @@ class StorageTracer(TorchDispatchMode):
                 if not category and self._phase == "backward" and self._stack:
                     category = LOGITS if self._is_logits(tensor.shape) else ACTIVATIONS  # recomputed by a checkpoint
                 self._begin(storage, tensor, name, place[0], place[1], category)
-        if self._scratch and (size := scratch_bytes(name, args, kwargs or {}, out)):
-            self._momentary(size, name, place)
+        if self._scratch:
+            for group in scratch_blocks(name, args):
+                self._momentary(group, name, place)
         if not name.startswith("_") and getattr(func, "namespace", "aten") not in ("aten", "prims", "prim"):
             self.trace.opaque[f"{func.namespace}.{name}"] = self.trace.opaque.get(f"{func.namespace}.{name}", 0) + 1
         return out
@@ -225,10 +226,11 @@ class StorageTracer(TorchDispatchMode):
             del self._live[address]
             self.trace.events.append(~number)
 
-    def _momentary(self, size: int, op: str, place: tuple[str, Spot | None]) -> None:
-        number = len(self.trace.allocations)
-        self.trace.allocations.append(Allocation(size, op, place[0], self._phase, self.step, WORKSPACE, (), "", place[1]))
-        self.trace.events += [number, ~number]
+    def _momentary(self, sizes: tuple[int, ...], op: str, place: tuple[str, Spot | None]) -> None:
+        first = len(self.trace.allocations)
+        self.trace.allocations += [Allocation(size, op, place[0], self._phase, self.step, WORKSPACE, (), "", place[1]) for size in sizes]
+        numbers = range(first, first + len(sizes))
+        self.trace.events += [*numbers, *(~number for number in numbers)]
 
     def _classify_saved(self) -> None:
         for number, _ in self._live.values():
