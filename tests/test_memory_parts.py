@@ -9,10 +9,12 @@ from olmodebug.errors import UsageError
 from olmodebug.footprint.device_memory import device_memory
 from olmodebug.footprint.estimate import on_device
 from olmodebug.footprint.gpus import GPUS, bytes_from, gpu_named
-from olmodebug.footprint.oom import explain_out_of_memory, reason_of
+from olmodebug.footprint.history import Predicted, aligned, peak_of_history
+from olmodebug.footprint.oom import explain_out_of_memory, is_out_of_memory, reason_of, requested_bytes
+from olmodebug.footprint.peak_owner import owner
 from olmodebug.footprint.scratch import scratch_blocks
 from olmodebug.footprint.short_training import overflow_text
-from olmodebug.footprint.storage_trace import ACTIVATIONS, Allocation, StorageTrace
+from olmodebug.footprint.storage_trace import ACTIVATIONS, LOGITS, LOSS, OPTIMIZER_STATE, PARAMETERS, Allocation, StorageTrace
 from olmodebug.footprint.training_step import StepPlan
 
 MIB = 1 << 20
