@@ -244,6 +244,8 @@ def _emulate_attention(gpu: Gpu) -> torch.library.Library:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             zero = torch.zeros((), dtype=query.dtype, device=query.device)
             attn_mask = torch.where(attn_mask, zero, torch.full_like(zero, -torch.inf))
+        if kernel == "cudnn" and not _cudnn_can_be_fake():
+            kernel = "flash"  # its outputs have the same sizes
         if kernel == "cudnn":
             scale = head_dim**-0.5 if scale is None else scale
             if attn_mask is not None:
@@ -272,6 +274,18 @@ def _emulate_attention(gpu: Gpu) -> torch.library.Library:
 
     library.impl("scaled_dot_product_attention", attention, "AutogradCPU", allow_override=True)
     return library
+
+
+@cache
+def _cudnn_can_be_fake() -> bool:
+    """Whether this torch knows the shapes of cuDNN's attention, forward and backward, without a card.
+
+    Private, and the only way to ask: without it a torch that does not know them would fail in the middle of a prediction.
+    """
+    import torch._meta_registrations  # noqa: F401 - registers them
+
+    names = ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward")
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta") for name in names)
 
 
 def _aligned(mask: Tensor) -> Tensor:
