@@ -174,6 +174,7 @@ def _device_lost(probe: Probe, subject: Subject, error: BaseException, outcome: 
         severity="error",
         message=f"the device stopped: {str(raised).strip().partition(chr(10))[0][:200]}",
         where=where,
+        fix=f"CUDA_LAUNCH_BLOCKING=1 olmodebug check {subject.spec} --device {subject.device.type} -k {probe.name} raises it at its own line",
         raised=f"{type(raised).__name__}: {str(raised).strip().partition(chr(10))[0][:200]}",
     )
     return Result(outcome=outcome, findings=(finding,))

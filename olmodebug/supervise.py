@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .process import Child, Death, innermost, last_line, launched, run_child
+from .process import Child, Death, innermost, last_line, run_child
 from .report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, root_groups, with_reproduction
 from .store import Run
 
@@ -104,7 +104,7 @@ def _one_child(
         module=module,
         folder=folder,
         timeout_seconds=order.timeout_seconds,
-        environment={"HYPOTHESIS_STORAGE_DIRECTORY": storage} | launched(str(order.job.get("device", "cpu"))),
+        environment={"HYPOTHESIS_STORAGE_DIRECTORY": storage},
     )
     message = {
         "job": dict(order.job),

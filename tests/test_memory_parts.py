@@ -13,7 +13,7 @@ from olmodebug.footprint.history import Predicted, aligned, peak_of_history
 from olmodebug.footprint.oom import explain_out_of_memory, is_out_of_memory, reason_of, requested_bytes
 from olmodebug.footprint.peak_owner import owner
 from olmodebug.footprint.scratch import scratch_blocks
-from olmodebug.footprint.short_training import overflow_text
+from olmodebug.footprint.short_training import overflow_text, rate_of
 from olmodebug.footprint.storage_trace import ACTIVATIONS, LOGITS, LOSS, OPTIMIZER_STATE, PARAMETERS, Allocation, StorageTrace
 from olmodebug.footprint.training_step import StepPlan
 
@@ -49,16 +49,23 @@ def test_the_workspace_of_cublas_is_8_mib_and_a_bit_before_hopper_and_32_from_it
 
 
 def test_each_thread_of_a_step_takes_a_workspace_and_inference_has_one_thread() -> None:
-    def trace(*phases: str) -> StorageTrace:
-        made = [Allocation(MIB, "mm", "model", phase, 1, ACTIVATIONS) for phase in phases]
-        return StorageTrace(allocations=made, events=list(range(len(made))))
+    def ops(*given: tuple[str, str]) -> list[str]:
+        made = [Allocation(MIB, op, "model", phase, 1, ACTIVATIONS) for phase, op in given]
+        allocations, events = on_device(StorageTrace(allocations=made, events=list(range(len(made)))), GPUS["H100"])
+        return [allocations[e].op for e in events]
 
-    def phases(*given: str) -> list[str]:
-        allocations, events = on_device(trace(*given), GPUS["H100"])
-        return [allocations[e].phase if allocations[e].op == "cublas workspace" else "" for e in events]
+    forward, backward = ("forward", "mm"), ("backward", "mm")
+    step = ops(
+        ("setup", "mm"), ("forward", "embedding"), forward, forward, ("backward", "nll_loss_backward"), backward, ("optimizer", "mm")
+    )
+    workspace = "cublas workspace"
+    assert step == ["mm", "embedding", "mm", workspace, "mm", "nll_loss_backward", "mm", workspace, "mm"]  # each behind a first output
+    assert ops(("setup", "mm"), ("prefill", "addmm"), ("decode", "mm")) == ["mm", "addmm", workspace, "mm"]
 
-    assert phases("setup", "forward", "forward", "backward", "optimizer") == ["", "forward", "", "", "backward", "", ""]
-    assert phases("setup", "prefill", "decode") == ["", "prefill", "", ""]
+
+def test_wide_models_are_trained_at_a_lower_rate() -> None:
+    small, middle, large = (rate_of(n) for n in (1_000, 150_000_000, 1_280_000_000))
+    assert small == 1e-2 and middle == pytest.approx(0.5 * 0.0047 * (150 / 108) ** (-1 / 3)) and large < 1.1e-3
 
 
 HALF, FULL = torch.float16, torch.float32
@@ -92,6 +99,13 @@ def test_attention_s_scratch_is_what_a_card_took(
     query = torch.empty(shape, dtype=dtype, device="meta")
     key = torch.empty(shape[0], kv_heads, *shape[2:], dtype=dtype, device="meta")
     assert scratch_blocks(SDPA + op, (query, query, key, key)) == blocks
+
+
+@pytest.mark.parametrize(("rows", "width", "staged"), [(4096, 384, 12 * MIB), (4096, 768, 24 * MIB)])
+def test_a_sum_over_rows_is_staged_as_on_a_card(rows: int, width: int, staged: int) -> None:
+    terms = torch.empty(4, rows // 4, width, device="meta")
+    assert scratch_blocks("sum", (terms, [0, 1])) == ((staged,),)
+    assert scratch_blocks("sum", (terms, [-1])) == scratch_blocks("sum", (terms.half(), [0, 1])) == scratch_blocks("sum", (terms,)) == ()
 
 
 def test_wide_heads_in_16_bits_have_their_output_in_float32_too() -> None:

@@ -22,7 +22,7 @@ from .oom import explain_out_of_memory, is_out_of_memory
 from .records import MemoryEstimate
 from .short_training import short_training
 from .storage_trace import StorageTrace
-from .training_step import StepPlan, checkpointed, make_optimizer, step
+from .training_step import StepPlan, checkpointed, make_optimizer, make_scaler, step
 
 STEPS = 3
 MOST_ENTRIES = 1_000_000  # of the recorded history: one step of a 7B model makes some ten thousand
@@ -111,7 +111,7 @@ def _measured_steps(job: Job, plan: StepPlan) -> tuple[dict[str, int], int, list
     if plan.inference:
         return _measured_inference(subject, plan), torch.cuda.max_memory_reserved(), []
     optimizer = make_optimizer(subject.model, plan.optimizer)
-    scaler = torch.amp.GradScaler("cuda") if plan.precision == "fp16-amp" else None
+    scaler = make_scaler(plan.precision, "cuda")  # one that leaves no step out: a first step that overflows makes no state
     peaks: dict[str, int] = {}
     part, reserved = "setup", 0
 

@@ -128,7 +128,8 @@ def _training(confirmation: Section) -> Finding | None:
     training = confirmation["training"]
     if training is None or training["fell"]:
         return None
-    message = f"the loss of the short training did not fall: {training['first_loss']:.3g} at first, {training['last_loss']:.3g} after {training['steps']} steps"
+    first, last = float(training["first_loss"]), float(training["last_loss"])  # a report has nan as a word
+    message = f"the loss of the short training did not fall: {first:.3g} at first, {last:.3g} after {training['steps']} steps"
     return Finding(probe=LEARNS, severity="warning", message=message, evidence={"overflow_steps": training["overflow_steps"]})
 
 

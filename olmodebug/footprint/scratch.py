@@ -15,6 +15,9 @@ WIDE_HEAD = 128  # up to here the efficient kernel's output stays in registers
 UNSORTED_INDICES = 3072  # EmbeddingBackward.cu: up to here, without padding_idx, a kernel that needs no sorting
 ROWS_PER_PARTIAL = 10  # EmbeddingBackwardKernel.cu, NROWS_PER_THREAD
 WARP = 32
+MOST_THREADS = 512  # of a block that reduces
+REDUCED_TOGETHER = 4  # float32 outputs that one thread makes
+PROCESSORS = 132  # of an H100; fewer hand over less
 
 Blocks = tuple[tuple[int, ...], ...]
 
@@ -85,6 +88,26 @@ def _embedding_backward(args: Any) -> Blocks:
     return ((8 * count, 8 * count, 8 * count, 8 * count, segments * _up(width, WARP) * 4),)
 
 
+def _sum(args: Any) -> Blocks:
+    """What blocks of threads hand to each other where a float32 tensor is added up over all but its last dimension, as for
+    the gradient of a norm's weight (Reduce.cuh: setReduceConfig and global_memory_size)."""
+    terms, dims = args[0], args[1] if len(args) > 1 else None
+    if not terms.ndim > 1 or dims is None or terms.element_size() != 4 or not terms.is_floating_point():
+        return ()
+    outputs = terms.shape[-1]
+    if sorted(d % terms.ndim for d in dims) != list(range(terms.ndim - 1)) or outputs % REDUCED_TOGETHER or not terms.is_contiguous():
+        return ()
+    rows = terms.numel() // max(1, outputs)
+    width = min(WARP, _power_below(outputs // REDUCED_TOGETHER))
+    height = min(_power_below(rows), MOST_THREADS // REDUCED_TOGETHER // width)
+    each = -(-rows // height)  # values that a thread adds up
+    if rows < max(height, 1) * 16 or each < 16:
+        return ()
+    grid = -(-(outputs // REDUCED_TOGETHER) // width)
+    parts = max(min(-(-PROCESSORS * (2048 // (width * height)) // grid), -(-each // 16)), -(-each // 256))
+    return ((4 * outputs * parts * width * REDUCED_TOGETHER,),) if parts > 1 else ()
+
+
 RULES: dict[str, Callable[[Any], Blocks]] = {
     "_scaled_dot_product_flash_attention_backward": _flash_backward,
     "_scaled_dot_product_cudnn_attention": _cudnn_forward,
@@ -92,7 +115,12 @@ RULES: dict[str, Callable[[Any], Blocks]] = {
     "_scaled_dot_product_efficient_attention": _efficient_forward,
     "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
     "embedding_dense_backward": _embedding_backward,
+    "sum": _sum,
 }
+
+
+def _power_below(number: int) -> int:
+    return 1 << max(0, number.bit_length() - 1)
 
 
 def _up(number: int, multiple: int) -> int:

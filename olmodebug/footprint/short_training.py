@@ -21,7 +21,8 @@ STEPS = 40
 STEPS_IN_FLOAT16_ON_THE_CPU = 20  # products in float16 have no fast kernel on most CPUs
 AVERAGED = 5  # losses at either end that make up the first and the last
 FELL_BY = 0.95  # of the first loss: random weights start near ln(vocabulary), and 20 steps of letters take a third off it
-LEARNING_RATE = 1e-2
+LARGEST_RATE = 1e-2
+WARMUP_STEPS = 5
 PROMPT, NEW_TOKENS = 24, 24
 FLOAT16_LARGEST = 65504
 
@@ -47,7 +48,8 @@ def short_training(subject: Subject, plan: StepPlan, *, steps: int = STEPS, seed
     """Train the subject, in place, on windows of a short text; its own GradScaler decides which steps are taken."""
     started = time.perf_counter()
     model = subject.model.train()
-    optimizer = make_optimizer(model, plan.optimizer, learning_rate=LEARNING_RATE)
+    rate = LARGEST_RATE if plan.optimizer.startswith("sgd") else rate_of(sum(p.numel() for p in model.parameters()))
+    optimizer = make_optimizer(model, plan.optimizer, learning_rate=rate)
     scaler = torch.amp.GradScaler(device) if plan.precision == "fp16-amp" else None
     generator = torch.Generator().manual_seed(seed)
     ids = text_ids(subject.vocab_size)
@@ -58,6 +60,8 @@ def short_training(subject: Subject, plan: StepPlan, *, steps: int = STEPS, seed
         for number in range(1, steps + 1):
             batches = [windows(ids, plan, generator).to(subject.device) for _ in range(plan.accumulation)]
             before = scaler.get_scale() if scaler is not None else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, number / WARMUP_STEPS)
             found = step(subject, plan, optimizer, scaler, batches, lambda name: None, device=device)
             losses.append(float(sum(float(loss) for loss in found)))
             if scaler is not None:
@@ -80,6 +84,12 @@ def short_training(subject: Subject, plan: StepPlan, *, steps: int = STEPS, seed
         sample=sample,
         seconds=time.perf_counter() - started,
     )
+
+
+def rate_of(parameters: int) -> float:
+    """The learning rate: half of what the DataDecide ladder takes for so many parameters, 0.0047 (N / 108e6)^(-1/3), and no
+    more than 1e-2. A wide model diverges at a narrow one's rate."""
+    return min(LARGEST_RATE, 0.5 * 0.0047 * (max(1, parameters) / 108e6) ** (-1 / 3))
 
 
 def overflow_text(steps: int, overflowed: list[int], scales: list[float], *, scaled: bool) -> str:

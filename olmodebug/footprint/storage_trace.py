@@ -21,6 +21,7 @@ from .scratch import scratch_blocks
 
 LOSS = "(loss)"  # what runs behind the output head, in the module column
 OPTIMIZER = "(optimizer)"
+ADDED = torch.ops.aten.add.Tensor
 NO_SEQUENCE = 1 << 62  # nodes that accumulate gradients have the largest number there is
 
 # What a storage is for. `working`, until something says more.
@@ -186,6 +187,8 @@ class StorageTracer(TorchDispatchMode):
                 self._sequence.append(number)
                 self._places.append(place)
         out = func(*args, **(kwargs or {}))
+        if self._scratch and not inside and self._phase == "backward" and func is ADDED and kwargs in ({}, None):
+            self._hand_over(args[0], args[1], out)
         fresh = [t for t in _tensors(out) if t.untyped_storage()._cdata not in self._live]
         if not fresh and not self._scratch:
             return out
@@ -218,6 +221,17 @@ class StorageTracer(TorchDispatchMode):
             )
         )
         trace.events.append(number)
+        self._live[address] = (number, weakref.ref(storage, lambda _: self._end(address, number)))
+
+    def _hand_over(self, gradient: Any, other: Any, total: Tensor) -> None:
+        """Gradients of one tensor are added up in place on CUDA, where nobody else holds the first (input_buffer.cpp); of fake
+        tensors autograd makes a new one. The sum then lives on in the first one's memory."""
+        if not isinstance(other, Tensor) or gradient.shape != other.shape or gradient.dtype != total.dtype:
+            return
+        known = self._live.pop(gradient.untyped_storage()._cdata, None)
+        if known is None:
+            return
+        number, storage, address = known[0], total.untyped_storage(), total.untyped_storage()._cdata
         self._live[address] = (number, weakref.ref(storage, lambda _: self._end(address, number)))
 
     def _end(self, address: int, number: int) -> None:

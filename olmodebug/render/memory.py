@@ -173,7 +173,7 @@ def _confirmation(confirmation: Mapping[str, Any] | None) -> Iterator[Line]:
         word = "fell" if training["fell"] else "did not fall"
         yield row(
             "training",
-            f"{plural(training['steps'], 'step')}: the loss {word}, {training['first_loss']:.3f} to {training['last_loss']:.3f}, {seconds_text(training['seconds'])}",
+            f"{plural(training['steps'], 'step')}: the loss {word}, {float(training['first_loss']):.3f} to {float(training['last_loss']):.3f}, {seconds_text(training['seconds'])}",
         )
         yield row("overflow", training["overflow_text"])
         yield row("sample", training["sample"])

@@ -189,7 +189,7 @@ def _confirmation(section: Section) -> Markup:
         parts.append(curves([Series(name="loss", values=losses)], title="loss of the short training", marks=marks))
         parts.append(
             paragraph(
-                f"{training['steps']} steps: loss {training['first_loss']:.3f} to {training['last_loss']:.3f}. {training['overflow_text']}"
+                f"{training['steps']} steps: loss {float(training['first_loss']):.3f} to {float(training['last_loss']):.3f}. {training['overflow_text']}"
             )
         )
     if measured["out_of_memory"]:
