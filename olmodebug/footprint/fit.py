@@ -15,7 +15,7 @@ from .training_step import StepPlan
 Axis = Literal["batch_size", "seq_len"]
 
 STEPS_TO_COMPARE = 2  # the second step is the first with optimizer state; the third shows the same peak
-MOST_CHECKS = 5
+MOST_CHECKS = 6
 MOST_BATCH = 1 << 20
 SEQ_STEP = 64
 
@@ -126,16 +126,19 @@ def largest(prepared: Prepared, plan: StepPlan, gpu: Gpu | None, settings: Alloc
     if high == low:
         return Largest(axis=axis, value=low, safe_bytes=low_need, traces=len(known), bounded_by="the positions that the model declares")
     too_much: int | None = None
+    failures = 0
     for _ in range(MOST_CHECKS):
         if need(high) <= budget_bytes:
+            failures = 0
             before, before_need, low, low_need = low, low_need, high, need(high)
         else:
             too_much = high if too_much is None else min(too_much, high)
+            failures += 1
             before, before_need = high, need(high)
         slope = (before_need - low_need) / (before - low) if before != low else 0.0
         reach = most if slope <= 0 else low + int((budget_bytes - low_need) / slope)
         candidate = min(most, reach // step * step if reach < most else most)
-        if too_much is not None and candidate >= too_much:
+        if too_much is not None and (candidate >= too_much or failures > 1):  # what is reserved need not grow along a line
             candidate = max(low, (low + too_much) // 2 // step * step)
         if candidate <= low:
             break
