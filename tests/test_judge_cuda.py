@@ -13,6 +13,7 @@ from torch import Tensor
 
 from olmodebug.executions import replay
 from olmodebug.executions.judge import judge
+from olmodebug.executions.policies import TF32_POLICY
 
 aten = torch.ops.aten
 
@@ -122,3 +123,22 @@ def test_the_gradients_of_a_fused_rms_norm_are_those_of_its_formula(dtype: torch
     assert judge(expected, results).verdict in ("exact", "within")
     results[-1] = results[-1] * 1.05
     assert judge(expected, results).verdict == "diverged"
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """Ten bits of mantissa, to the nearest."""
+    bits = x.view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_tf32_that_was_asked_for_is_tf32_where_all_of_its_roundings_go_one_way() -> None:
+    # The loss's gradient: each row holds one large factor, the same in all of them.
+    gradient = torch.full((500, 55), 1e-9)
+    gradient[torch.arange(500), torch.arange(500) % 55] = -1 / 55
+    states = drawn(torch.float32, 55, 64)
+    expected = replay.expect(aten.mm.default, (gradient, states), {})
+    result = to_tf32(gradient) @ to_tf32(states)
+    found = judge(expected, [result], declared=frozenset({TF32_POLICY}))
+    assert (found.verdict, found.policy) == ("explained", TF32_POLICY)
+    assert judge(expected, [result * 1.1], declared=frozenset({TF32_POLICY})).verdict == "diverged"
+    assert judge(expected, [gradient @ states], declared=frozenset({TF32_POLICY})).verdict in ("exact", "within")

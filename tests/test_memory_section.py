@@ -10,6 +10,8 @@ from rich.console import Console
 
 import olmodebug
 from olmodebug.footprint.chrome_trace import chrome_trace
+from olmodebug.footprint.confirm import EMPTY
+from olmodebug.footprint.findings import findings_of
 from olmodebug.footprint.section import compare, section
 from olmodebug.render.memory import memory_view
 from olmodebug.report import read
@@ -82,3 +84,13 @@ def test_two_runs_are_compared_category_by_category() -> None:
     ]
     assert both["figures"] == [{"name": "tensors", "left_bytes": 900, "right_bytes": 150}]
     assert "-800 B" in drawn(section(kind="comparison", comparison=both))
+
+
+def test_a_training_that_ends_in_nan_is_a_warning_and_is_drawn(body: dict) -> None:
+    memory = json.loads(json.dumps(body["sections"]["memory"]))
+    training = {"steps": 40, "losses": [6.2, "nan"], "first_loss": 6.2, "last_loss": "nan", "fell": False, "overflow_steps": 3}
+    training |= {"overflow_at": [1, 2, 3], "scales": [1.0], "overflow_text": "none", "sample": "", "seconds": 1.0}
+    memory["confirmation"] = {**EMPTY, "plan": "a plan", "training": training}
+    (finding,) = [f for f in findings_of(memory) if f.probe == "memory.short-training-learns"]
+    assert finding.message == "the loss of the short training did not fall: 6.2 at first, nan after 40 steps"
+    assert "6.200 to nan" in drawn(memory)

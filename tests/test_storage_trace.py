@@ -179,3 +179,13 @@ def test_steps_can_be_traced_without_lines() -> None:
     plan = StepPlan(**TINY, precision="fp32")
     trace = trace_steps(real_subject(Job(spec="olmo1-tiny"), plan), plan, steps=1, scratch=False, lines=False)
     assert all(a.spot is None for a in trace.allocations)
+
+
+def test_gradients_of_one_tensor_are_added_up_in_place_on_a_card(prepared: Prepared) -> None:
+    plan = StepPlan(**TINY, precision="bf16-amp")
+    on_card, on_cpu = (trace_fake(prepared, plan, gpu) for gpu in (GPUS["H100"], None))
+    added = [[a for a in trace.allocations if a.op == "add" and a.phase == "backward"] for trace in (on_card, on_cpu)]
+    assert not added[0] and len(added[1]) > 3
+    ended = {~event for event in on_card.events if event < 0}
+    lost = [a for i, a in enumerate(on_card.allocations) if a.phase == "backward" and a.step == 2 and i not in ended]
+    assert lost == []  # what was handed over is given back all the same
