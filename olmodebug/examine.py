@@ -165,9 +165,7 @@ def _passes_in_own_dtype(probe: Probe, subject: Subject) -> bool:
 def _device_lost(probe: Probe, subject: Subject, error: BaseException, outcome: Outcome) -> Result:
     """The finding for a device that stopped under a probe; whatever comes after it is left out."""
     subject.lost = probe.name
-    raised: BaseException = error
-    while raised.__cause__ is not None:
-        raised = raised.__cause__
+    raised = first_cause(error)
     where = explain(error).finding().where if isinstance(error, SubjectCodeError) else Where()
     finding = Finding(
         probe=probe.name,
@@ -178,6 +176,13 @@ def _device_lost(probe: Probe, subject: Subject, error: BaseException, outcome: 
         raised=f"{type(raised).__name__}: {str(raised).strip().partition(chr(10))[0][:200]}",
     )
     return Result(outcome=outcome, findings=(finding,))
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that others were raised from; the first that says so of a group."""
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    cause = next((part for part in parts if is_lost(part)), error.__cause__)
+    return error if cause is None else first_cause(cause)
 
 
 def verified(finding: F, job: Job, holds: Callable[[], bool]) -> F:

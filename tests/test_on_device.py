@@ -13,7 +13,7 @@ from olmodebug.casts import cast
 from olmodebug.child import run
 from olmodebug.device_errors import is_lost, memory_left
 from olmodebug.errors import SubjectError
-from olmodebug.examine import run_probe
+from olmodebug.examine import first_cause, run_probe
 from olmodebug.on_device import _IndexChecked, index_checked
 from olmodebug.probe import select, shipped_probes
 from olmodebug.process import launched
@@ -74,6 +74,13 @@ def test_an_assert_is_a_loss_and_no_memory_is_none() -> None:
     assert not is_lost(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert not is_lost(RuntimeError("CUDA error: out of memory"))
     assert not is_lost(RuntimeError("The size of tensor a (3) must match"))
+
+
+def test_an_assert_in_a_group_of_errors_is_a_loss_too() -> None:
+    """As hypothesis raises it: the first failing run stops the device, and each that repeats it fails elsewhere."""
+    both = ExceptionGroup("Inconsistent results from replaying a test case!", [RuntimeError(ASSERT), RuntimeError(ASSERT)])
+    assert is_lost(both) and first_cause(both) is both.exceptions[0]
+    assert not is_lost(ExceptionGroup("two checks failed", [ValueError("a shape"), torch.OutOfMemoryError("CUDA out of memory")]))
 
 
 def stopping(subject: Subject, message: str) -> Subject:
