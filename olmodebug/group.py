@@ -3,6 +3,7 @@
 It loads no torch. A rank that raises, dies or waits in a collective that the others never call ends the run for all.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,11 @@ def first_to_fail(ranks: Sequence[Rank]) -> Rank | None:
     dead = [rank for rank in bad if rank.death is not None and not rank.death.hung and not rank.abandoned]
     late = [rank for rank in bad if rank.abandoned or (rank.death is not None and rank.death.hung)]
     return min(own or dead or late or bad, key=lambda rank: rank.ended_at, default=None)
+
+
+def peer_words(text: str) -> str:
+    """What gloo says of a lost rank, without the file of its own source and the advice behind it; cut to 160 characters."""
+    return re.sub(r"\[[^\]\s]*\.\w+:\d+\]\s*", "", text).partition(". This is typically")[0][:160]
 
 
 def lost_a_peer(error: BaseException) -> bool:

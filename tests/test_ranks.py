@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from olmodebug.cli import main
 from olmodebug.commands.ranks import STRATEGIES
 from olmodebug.compare import roundings_limit
 from olmodebug.errors import ReportError, UsageError
+from olmodebug.group import peer_words
+from olmodebug.ranks.calls import Collective, parted
 from olmodebug.ranks.compare import compare_ranks
+from olmodebug.ranks.last_op import LastOp, read_last_op
 from olmodebug.ranks.logical import gather, wholes
 from olmodebug.ranks.parallel import STRATEGIES as parallel_strategies
-from olmodebug.ranks.record import Collective, RankWriter, digest, plain_name, read_records
+from olmodebug.ranks.record import RankWriter, digest, plain_name, read_records
 from olmodebug.ranks.replicas import first_unlike_collectives, unlike_replicas
 from olmodebug.ranks.run import RankOrder, compare_step
+from olmodebug.records import Where
 from olmodebug.render.ranks import ranks_view
 from olmodebug.report import Report
 from olmodebug.store import Run
@@ -281,6 +286,54 @@ def test_the_first_unlike_collective_is_found_and_uneven_shards_are_none(tmp_pat
     unlike = first_unlike_collectives(read_records(tmp_path))
     assert unlike is not None
     assert unlike[0] == 1
+
+
+def test_a_collective_that_a_rank_never_calls_is_told_with_its_line(tmp_path: Path) -> None:
+    here = Where(function="train_step", file="train.py", line=12, op="allreduce")
+    shared, last = Collective(op="broadcast", shape=(2,)), Collective(op="allreduce", shape=(4,), where=here)
+    for rank in range(9):
+        write(tmp_path, rank, 9, [], [shared, last] if rank == 7 else [shared])
+    unlike = first_unlike_collectives(read_records(tmp_path))
+    assert unlike is not None
+    words, where = parted(unlike)
+    assert words == (
+        "ranks 0, 1, 2, 3, 4, 5 and 2 more do not come to the collective that rank 7 is in: number 1, allreduce of [4] at train.py:12"
+    )
+    assert where == here
+    assert parted((0, [last, shared])) == (
+        "the ranks do not call the same collectives: at number 0 rank 0 allreduce of [4] at train.py:12, rank 1 broadcast of [2]",
+        here,
+    )
+
+
+def test_more_ranks_than_files_that_may_be_open(tmp_path: Path) -> None:
+    for rank in range(40):
+        call = Collective(op="allreduce", shape=(5 if rank == 39 else 4,))
+        write(tmp_path, rank, 40, [("start", "w", torch.full((2,), float(rank == 38)))], [call])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, before[1]))
+    try:
+        records = read_records(tmp_path)
+        unlike, replicas = first_unlike_collectives(records), list(unlike_replicas(records))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert unlike is not None and (unlike[0], len(unlike[1])) == (0, 40)
+    assert replicas == [("start", "w", [38])]
+
+
+def test_what_is_left_of_a_killed_process_is_its_last_op(tmp_path: Path) -> None:
+    assert read_last_op(tmp_path / "op.txt") is None
+    with LastOp(tmp_path / "op.txt") as last:
+        for line in (100, 7):
+            last.note(Where(function="train_step", file="train.py", line=line, op="mm"))
+        last.note(Where(file="x" * 5000))  # too long for a note
+    assert read_last_op(tmp_path / "op.txt") == Where(function="train_step", file="train.py", line=7, op="mm")
+
+
+def test_what_gloo_says_is_told_without_its_own_files() -> None:
+    text = "RuntimeError: [/__w/pytorch/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:43: Connection reset. This is typically caused by"
+    assert peer_words(text) == "RuntimeError: Read error [127.0.0.1]:43: Connection reset"
 
 
 def test_replicas_that_differ_are_named_by_digest_alone(tmp_path: Path) -> None:

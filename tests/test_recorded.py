@@ -15,9 +15,12 @@ from torch import Tensor, nn
 import olmodebug
 from olmodebug.cli import main
 from olmodebug.guards.journal import Journal
+from olmodebug.guards.unfinished import unfinished
 from olmodebug.guards.watch import Watch
+from olmodebug.ranks.calls import Collective
 from olmodebug.ranks.record import RankWriter, read_records
 from olmodebug.ranks.recorded import compare_recorded
+from olmodebug.records import Where
 from tests.scripts import recorded
 
 SCRIPT = Path(recorded.__file__)
@@ -44,7 +47,7 @@ FAULTS = {
         "ranks.step-agrees",
         "exp_avg differs",
     ),
-    "dies": ("ddp", "        loss.backward()", "        rank == 1 and os._exit(3)\n        loss.backward()", "ranks.step-completes", "did not come to its end"),
+    "dies": ("ddp", "        loss.backward()", "        rank == 1 and os._exit(3)\n        loss.backward()", "ranks.step-completes", "rank 1 does not come to the collective that rank 0 is in"),
 }  # fmt: skip
 
 
@@ -205,6 +208,30 @@ def test_a_rank_that_was_cut_off_and_one_that_is_gone_are_named(tmp_path: Path, 
     write(tmp_path / "many", 1, 2, step(IDS[2:], GRADIENT), ended=False)
     assert main(["parity", str(tmp_path / "one"), str(tmp_path / "many")]) == 1
     assert "rank 1 did not come to its end" in capsys.readouterr().out
+
+
+# --- a command that failed, and the records of its ranks
+
+
+def unfinished_run(folder: Path, *, exception: str | None, lost: bool) -> list[Any]:
+    here = Where(function="main", file="train.py", line=18, op="allreduce")
+    for rank in range(2):
+        writer = RankWriter(folder, rank=rank, world=2)
+        if rank == 0:
+            writer.collective(Collective(op="allreduce", shape=(3,), where=here))
+        writer.lines.close()
+    ended = {"event": "end", "exception": exception, "lost_a_peer": lost, "ops": 9}
+    return unfinished(folder, [[{"event": "start", "rank": 0}, ended], [{"event": "start", "rank": 1}]])
+
+
+def test_a_rank_that_died_is_told_as_soon_as_the_command_has_ended(tmp_path: Path) -> None:
+    (finding,) = unfinished_run(tmp_path, exception="RuntimeError", lost=True)
+    assert finding.message == "rank 1 does not come to the collective that rank 0 is in: number 0, allreduce of [3] at train.py:18"
+    assert (finding.probe, finding.where.line) == ("ranks.step-completes", 18)
+
+
+def test_an_exception_of_a_ranks_own_is_told_by_torch_and_not_by_what_comes_of_it(tmp_path: Path) -> None:
+    assert unfinished_run(tmp_path, exception="ValueError", lost=False) == []
 
 
 # --- the guards leave collectives alone

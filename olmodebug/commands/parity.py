@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..ranks.records_of import ranks_in
+from ..ranks.calls import ranks_in
 from .ranks import add_ranks, compare_ranks
 from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
 

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _new_folder(name: str) -> Path:
     """The folder of a new record, made; UsageError where it cannot be written or holds a record already."""
-    from ..ranks.records_of import ranks_in
+    from ..ranks.calls import ranks_in
 
     folder = Path(name)
     try:
@@ -84,7 +84,7 @@ def _new_folder(name: str) -> Path:
 
 
 def _recorded(name: str) -> str:
-    from ..ranks.records_of import ranks_in
+    from ..ranks.calls import ranks_in
 
     count = ranks_in(Path(name))
     if not count:

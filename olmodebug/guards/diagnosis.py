@@ -15,6 +15,7 @@ from .excerpts import lines_at
 from .journal import Event, read_journals, softened
 from .run import Ended, stacks_of
 from .settings import Settings, redacted, secrets_of
+from .unfinished import unfinished
 
 SURVIVES = "process.survives"
 DIVIDED = "loop.ranks-see-different-data"
@@ -36,6 +37,8 @@ def diagnose(command: Sequence[str], settings: Settings, ended: Ended, seconds: 
     findings = _merged(journals, len(working), ended)
     findings += _same_data(journals)
     findings += _death(settings.folder, ended)
+    if ended.exit_code and not findings:
+        findings += unfinished(settings.record, journals)
     findings.sort(key=lambda finding: ORDER[finding.severity])
     text = redacted(" ".join(command), secrets)
     seen = bool(processes)

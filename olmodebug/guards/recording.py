@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ..ranks.calls import Collective
 from ..ranks.notes import Notes, collective_of
-from ..ranks.record import Collective, RankWriter
+from ..ranks.record import RankWriter
 from .place import line_here, where_of
 
 

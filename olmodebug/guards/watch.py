@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..environment import package_version
+from ..group import lost_a_peer
 from ..report import Finding, Severity
 from ..sources import Spot
 from . import index, place
@@ -197,7 +198,8 @@ class Watch:
                 end()
             except Exception:
                 self.fault(None)
-        self.journal.tell("end", exception=None if error is None else type(error).__name__, **self._numbers())
+        name = None if error is None else type(error).__name__
+        self.journal.tell("end", exception=name, lost_a_peer=error is not None and lost_a_peer(error), **self._numbers())
 
     def _explain(self, error: BaseException | None) -> None:
         """An exception that ended the script, unless a guard has already said what it is."""

@@ -26,9 +26,11 @@ from ..sources import Sources, short_path
 from ..spec import Job, resolve
 from ..subject import Subject
 from ..tracing.tracer import record
+from .calls import Collective
+from .last_op import LastOp
 from .notes import Notes, collective_of
 from .parallel import IGNORED, Batch, Logits, Step, global_mean_step, sgd, spread, summed_loss
-from .record import Collective, RankWriter
+from .record import RankWriter
 
 ROWS_A_RANK = 2
 SECONDS_TO_TELL = 3.0  # after a collective has timed out elsewhere
@@ -56,7 +58,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     batch = global_batch(twin, world)
     folder = Path(order["records"])
     if rank == 0:
-        tell("start", step="one process")
+        tell("start", step="taking the step in one process")
         case = twin.first_case()
         with settled(twin.model):
             dtypes = record(twin.model, lambda: twin.call(case)).dtypes()
@@ -131,8 +133,9 @@ def together(subject: Subject, batch: Batch, folder: Path, order: dict[str, Any]
     tell("start", step="wrapping the model")
     made = spread(order["strategy"], order["launch"], subject.model, mesh, logits=logits_of(subject))
     writer = RankWriter(folder, rank=rank, world=world, coordinate=tuple(mesh.get_coordinate() or ()), mesh=tuple(mesh.shape))
-    tell("start", step="the training step")
-    dtypes = recorded_step(made.model, sgd(made.model), batch, made.step, writer)
+    tell("start", step="taking the training step")
+    with LastOp(Path(order["records"]) / f"op-{rank}.txt") as last:
+        dtypes = recorded_step(made.model, sgd(made.model), batch, made.step, writer, last)
     writer.close()
     tell("dtypes", value=sorted(dtypes))
     tell("start", step="leaving the process group")
@@ -140,7 +143,9 @@ def together(subject: Subject, batch: Batch, folder: Path, order: dict[str, Any]
     faulthandler.cancel_dump_traceback_later()
 
 
-def recorded_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, step: Step, writer: RankWriter) -> set[str]:
+def recorded_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, step: Step, writer: RankWriter, last: LastOp | None = None
+) -> set[str]:
     """One training step with everything noted: the rows seen, weights before, module inputs and outputs, the gradients
     that the optimizer got, the loss and the norm that the step reports, weights and optimizer state after. Returns the floating dtypes that any op
     of the step wrote."""
@@ -148,7 +153,7 @@ def recorded_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
     notes.start()
     handles: list[Any] = [optimizer.register_step_pre_hook(lambda *_: notes.gradients()), *notes.watch()]
     try:
-        with settled(seed=0), _Collectives(writer, Sources(model)) as watched:
+        with settled(seed=0), _Collectives(writer, Sources(model), last) as watched:
             result = step(model, optimizer, batch)
     finally:
         for handle in handles:
@@ -171,23 +176,27 @@ def logits_of(subject: Subject) -> Logits:
 
 
 class _Collectives(TorchDispatchMode):
-    """Notes every collective before it starts, and the floating dtypes that ops write."""
+    """Notes every collective before it starts, the place of the op that runs, and the floating dtypes that ops write."""
 
-    def __init__(self, writer: RankWriter, sources: Sources) -> None:
+    def __init__(self, writer: RankWriter, sources: Sources, last: LastOp | None) -> None:
         super().__init__()
-        self.writer, self.sources, self.dtypes = writer, sources, set[str]()
+        self.writer, self.sources, self.last, self.dtypes = writer, sources, last, set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = collective_of(func, args, kwargs)
         if call is not None:
             op, shape = call
-            spot = self.sources.spot(sys._getframe(1))
-            where = Where(function=spot.function, file=short_path(spot.file), line=spot.line, op=op) if spot else Where(op=op)
-            self.writer.collective(Collective(op=op, shape=shape, where=where))
+            self.writer.collective(Collective(op=op, shape=shape, where=self._where(op)))
+        elif self.last is not None:
+            self.last.note(self._where(func.__name__.partition(".")[0]))
         output = func(*args, **(kwargs or {}))
         if isinstance(output, Tensor) and output.dtype.is_floating_point:
             self.dtypes.add(str(output.dtype).removeprefix("torch."))
         return output
+
+    def _where(self, op: str) -> Where:
+        spot = self.sources.spot(sys._getframe(2))
+        return Where(function=spot.function, file=short_path(spot.file), line=spot.line, op=op) if spot else Where(op=op)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import ReportError
 from ..records import Where
 from ..tracing.copies import bytes_of
+from .calls import Collective, collectives_of, files_in, lines_of
 
 VERSION = 2
 MOST_TENSOR_BYTES = 512 * 2**20  # of one rank; larger runs are compared by digest only
@@ -43,15 +44,6 @@ class RankEvent:
     coordinate: tuple[int, ...] = ()
     where: Where = field(default_factory=Where)
     key: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
-    """One call of a collective: its op, the shape it was given, and the line of the user's own code, where there is one."""
-
-    op: str
-    shape: tuple[int, ...] = ()
-    where: Where = field(default_factory=Where)
 
 
 class RankWriter:
@@ -118,9 +110,14 @@ class RankRecord:
     coordinate: tuple[int, ...]
     mesh: tuple[int, ...]
 
+    @property
+    def file(self) -> Path:
+        """The lines of the record."""
+        return self.path.with_suffix(".jsonl")
+
     def events(self) -> Iterator[RankEvent]:
         """Its tensors in the order they were noted."""
-        for body in self._lines():
+        for body in lines_of(self.file):
             if body["stage"] not in NO_TENSOR:
                 values = {
                     **body,
@@ -133,13 +130,11 @@ class RankRecord:
 
     def collectives(self) -> Iterator[Collective]:
         """Its collectives in the order they were started."""
-        for body in self._lines():
-            if body["stage"] == "collective":
-                yield Collective(op=body["op"], shape=tuple(body["shape"]), where=Where(**body["where"]))
+        return collectives_of(self.file)
 
     def end(self) -> dict[str, list[str]] | None:
         """`dtypes` and `optimizers` of a step that came to its end; None of one that was cut off."""
-        return next(({k: list(body[k]) for k in ("dtypes", "optimizers")} for body in self._lines() if body["stage"] == "end"), None)
+        return next(({k: list(body[k]) for k in ("dtypes", "optimizers")} for body in lines_of(self.file) if body["stage"] == "end"), None)
 
     def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """The tensors of some keys, under the names that they are asked by; what a process that was killed left out is not there."""
@@ -150,22 +145,11 @@ class RankRecord:
             kept = set(tensors.keys())
             return {name: tensors.get_tensor(key) for name, key in keys.items() if key in kept}
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        with self.path.with_suffix(".jsonl").open(encoding="utf-8") as lines:
-            next(lines)
-            for number, line in enumerate(lines, start=2):
-                try:
-                    yield json.loads(line)
-                except ValueError:  # a process that was killed leaves half a line, always the last
-                    if next(lines, None) is not None:
-                        raise ReportError(f"{self.path.name}.jsonl is damaged at line {number}") from None
-                    return
-
 
 def read_records(folder: Path) -> list[RankRecord]:
     """The records of a folder by rank. ReportError when there is none, or one is of another version."""
     found = []
-    for file in sorted(folder.glob("rank-*.jsonl")):
+    for file in files_in(folder):
         with file.open(encoding="utf-8") as lines:
             first = lines.readline()
         try:

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..records import Where
 from ..report import Finding, Outcome, Report, SubjectInfo, with_reproduction
 from . import rules
+from .calls import of_ranks, parted
 from .logical import as_one, gather
 from .pair import Pair
 from .record import RankRecord, read_records
@@ -82,15 +83,14 @@ class _Judged:
         gone = [rank for rank in range(world) if rank not in there]
         cut = [record.rank for record in ranks if record.end() is None]
         if gone:
-            raise UsageError(f"{folder} lacks the records of {_of_ranks(gone)} of {world}")
+            raise UsageError(f"{folder} lacks the records of {of_ranks(gone)} of {world}")
         if cut:
+            message, where = f"the first training step of {of_ranks(cut)} did not come to its end in {folder}", Where()
             unlike = first_unlike_collectives(ranks)
-            calls = unlike[1] if unlike else []
-            waiting = {rank: call for rank, call in enumerate(calls) if call is not None}
-            evidence = {f"rank {rank}": f"{call.op} at {call.where.file}:{call.where.line}" for rank, call in waiting.items()}
-            where = next((call.where for call in waiting.values() if call.where.line), Where())
-            message = f"the first training step of {_of_ranks(cut)} did not come to its end in {folder}"
-            self._found(Finding(probe=COMPLETES, severity="error", message=message, where=where, evidence=dict(evidence)))
+            if unlike is not None:
+                words, where = parted(unlike)
+                message = f"the first training step did not come to its end in {folder}: {words}"
+            self._found(Finding(probe=COMPLETES, severity="error", message=message, where=where))
         elif not any(outcome.probe == COMPLETES for outcome in self.outcomes):
             self.outcomes.append(Outcome(probe=COMPLETES, status="passed"))
 
@@ -100,11 +100,8 @@ class _Judged:
             return
         unlike = first_unlike_collectives(ranks)
         if unlike is not None:
-            number, calls = unlike
-            text = ", ".join(f"rank {r} {call.op if call else 'nothing'}" for r, call in enumerate(calls[:8]))
-            place = next((call.where for call in calls if call is not None), Where())
-            message = f"collective {number} of {folder} is not the same on every rank: {text}"
-            self._found(Finding(probe=MATCH, severity="error", message=message, where=place))
+            message, place = parted(unlike)
+            self._found(Finding(probe=MATCH, severity="error", message=f"{folder}: {message}", where=place))
         else:
             self.outcomes.append(Outcome(probe=MATCH, status="passed"))
 
@@ -164,12 +161,7 @@ def _drifted(pair: Pair, ranks: list[RankRecord]) -> Finding | None:
         if held is None or held.parts[0].shape != shapes.get(name):
             continue  # shards of the same size, or a layout that is not known
         message = (
-            f"after the step {name} of {_of_ranks(other)} is not that of rank 0, though both are right to rounding: replicas drift apart"
+            f"after the step {name} of {of_ranks(other)} is not that of rank 0, though both are right to rounding: replicas drift apart"
         )
         return Finding(probe=REPLICAS, severity="warning", message=message, where=Where(module=name.rpartition(".")[0]))
     return None
-
-
-def _of_ranks(numbers: list[int]) -> str:
-    some = ", ".join(map(str, numbers[:6])) + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")
-    return f"rank{'s' if len(numbers) > 1 else ''} {some}"

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OlmodebugError, UsageError
-from ..group import Rank, first_to_fail, run_group
+from ..group import Rank, first_to_fail, peer_words, run_group
 from ..process import Child, innermost, last_line
 from ..records import Where
 from ..report import Environment, Finding, Outcome, Report, SubjectInfo, plain, with_reproduction
 from ..store import Run
+from .calls import Unlike, parted
+from .last_op import read_last_op
 
 COMPLETES, MATCH = "ranks.step-completes", "ranks.collectives-match"
 
@@ -133,12 +135,8 @@ def _judged(order: RankOrder, ranks: list[Rank], told: dict[str, Any], folder: P
     outcomes = [Outcome(probe=COMPLETES, status="passed")]
     findings: list[Finding] = []
     if unlike is not None:
-        number, calls = unlike
-        place = next((call.where for call in calls if call is not None), Where())
-        text = ", ".join(f"rank {r} {call.op if call else 'nothing'}" for r, call in enumerate(calls))
-        findings.append(
-            Finding(probe=MATCH, severity="error", message=f"collective {number} is not the same on every rank: {text}", where=place)
-        )
+        message, place = parted(unlike)
+        findings.append(Finding(probe=MATCH, severity="error", message=message, where=place))
     outcomes.append(Outcome(probe=MATCH, status="failed" if findings else "passed"))
     [single] = read_records(folder / "single")
     comparison = compare_ranks(single, records, limit=roundings_limit(told["dtypes"]))
@@ -150,9 +148,8 @@ def _spread(order: RankOrder) -> str:
     return (order.launch or order.strategy) + (f" on a mesh of {'x'.join(map(str, order.mesh))}" if order.mesh else "")
 
 
-def _died(bad: list[Rank], ranks: list[Rank], unlike: tuple[int, list[Any]] | None, folder: Path) -> Finding:
+def _died(bad: list[Rank], ranks: list[Rank], unlike: Unlike | None, folder: Path) -> Finding:
     """The finding on a step that did not come to its end: the rank that began it, not those that lost their peer."""
-    calls = unlike[1] if unlike is not None else []
     first = first_to_fail(bad)
     assert first is not None
     own = first.raised is not None and not first.raised["lost_a_peer"]
@@ -160,32 +157,32 @@ def _died(bad: list[Rank], ranks: list[Rank], unlike: tuple[int, list[Any]] | No
     place = folder / f"child-{first.number}"
     evidence = {f"rank {rank.number}": _ending(rank) for rank in ranks if rank is not first}
     where, cause = innermost(place / "stacks.txt"), None
-    if calls and all(call is not None for call in calls):  # torch's own abort is what comes of it
-        words = ", ".join(f"rank {r} {_call(call)}" for r, call in enumerate(calls))
-        cause = f"the ranks do not call the same collectives: at number {unlike[0] if unlike else 0} {words}"
-        where = next((call.where for call in calls if call.where.line), where)
+    words, line = parted(unlike) if unlike is not None else ("", Where())
+    if unlike is not None and all(call is not None for call in unlike[1]):  # torch's own abort is what comes of it
+        where, cause = line, words
     if own and first.raised is not None:
         message = f"rank {first.number} raised while {first.step}: {first.raised['text'][:300]}"
         where = Where(**first.raised["where"])
     elif dead and first.death is not None:
         message = f"rank {first.number} {first.death.text} while {first.step}"
         if last := last_line(place / "output.txt"):
-            evidence["last line of its output"] = last
+            evidence["last line of its output"] = peer_words(last)
+        if not where.line:
+            last_op = read_last_op(folder / f"op-{first.number}.txt")
+            message += "; its last op was at this line" if last_op is not None and last_op.line else ""
+            where = last_op if last_op is not None and last_op.line else line
+        if unlike is not None and cause is None:
+            evidence["who waits"] = words
     else:
-        waits = next((f"rank {r} waits in {_call(call)}" for r, call in enumerate(calls) if call is not None), "the others wait")
-        message = f"rank {first.number} does not come to the collective that the others are in: {waits}"
+        message, cause = words or f"rank {first.number} does not come to the end of {first.step}, and the others wait", None
+        where = where if where.line and not where.op else line
     return Finding(probe=COMPLETES, severity="error", message=message, where=where, cause=cause, evidence=evidence)
 
 
 def _ending(rank: Rank) -> str:
     if rank.raised is not None:
-        return str(rank.raised["text"])[:160]
+        return peer_words(str(rank.raised["text"]))
     return rank.death.text if rank.death else "ended well"
-
-
-def _call(call: Any) -> str:
-    line = f" at {call.where.file}:{call.where.line}" if call.where.line else ""
-    return f"{call.op} of {list(call.shape)}{line}"
 
 
 def _environment(order: RankOrder) -> Environment:

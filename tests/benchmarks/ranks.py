@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from olmodebug.ranks.record import Collective, RankWriter, read_records
+from olmodebug.ranks.calls import Collective
+from olmodebug.ranks.record import RankWriter, read_records
 from olmodebug.ranks.replicas import first_unlike_collectives, unlike_replicas
 from tests.mutants import parallel
 from tests.test_ranks import MODEL, step_on

@@ -419,6 +419,18 @@ def collective_on_one_rank(model, mesh):
     return model, train_step
 
 
+def collective_at_the_end_on_one_rank(model, mesh):
+    step = data_parallel()
+
+    def train_step(model, optimizer, batch):
+        result = step(model, optimizer, batch)
+        if dist.get_rank() == 0:
+            dist.all_reduce(result["loss"])
+        return result
+
+    return model, train_step
+
+
 def rank_dies(model, mesh):
     step = data_parallel()
 
@@ -503,7 +515,14 @@ MUTANTS = (
     Mutant(
         wrap="collective_on_one_rank", row="-", probe="ranks.step-completes", place="collective_on_one_rank", words=("same collectives",)
     ),
-    Mutant(wrap="rank_dies", row="-", probe="ranks.step-completes", place="", words=("exit status 7",)),
+    Mutant(
+        wrap="collective_at_the_end_on_one_rank",
+        row="-",
+        probe="ranks.step-completes",
+        place="collective_at_the_end_on_one_rank",
+        words=("rank 1 does not come to the collective that rank 0 is in",),
+    ),
+    Mutant(wrap="rank_dies", row="-", probe="ranks.step-completes", place="average_gradients", words=("exit status 7",)),
     Mutant(wrap="rank_raises", row="-", probe="ranks.step-completes", place="rank_raises", words=("rank 1 raised",)),
     Mutant(wrap="rank_sleeps", row="-", probe="ranks.step-completes", place="train_step", words=("rank 1",)),
 )
