@@ -127,9 +127,8 @@ def run_probe(
     except (SubjectCodeError, SubjectError) as error:
         if is_lost(error):
             return _device_lost(probe, subject, error, outcome("failed"))
-        if subject.dtype != torch.float64 and not subject.keep_dtype and not findings and _passes_in_own_dtype(probe, subject):
-            note = "it raises on a copy in float64 and not in its own dtype, in which it was asked instead"
-            return Result(outcome=outcome("passed", note))
+        if subject.dtype != torch.float64 and not subject.keep_dtype and not findings and (asked := _in_own_dtype(probe, subject)):
+            return Result(outcome=outcome(*asked))
         if (refusal := refused(error)) is not None and not findings:
             return Result(outcome=outcome("not-applicable", f"the model refuses this case: {refusal}"))
         with settled(subject.model, seed=subject.seed), index_checked(subject.device):  # the failing run is traced again
@@ -153,13 +152,20 @@ def run_probe(
     return Result(outcome=outcome("failed" if wrong else "passed"), findings=plain, found=tuple(findings))
 
 
-def _passes_in_own_dtype(probe: Probe, subject: Subject) -> bool:
-    """Whether a probe that raised on a copy in float64 finds nothing where the copies stay in the model's own dtype."""
+def _in_own_dtype(probe: Probe, subject: Subject) -> tuple[str, str] | None:
+    """The status, with its reason, of a probe that raised on a copy in float64, where the copies stay in the model's own
+    dtype; None where it finds an error or raises there too: then what was raised stands."""
     try:
         with settled(subject.model, seed=subject.seed), index_checked(subject.device):
-            return not any(found.severity == "error" for found in probe.function(subject.in_own_dtype()))
-    except Exception:  # it raises there too, or does not apply: the finding stands
-        return False
+            if any(found.severity == "error" for found in probe.function(subject.in_own_dtype())):
+                return None
+    except NotApplicable as error:
+        return "not-applicable", str(error)
+    except Skipped as error:
+        return "skipped", str(error)
+    except Exception:  # it raises there too
+        return None
+    return "passed", "it raises on a copy in float64 and not in its own dtype, in which it was asked instead"
 
 
 def _device_lost(probe: Probe, subject: Subject, error: BaseException, outcome: Outcome) -> Result:

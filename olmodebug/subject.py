@@ -4,7 +4,6 @@ A probe never touches the subject itself: it works on a *twin*, a deep copy in t
 implementation that it asks for.
 """
 
-import copy
 import inspect
 import re
 import warnings
@@ -37,6 +36,7 @@ from .convention import (
     is_scalar_loss,
     read_signature,
 )
+from .deep_copies import deep_copy
 from .draws import Draws
 from .errors import SubjectError
 from .load import SubjectCodeError
@@ -441,7 +441,8 @@ class Subject:
         twin = replace(self, model=self._copy(), _twins={}, assumptions=[], limit=None, _last=[], attention=attention)
         if attention is not None:
             set_attention(twin.model, attention)
-        if any(p.dtype.is_floating_point for p in twin.model.parameters()):
+        # In the model's own dtype it stays as it is: weights in 16 bits beside tables in float32 are one of them.
+        if dtype != self.dtype and any(p.dtype.is_floating_point for p in twin.model.parameters()):
             cast(twin.model, dtype)
         if dtype == torch.float64 and hasattr(twin.model, "set_experts_implementation"):
             with suppress(Exception):  # transformers' grouped kernel takes no float64 on the CPU; not every class has another
@@ -474,7 +475,7 @@ class Subject:
 
     def _copy(self) -> nn.Module:
         try:
-            return copy.deepcopy(self.model)
+            return deep_copy(self.model)
         except Exception as error:
             if self.rebuild is None:
                 raise SubjectCodeError("copying the model (copy.deepcopy)") from error

@@ -1,5 +1,6 @@
 """Everything that a forward makes is made on the device of its inputs."""
 
+import ast
 from collections.abc import Iterator
 
 import torch
@@ -8,9 +9,10 @@ from olmodebug.devices import Stray, first_stray, plain_tensors
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import probe, skip
 from olmodebug.records import Case
-from olmodebug.relations.repair import Found
+from olmodebug.relations.repair import Found, expressions
 from olmodebug.report import Finding
 from olmodebug.settle import settled
+from olmodebug.sources import Spot
 from olmodebug.subject import Subject, quiet
 
 
@@ -71,6 +73,20 @@ def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
                 evidence={"condition": "a model that has run, and moves afterwards", "found by": "a run on the meta device"},
                 case=case,
             )
+        if (chosen := _chosen_device(stray.made)) is not None:
+            return Found(
+                probe="",
+                severity="warning",
+                message=f"{shape} is put on {chosen}, the {stray.device} here, and not where the inputs are; {stray.op} then mixes two devices",
+                where=where,
+                source=source_lines(where),
+                cause=f"{chosen} was chosen apart from the model, and does not change when the model moves",
+                fix="read the device from the input in every call: device=input_ids.device",
+                expected="every tensor on the device of the inputs",
+                observed=f"{shape} on {stray.device}",
+                evidence={"condition": f"a model on another device than {chosen}", "found by": "a run on the meta device"},
+                case=case,
+            )
         return Found(
             probe="",
             severity="error",
@@ -108,6 +124,19 @@ def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
         evidence={"found by": "a run on the meta device"},
         case=case,
     )
+
+
+def _chosen_device(spot: Spot) -> str | None:
+    """The variable or attribute whose device the line that makes a tensor asks for; None where it asks for none, or for one
+    that is written down there."""
+    tree = expressions(spot)
+    call = next((node for node in tree.at(spot) if isinstance(node, ast.Call)), None) if tree else None
+    if tree is None or call is None:
+        return None
+    asked = [keyword.value for keyword in call.keywords if keyword.arg == "device"]
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "to":
+        asked += call.args[:1]
+    return next((tree.source(value) for value in asked if isinstance(value, ast.Name | ast.Attribute)), None)
 
 
 def _kept_device(subject: Subject) -> str | None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from olmodebug.compare import difference
-from olmodebug.explain import source_lines
+from olmodebug.deep_copies import functions_left_behind
+from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.members import attribute_place, equal, not_saved, parameter, shared, tie_place, why_not_saved
 from olmodebug.probe import not_applicable, probe, skip
@@ -20,6 +21,7 @@ from olmodebug.records import Case, Difference, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.sources import Spot
 from olmodebug.subject import Subject, config_of, quiet
 from olmodebug.switches import set_dropout
 
@@ -131,6 +133,20 @@ def deepcopy_equal(subject: Subject) -> Iterator[Finding]:
             severity="error",
             message="a deep copy shares its weights with the model it was made from",
             expected="weights of its own",
+        )
+        return
+    for attribute, variable, function in functions_left_behind(subject.model):
+        where = place_of(Spot(function.__code__, 0, function.__code__.co_firstlineno), module=attribute.rpartition(".")[0])
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"a deep copy goes on using modules of the model it was made from: {attribute} is a function that holds {variable}",
+            where=where,
+            source=source_lines(where),
+            cause="copy.deepcopy copies no functions, and this one was made with the first model's modules in its variables",
+            fix="make it a method that reads them from self",
+            expected="a copy that uses its own weights",
+            evidence={"condition": "the model is deep-copied, as for EMA"},
         )
         return
     twin = copy.deepcopy(subject.model).eval()

@@ -27,6 +27,7 @@ LAYERS = {
             "sources",
             "settle",
             "casts",
+            "deep_copies",
             "tiny",
             "draws",
             "device_errors",

@@ -1,5 +1,6 @@
 """Legal designs that a probe once took for a bug, each asked the one probe that was loud."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 import olmodebug
 from olmodebug.examine import run_probe
-from olmodebug.probe import shipped_probes
+from olmodebug.load import SubjectCodeError
+from olmodebug.probe import Probe, not_applicable, shipped_probes
 from olmodebug.report import Finding, Report
-from olmodebug.subject import from_model
+from olmodebug.subject import Subject, from_model
 
 CLEAN = Path(__file__).parent / "mutants" / "clean"
 PROBES = {probe.name: probe for probe in shipped_probes()}
@@ -41,6 +43,7 @@ def asked(build: str, probes: str) -> Report:
         ("scores_style:build_normed", "scaled-by-head-size"),
         ("scores_style:build_mup", "scaled-by-head-size"),
         ("scores_style:build_chunked", "batch or no-future or prefix-alone"),  # whole chunks only
+        ("closure_style:build", "eval-repeats or reach-every-parameter or save-and-load"),  # a lambda that holds modules
         ("wrapped_style:build", "meta-build or gradients or no-future"),  # forward(*args, **kwargs), a row for no token
         ("wrapped_style:build_from_batch", "loss or no-future"),
         ("wrapped_style:build_autocast", "no-hidden-downcast"),
@@ -51,6 +54,44 @@ def test_a_legal_design_draws_neither_error_nor_warning(build: str, probes: str)
     report = asked(build, probes)
     assert [(f.probe, f.message) for f in (*report.of("error"), *report.of("warning"))] == []
     assert report.verdict == "pass"
+
+
+def test_a_function_that_a_deep_copy_leaves_behind_is_told_once_and_with_its_condition() -> None:
+    (finding,) = asked("closure_style:build", "deepcopy-equal").findings
+    assert (finding.severity, finding.where.function) == ("warning", "Block.__init__.<lambda>")
+    assert finding.message.endswith("h.0.feed is a function that holds m")
+
+
+class HalfTables(nn.Module):
+    """Weights in bfloat16 beside a table in float32, and no float64 at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(31, 12, dtype=torch.bfloat16), nn.Linear(12, 31, bias=False, dtype=torch.bfloat16)
+        self.register_buffer("table", torch.arange(40.0)[:, None].mul(0.37).cos().expand(40, 12).contiguous(), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) * self.table[: input_ids.shape[1]]
+        return self.head(x.to(torch.bfloat16))
+
+
+def test_a_table_beside_weights_in_bfloat16_is_not_rounded_by_a_copy_in_the_models_own_dtype() -> None:
+    torch.manual_seed(0)
+    subject = from_model(HalfTables())
+    twin = subject.twin(dtype=torch.bfloat16)
+    assert twin.model.table.dtype == torch.float32
+    assert run_probe(PROBES["lifecycle.deepcopy-equal"], subject).outcome.status == "passed"
+
+
+def test_what_does_not_apply_in_the_models_own_dtype_is_no_finding_of_the_copy_in_float64() -> None:
+    def probe_of(subject: Subject) -> Iterator[Finding]:
+        if subject.twin().dtype == torch.float64:
+            raise SubjectCodeError("run") from RuntimeError("expected scalar type Double but found Float")
+        not_applicable("forward takes no attention_mask")
+        yield
+
+    result = run_probe(Probe(name="cache.asks-first", function=probe_of), from_model(Small("smooth")))
+    assert (result.outcome.status, result.outcome.reason, result.findings) == ("not-applicable", "forward takes no attention_mask", ())
 
 
 def test_tables_of_a_model_in_bfloat16_are_told_as_what_they_are() -> None:

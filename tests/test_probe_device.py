@@ -45,6 +45,9 @@ def test_device_probes_are_silent_on_correct_models(spec: str) -> None:
     assert loud(spec, "device") == []
 
 
+HERE = "cuda" if torch.cuda.is_available() else "cpu"  # as scripts have it at their top
+
+
 class Model(nn.Module):
     """One line of each kind that mixes devices, or only seems to."""
 
@@ -64,6 +67,10 @@ class Model(nn.Module):
             x = x + torch.arange(12.0)
         elif self.kind == "literal":
             x = x * torch.tensor([1.0] * 12)
+        elif self.kind == "chosen above":
+            x = x + torch.arange(12.0, device=HERE)
+        elif self.kind == "written down":
+            x = x + torch.arange(12.0, device="cpu")
         elif self.kind == "scalar":
             x = x * torch.tensor(2.0)
         elif self.kind == "moved":
@@ -81,9 +88,15 @@ def stray(kind: str) -> list[tuple[str, str | None]]:
     return [(f.severity, f.where.op) for f in made_where_the_inputs_are(subject)]
 
 
-@pytest.mark.parametrize(("kind", "op"), [("made elsewhere", "arange"), ("literal", "lift_fresh")])
+@pytest.mark.parametrize(("kind", "op"), [("made elsewhere", "arange"), ("literal", "lift_fresh"), ("written down", "arange")])
 def test_a_tensor_made_elsewhere_is_an_error_at_its_own_line(kind: str, op: str) -> None:
     assert stray(kind) == [("error", op)]
+
+
+def test_a_device_chosen_apart_from_the_model_is_told_with_its_condition() -> None:
+    (finding,) = made_where_the_inputs_are(from_model(Model("chosen above")))
+    assert (finding.severity, finding.where.op) == ("warning", "arange")
+    assert finding.evidence["condition"] == "a model on another device than HERE"
 
 
 def test_a_plain_attribute_that_does_not_move_is_told() -> None:

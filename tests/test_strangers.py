@@ -77,7 +77,7 @@ def test_what_turned_out_to_be_legal_gets_no_error(mutant: Mutant, tmp_path: Pat
     wordlm_style:build wordlm_style:build_rnn megatron_style:build megatron_style:build_optional rwkv_style:build scores_style:build
     scores_style:build_normed scores_style:build_mup scores_style:build_chunked wrapped_style:build wrapped_style:build_from_batch
     wrapped_style:build_autocast wrapped_style:build_bfloat16 course_style:build course_style:build_grouped course_style:build_scan
-    course_style:build_sampler torchnn_style:build torchnn_style:build_encoder""".split(),
+    course_style:build_sampler torchnn_style:build torchnn_style:build_encoder closure_style:build""".split(),
 )
 def test_a_clean_model_of_a_strange_style_gets_no_error(build: str) -> None:
     style, _, name = build.partition(":")

@@ -1,6 +1,5 @@
 """A subject whose tensors are fake: shapes, dtypes and strides on a pretended CPU, and no memory behind them."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # the documented FakeTensor; its module has no public name
 
+from ..deep_copies import deep_copy
 from ..load import SubjectCodeError
 from ..spec import Job, resolve
 from ..subject import Subject
@@ -56,7 +56,7 @@ def fake_copy(subject: Subject, mode: FakeTensorMode, *, dtype: torch.dtype) -> 
             for value in holder.values():
                 if isinstance(value, Tensor) and id(value) not in memo:
                     memo[id(value)] = _fake(value, mode, dtype if value.is_floating_point() else value.dtype)
-    model = copy.deepcopy(subject.model, memo)
+    model = deep_copy(subject.model, memo)
     model.train()
     return replace(subject, model=model, assumptions=list(subject.assumptions), _twins={}, _last=[])
 
