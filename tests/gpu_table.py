@@ -11,13 +11,17 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from olmodebug.footprint.dry_run import Prepared, trace_fake
 from olmodebug.footprint.estimate import estimate
 from olmodebug.footprint.gpus import GPUS
 from olmodebug.footprint.records import MemoryEstimate
+from olmodebug.footprint.storage_trace import PARAMETERS, StorageTrace
 from olmodebug.footprint.training_step import StepPlan
 from olmodebug.spec import Job
 
@@ -47,12 +51,26 @@ def rows(only: str = "") -> Iterator[dict[str, Any]]:
             # The runs of 2026-11-27 used torch's own scaler, which leaves first steps out: no state until one is taken, but
             # for the fused optimizer, which is told of an overflow and makes its state all the same.
             "late_state": plan.precision == "fp16-amp" and plan.optimizer == "adamw",
+            "cast": plan.weight_dtype != torch.float32,
         }
 
 
 def predicted(spec: str, plan: StepPlan) -> MemoryEstimate:
     """The estimate for the card, as `olmodebug memory --gpu H100` makes it."""
-    return estimate(trace_fake(Prepared(Job(spec=spec), plan.weight_dtype), plan, GPU, lines=False), GPU)
+    trace = trace_fake(Prepared(Job(spec=spec), plan.weight_dtype), plan, GPU, lines=False)
+    return estimate(trace if plan.weight_dtype == torch.float32 else cast_on_the_card(trace), GPU)
+
+
+def cast_on_the_card(trace: StorageTrace) -> StorageTrace:
+    """The runs of 2026-11-27 put the weights on the card in float32 and cast them there, one after the other: what was float32
+    is cached before the first step. Since then they are cast first."""
+    allocations = list(trace.allocations)
+    weights = [i for i, a in enumerate(allocations) if a.category == PARAMETERS]
+    wide = range(len(allocations), len(allocations) + len(weights))
+    allocations += [replace(allocations[i], bytes=allocations[i].bytes * 4 // torch.bfloat16.itemsize) for i in weights]
+    first = [*wide, *(event for i, old in zip(weights, wide, strict=True) for event in (i, ~old))]
+    known = set(weights)
+    return replace(trace, allocations=allocations, events=[*first, *(e for e in trace.events if e not in known)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         found = row["predicted"]
         assert found.reserved is not None
         off = [100 * (ours.expected - row[name]) / row[name] for name, ours in (("tensors", found.tensors), ("reserved", found.reserved))]
-        mark = " (1)" if row["late_state"] else ""
-        if not mark:
+        mark = " (1)" if row["late_state"] else " (2)" if row["cast"] else ""
+        if mark != " (1)":
             errors.append((off[0], off[1]))
         cells = [row["spec"], row["plan"] + mark]
         for name, ours, error in zip(("tensors", "reserved"), (found.tensors, found.reserved), off, strict=True):

@@ -189,3 +189,14 @@ def test_gradients_of_one_tensor_are_added_up_in_place_on_a_card(prepared: Prepa
     ended = {~event for event in on_card.events if event < 0}
     lost = [a for i, a in enumerate(on_card.allocations) if a.phase == "backward" and a.step == 2 and i not in ended]
     assert lost == []  # what was handed over is given back all the same
+
+
+@pytest.mark.parametrize(("checkpointing", "kept"), [(False, 2), (True, 3)])
+def test_what_a_card_adds_up_elsewhere_is_views_and_what_runs_again(prepared: Prepared, checkpointing: bool, kept: int) -> None:
+    """A gradient that is a view of a product's output shares its memory with that, so the first two of q, k and v, and gate and
+    up, are added into new memory; the sums of a checkpoint that runs again are no gradients (reports/gpu: 150M and 4M)."""
+    plan = StepPlan(**TINY, precision="fp32", checkpointing=checkpointing)
+    trace = trace_fake(prepared, plan, GPUS["H100"])
+    hidden = (plan.batch_size, plan.seq_len, prepared.subject.model.config.hidden_size)
+    added = [a for a in trace.allocations if a.op == "add" and a.phase == "backward" and a.step == 2 and a.shape == hidden]
+    assert len(added) == kept * prepared.subject.model.config.num_hidden_layers

@@ -113,10 +113,11 @@ class CachingAllocator:
         self._tail: dict[bool, _Block] = {}  # with expandable segments: the last mapped block of each pool
         self._next_address = 0
 
-    def malloc(self, key: Hashable, size: int) -> None:
-        """Take a block for `size` bytes under a key of the caller's; none for an empty tensor."""
+    def malloc(self, key: Hashable, size: int) -> int:
+        """Take a block for `size` bytes under a key of the caller's, none for an empty tensor; the bytes of the block, which
+        count as allocated: a cached one that is less than 1 MiB too large is not split."""
         if size <= 0:
-            return
+            return 0
         need = rounded(size, self.settings.roundup_power2_divisions)
         small = need <= SMALL_BYTES
         block = self._best_fit(need, small) or self._new_segment(need, small)
@@ -127,6 +128,7 @@ class CachingAllocator:
         self.requested += size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         self.peak_requested = max(self.peak_requested, self.requested)
+        return block.size
 
     def free(self, key: Hashable) -> None:
         """Give the block of a key back to its pool, merged with free neighbours of its segment."""

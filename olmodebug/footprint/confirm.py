@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..casts import cast
 from ..spec import SHRINK_ABOVE, Job, resolve
 from ..subject import Subject, quiet
 from .dry_run import Prepared, trace_fake, trace_real
@@ -73,10 +74,16 @@ def confirm_on_cpu(
 
 
 def real_subject(job: Job, plan: StepPlan, device: str = "cpu") -> Subject:
-    """The subject with its memory, whole, in the dtype of the plan's weights, in training mode."""
+    """The subject with its memory, whole, in the dtype of the plan's weights, in training mode.
+
+    Cast before it is moved: float32 weights that are cast on a card leave it cached blocks of float32 (an H100 then reserved
+    6.5 % more).
+    """
     with quiet():
-        subject = resolve(replace(job, meta=False, whole=True, device=device))
-    subject.model.to(plan.weight_dtype).train()
+        subject = resolve(replace(job, meta=False, whole=True, device="cpu"))
+    cast(subject.model, plan.weight_dtype)
+    cast(subject.model, None, device=torch.device(device))
+    subject.model.train()
     return subject
 
 

@@ -89,10 +89,10 @@ def _embedding_backward(args: Any) -> Blocks:
 
 
 def _sum(args: Any) -> Blocks:
-    """What blocks of threads hand to each other where a float32 tensor is added up over all but its last dimension, as for
-    the gradient of a norm's weight (Reduce.cuh: setReduceConfig and global_memory_size)."""
+    """What blocks of threads hand to each other where a tensor is added up over all but its last dimension, as for the
+    gradient of a norm's weight (Reduce.cuh: setReduceConfig and global_memory_size): float32, of 16 bits too."""
     terms, dims = args[0], args[1] if len(args) > 1 else None
-    if not terms.ndim > 1 or dims is None or terms.element_size() != 4 or not terms.is_floating_point():
+    if not terms.ndim > 1 or dims is None or terms.element_size() not in (2, 4) or not terms.is_floating_point():
         return ()
     outputs = terms.shape[-1]
     if sorted(d % terms.ndim for d in dims) != list(range(terms.ndim - 1)) or outputs % REDUCED_TOGETHER or not terms.is_contiguous():

@@ -187,7 +187,9 @@ class StorageTracer(TorchDispatchMode):
                 self._sequence.append(number)
                 self._places.append(place)
         out = func(*args, **(kwargs or {}))
-        if self._scratch and not inside and self._phase == "backward" and func is ADDED and kwargs in ({}, None):
+        # With gradients on it is a checkpoint that runs its forward pass again.
+        adds_gradients = self._phase == "backward" and not inside and func is ADDED and kwargs in ({}, None) and not torch.is_grad_enabled()
+        if self._scratch and adds_gradients:
             self._hand_over(args[0], args[1], out)
         fresh = [t for t in _tensors(out) if t.untyped_storage()._cdata not in self._live]
         if not fresh and not self._scratch:
@@ -224,9 +226,9 @@ class StorageTracer(TorchDispatchMode):
         self._live[address] = (number, weakref.ref(storage, lambda _: self._end(address, number)))
 
     def _hand_over(self, gradient: Any, other: Any, total: Tensor) -> None:
-        """Gradients of one tensor are added up in place on CUDA, where nobody else holds the first (input_buffer.cpp); of fake
-        tensors autograd makes a new one. The sum then lives on in the first one's memory."""
-        if not isinstance(other, Tensor) or gradient.shape != other.shape or gradient.dtype != total.dtype:
+        """Gradients of one tensor are added up in place on CUDA, where nobody else holds the first's memory, as a view's base
+        does (input_buffer.cpp); of fake tensors autograd makes a new one. The sum then lives on in the first one's memory."""
+        if not isinstance(other, Tensor) or gradient.shape != other.shape or gradient.dtype != total.dtype or gradient._is_view():
             return
         known = self._live.pop(gradient.untyped_storage()._cdata, None)
         if known is None:
