@@ -1,5 +1,6 @@
 """Two implementations: right pairs pass in logits, loss and every gradient, and what differs is placed and explained."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from olmodebug.errors import SubjectError
 from olmodebug.implementations.aligned import align
 from olmodebug.implementations.comparison import compare
+from olmodebug.implementations.mapping import heads_of
 from olmodebug.spec import Job, resolve
 from tests.benchmarks.implementations import PRESETS, judged, reference_of, subject_of
 from tests.mutants.catalog import CLEAN
@@ -99,3 +101,42 @@ def test_models_that_do_not_fit_get_one_sentence(one: str, other: str, words: st
 def test_another_vocabulary_gets_one_sentence() -> None:
     with pytest.raises(SubjectError, match=r"the sizes differ: model.embed_tokens.weight of olmo2-tiny is \[67, 40\]"):
         compare(resolve(Job(spec="olmo2-tiny")), resolve(Job(spec="olmo2-tiny", config={"vocab_size": 60, "pad_token_id": 1})))
+
+
+def _edited(tmp_path: Path, *edits: tuple[str, str]) -> Path:
+    text = (CLEAN / "llama_style.py").read_text()
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "edited.py"
+    path.write_text(text)
+    return path
+
+
+def test_a_subject_that_states_no_heads_takes_those_of_the_reference(tmp_path: Path) -> None:
+    base = subject_of(CLEAN / "llama_style.py", "build")
+    hidden = (("self.config = params", "pass"), ("self.params", "self.sizes"), ("self.n_heads", "self.h"), ("self.n_kv_heads", "self.g"))
+    subject = subject_of(_edited(tmp_path, *hidden), "build")
+    assert heads_of(subject) == (None, None)
+    report = compare(subject, reference_of("transformers:LlamaForCausalLM", base))
+    assert report.findings == ()
+
+
+def test_a_weight_that_is_cast_before_it_is_used_is_no_weight_left_out(tmp_path: Path) -> None:
+    base = subject_of(CLEAN / "llama_style.py", "build")
+    cast = (("return y.type_as(x) * weight", "return (y * weight.float()).type_as(x)"), ("/ math.sqrt(head_dim)", "/ head_dim"))
+    report = compare(subject_of(_edited(tmp_path, *cast), "build"), reference_of("transformers:LlamaForCausalLM", base))
+    (finding,) = (f for f in report.findings if f.probe == "parity.outputs")
+    assert finding.where.function == "attention"
+    assert "norm" not in (finding.cause or "")
+
+
+@pytest.mark.parametrize("names", ["fc1 fc2 fc3", "fc2 fc1 fc3", "linear_v linear linear_out"])
+def test_the_matrices_of_a_gated_feed_forward_are_told_by_shape_and_value(names: str, tmp_path: Path) -> None:
+    base = subject_of(CLEAN / "llama_style.py", "build")
+    text = (CLEAN / "llama_style.py").read_text()
+    for old, new in zip(("w1", "w3", "w2"), names.split(), strict=True):
+        text = re.sub(rf"\b{old}\b", new, text)
+    path = tmp_path / "renamed.py"
+    path.write_text(text)
+    assert compare(subject_of(path, "build"), reference_of("transformers:LlamaForCausalLM", base)).findings == ()

@@ -1,6 +1,7 @@
 """The reference model against transformers', from the same weights, and on its own."""
 
 import copy
+import inspect
 import json
 import warnings
 from collections.abc import Iterator
@@ -212,6 +213,11 @@ def test_norms_round_in_bfloat16_as_their_generation_does() -> None:
     assert not torch.equal(*outputs)
 
 
+def cache_name(model: Any) -> str:
+    """What transformers calls the cache: `cache` from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @every_implementation
 @pytest.mark.parametrize("chunks", [[9, 1, 1, 1, 1], [1, 5, 2, 4, 1]], ids=str)
 @every_config
@@ -221,9 +227,9 @@ def test_cached_decoding_equals_transformers(config: OlmoConfig, chunks: list[in
     our_cache, their_cache = None, None
     for chunk in input_ids.split(chunks, dim=1):
         observed = ours(chunk, past_key_values=our_cache, use_cache=True)
-        expected = theirs(chunk, past_key_values=their_cache, use_cache=True)
+        expected = theirs(chunk, **{cache_name(theirs): their_cache}, use_cache=True)
         assert largest_difference(observed.logits, expected.logits) < LOGITS_ATOL
-        our_cache, their_cache = observed.past_key_values, expected.past_key_values
+        our_cache, their_cache = observed.past_key_values, expected[cache_name(theirs)]
     assert our_cache is not None
     assert our_cache.seq_length == sum(chunks)
 
@@ -251,10 +257,10 @@ def test_left_padded_decoding_equals_transformers(config: OlmoConfig) -> None:
     for start, end in [(0, 10), (10, 11), (11, 13)]:
         arguments = {"attention_mask": attention_mask[:, :end], "position_ids": position_ids[:, start:end]}
         observed = ours(input_ids[:, start:end], **arguments, past_key_values=our_cache, use_cache=True)
-        expected = theirs(input_ids[:, start:end], **arguments, past_key_values=their_cache, use_cache=True)
+        expected = theirs(input_ids[:, start:end], **arguments, **{cache_name(theirs): their_cache}, use_cache=True)
         real = attention_mask[:, start:end].bool()
         assert largest_difference(observed.logits[real], expected.logits[real]) < LOGITS_ATOL
-        our_cache, their_cache = observed.past_key_values, expected.past_key_values
+        our_cache, their_cache = observed.past_key_values, expected[cache_name(theirs)]
 
 
 def test_default_positions_count_from_the_cache_and_not_from_the_mask_as_in_transformers() -> None:

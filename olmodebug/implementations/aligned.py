@@ -111,12 +111,16 @@ def align(left: Subject, right: Subject, *, stated: Mapping[str, str] | None = N
             if not torch.isfinite(logits_of(twin, given.first_case())).all():
                 raise SubjectError(f"{given.spec}: its logits are not finite, so there is nothing to compare; try olmodebug check")
     case = shared_case(twins[0], twins[1], seed=seed)
-    first, second = fit(layout_of(twins[0]), layout_of(twins[1]), stated=stated)
+    first, second = fit(layout_of(twins[0], other=twins[1]), layout_of(twins[1], other=twins[0]), stated=stated)
     reached: list[tuple[int, int, Aligned]] = []
     ways = list(choices(first, second))
     for number, (orders_left, orders_right, pairs_on) in enumerate(ways):
         if number:
-            first, second = fit(layout_of(twins[0], orders=orders_left), layout_of(twins[1], orders=orders_right), stated=stated)
+            mine, theirs = (
+                layout_of(twin, orders=orders, other=other)
+                for twin, orders, other in ((twins[0], orders_left, twins[1]), (twins[1], orders_right, twins[0]))
+            )
+            first, second = fit(mine, theirs, stated=stated)
         found = _loaded(first, second, case, pairs_on, seed)
         if len(ways) > 1:
             found.by_value = _settled(orders_left, orders_right, pairs_on)

@@ -97,7 +97,10 @@ def fused_order(aligned: Aligned) -> Cause | None:
             if other == order:
                 continue
             try:
-                side = replace(aligned.left, layout=replace(layout_of(layout.subject, orders={leaf: other}), tied=layout.tied))
+                side = replace(
+                    aligned.left,
+                    layout=replace(layout_of(layout.subject, orders={leaf: other}, other=aligned.right.subject), tied=layout.tied),
+                )
             except SubjectError:
                 continue
             if set(side.layout.slots) == set(layout.slots) and _agrees(aligned, aligned.weights, side=side):

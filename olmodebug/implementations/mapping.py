@@ -41,6 +41,10 @@ DOWN = "down_proj w2 dense_4h_to_h fc2 fc_out w_down"
 NORM1 = "ln_1 input_layernorm attention_norm attn_norm norm1 norm_1 ln1 ln_attn"
 NORM2 = "ln_2 post_attention_layernorm ffn_norm ff_norm feed_forward_norm norm2 norm_2 ln2 ln_mlp"
 Q_NORM, K_NORM = "q_norm query_norm q_layernorm", "k_norm key_norm k_layernorm"
+SUFFIXES = {
+    **dict.fromkeys("weight scale gamma".split(), "weight"),
+    **dict.fromkeys("bias shift beta".split(), "bias"),
+}
 INSIDE = "w_out c_proj proj dense out"  # after attention or after the feed-forward: the module around it says which
 
 ROLES: dict[str, str] = {
@@ -146,16 +150,38 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None) -> Layout:
-    """The slots that a model's parameters fill; SubjectError where a fused projection cannot be divided."""
+def heads_of(subject: Subject) -> tuple[int | None, int | None]:
+    """(heads, key/value heads) that the config states, or all modules of the model that state one; None where nothing does."""
+    found = []
+    for names in (HEAD_NAMES, KEY_VALUE_HEAD_NAMES):
+        stated = subject.setting(*names)
+        if not _is_count(stated):
+            counts = {
+                getattr(module, name) for module in subject.model.modules() for name in names if _is_count(getattr(module, name, None))
+            }
+            stated = counts.pop() if len(counts) == 1 else None
+        found.append(stated)
+    heads, key_value = found
+    return heads, key_value or heads
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None, other: Subject | None = None) -> Layout:
+    """The slots that a model's parameters fill; SubjectError where a fused projection cannot be divided.
+
+    `other` has the same sizes, and is asked for the number of heads where the subject does not state it.
+    """
     model = subject.model
-    heads = subject.setting(*HEAD_NAMES)
-    key_value = subject.setting(*KEY_VALUE_HEAD_NAMES)
-    heads = heads if isinstance(heads, int) else None
-    key_value = key_value if isinstance(key_value, int) and not isinstance(key_value, bool) else heads
+    heads, key_value = heads_of(subject)
+    if heads is None and other is not None:
+        heads, key_value = heads_of(other)
     layout = Layout(subject=subject, slots={}, heads=heads, key_value_heads=key_value)
     roles = {name: role_of(name) for name, _ in model.named_parameters()}
     _settle_norms(roles)
+    unfused = _settle_feed_forward(roles, parameters_of(model), orders or {})
     conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     widths = _output_widths(model, roles, conv1d)
     fused: dict[str, tuple[str, ...]] = {}
@@ -183,7 +209,7 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None) -> L
         for part, chosen in zip(parts, rows, strict=True):
             piece = Piece(parameter=name, rows=tuple(chosen), transposed=transposed, order=order)
             _add(layout, f"{prefix}{part}.{suffix}", piece, leaf)
-    layout.choices = fused
+    layout.choices = fused | unfused
     _tied_slots(layout)
     return layout
 
@@ -191,8 +217,8 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None) -> L
 def role_of(name: str) -> tuple[str | None, str, str]:
     """(layer, role, `weight` or `bias`) of a parameter's name; the role of an unknown name is the name itself, without the layer."""
     parts = name.split(".")
-    suffix = parts[-1] if parts[-1] in ("weight", "bias") else "weight"
-    path = parts[:-1] if parts[-1] in ("weight", "bias") else parts
+    suffix = SUFFIXES.get(parts[-1], "weight")
+    path = parts[:-1] if parts[-1] in SUFFIXES else parts
     index = next((i for i, part in enumerate(path) if part.isdigit()), None)
     if index is None:
         known = next((OUTSIDE[part] for part in reversed(path) if part in OUTSIDE), None)
@@ -231,6 +257,34 @@ def _settle_norms(roles: dict[str, tuple[str | None, str, str]]) -> None:
         renamed["gate"] = "up"
     for name, (layer, kind, suffix) in roles.items():
         roles[name] = (layer, renamed.get(kind, kind), suffix)
+
+
+def _settle_feed_forward(
+    roles: dict[str, tuple[str | None, str, str]], parameters: Mapping[str, Tensor], orders: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """The three matrices of a gated feed-forward whose names do not say which is which: the one that leads back to the
+    residual's width is `down`, and the order of the other two is a choice, which is given back under the two names."""
+    width = next((parameters[name].shape[1] for name, role in roles.items() if role[1] == "embed" and parameters[name].ndim == 2), None)
+    holders: dict[str, list[str]] = {}
+    for name, (layer, _, suffix) in roles.items():
+        if layer is not None and suffix == "weight" and parameters[name].ndim == 2:
+            holders.setdefault(name.rpartition(".")[0].rpartition(".")[0], []).append(name)
+    found: dict[str, tuple[str, ...]] = {}
+    for names in holders.values():
+        kinds = [roles[name][1].rpartition(".")[2] for name in names]
+        down = [name for name in names if parameters[name].shape[0] == width != parameters[name].shape[1]]
+        if len(names) != 3 or len(down) != 1 or sorted(kinds) == ["down", "gate", "up"] or {"q", "k", "v", "o", "qkv"} & set(kinds):
+            continue
+        entering = [name for name in names if name not in down]
+        if any(parameters[name].shape != parameters[down[0]].shape[::-1] for name in entering):
+            continue
+        pair = f"the pair {_leaf(entering[0])}, {_leaf(entering[1])}"
+        found[pair] = GATE_UP_ORDERS[:2]
+        for name, kind in zip([*entering, *down], [*orders.get(pair, GATE_UP_ORDERS[0]).split(";"), "down"], strict=True):
+            layer, old, suffix = roles[name]
+            expert = re.match(r"(expert\d+\.)*", old)
+            roles[name] = (layer, (expert.group() if expert else "") + kind, suffix)
+    return found
 
 
 def fused_rows(
@@ -293,7 +347,8 @@ def _output_widths(model: nn.Module, roles: Mapping[str, tuple[str | None, str, 
 
 
 def _leaf(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in ("weight", "bias")]
+    parts = name.split(".")
+    parts = parts[:-1] if parts[-1] in SUFFIXES and len(parts) > 1 else parts
     return parts[-1].removesuffix("_weight").removesuffix("_bias") if parts else name
 
 

@@ -17,15 +17,26 @@ ADDS = ("add", "add_")
 
 
 def weights_read(graph: Graph, layout: Layout) -> list[tuple[int, str]]:
-    """Every use of a weight on the way to the logits, in order: the node and the slot (the first of a fused one)."""
+    """Every use of a weight on the way to the logits, in order: the node and the slot (the first of a fused one). A weight
+    that is cast or viewed first is used where the tokens' numbers meet it."""
     slot_of: dict[str, str] = {}
     for slot, piece in layout.slots.items():
         slot_of.setdefault(piece.parameter, slot)
+    of: list[tuple[str, ...]] = []  # by node, the parameters that it is made of as long as no token is
     found = []
     for index, node in enumerate(graph.nodes):
+        earlier = [name for source in node.inputs if not graph.nodes[source].data for name in of[source]]
+        names = tuple(dict.fromkeys([*graph.event(index).parameters, *earlier]))
+        of.append(() if node.data else names)
         if node.data and node.leads and node.output == 0:
-            found += [(index, slot_of[name]) for name in graph.event(index).parameters if name in slot_of]
+            found += [(index, slot_of[name]) for name in names if name in slot_of]
     return found
+
+
+def weights_touched(graph: Graph, layout: Layout) -> set[str]:
+    """The slots whose weight any op takes, a cast or a view of it too."""
+    taken = {name for event in graph.recording.events for name in event.parameters}
+    return {slot for slot, piece in layout.slots.items() if piece.parameter in taken}
 
 
 def other_weight(parting: Parting) -> Cause | None:
@@ -46,7 +57,7 @@ def other_weight(parting: Parting) -> Cause | None:
     one, two = _columns(parting.left, (left - bias_a) / a), _columns(parting.right, (right - bias_b) / b)
     if one is None or two is None or not same(one, two, 100 * parting.limit / float(min(a.abs().min(), b.abs().min()))):
         return None
-    never = wanted not in {s for _, s in weights_read(parting.left, aligned.left.layout)}
+    never = wanted not in weights_touched(parting.left, aligned.left.layout)
     name, used = aligned.left.layout.slots[wanted].parameter, aligned.left.layout.slots[slot].parameter
     tail = f"; {name} is never read" if never else ""
     spot, module = _user(parting, index, used)
@@ -84,7 +95,7 @@ def _bias(parting: Parting, slot: str) -> Tensor | float:
 def missing_norm(parting: Parting) -> Cause | None:
     """A norm whose weight is never read: its consumer takes the tensor before it."""
     aligned = parting.aligned
-    read = {slot for _, slot in weights_read(parting.left, aligned.left.layout)}
+    read = weights_touched(parting.left, aligned.left.layout)
     wanted = weights_read(parting.right, aligned.right.layout)
     skipped = [(i, s) for i, s in wanted if s not in read and aligned.weights[s].ndim == 1 and "norm" in s]
     for node, slot in skipped:
