@@ -300,7 +300,7 @@ def test_a_collective_that_a_rank_never_calls_is_told_with_its_line(tmp_path: Pa
         "ranks 0, 1, 2, 3, 4, 5 and 2 more do not come to the collective that rank 7 is in: number 1, allreduce of [4] at train.py:12"
     )
     assert where == here
-    assert parted((0, [last, shared])) == (
+    assert parted((0, {0: last, 1: shared})) == (
         "the ranks do not call the same collectives: at number 0 rank 0 allreduce of [4] at train.py:12, rank 1 broadcast of [2]",
         here,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import UsageError
 from .shared import Progress, deliver, say
 
-STRATEGIES = ("ddp", "fsdp", "tp")  # named here and not taken from parallel, which loads torch; a test holds the two together
+STRATEGIES = ("ddp", "fsdp", "tp", "pp")  # named here and not taken from parallel, which loads torch; a test holds the two together
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:

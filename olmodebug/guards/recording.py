@@ -134,8 +134,8 @@ class Recording:
         try:
             call = collective_of(func, args, kwargs)
             if call is not None:
-                op, shape = call
-                self.writer.collective(Collective(op=op, shape=shape, where=where_of(line_here(sys._getframe(2)), op=op)))
+                op, shape, group = call
+                self.writer.collective(Collective(op=op, shape=shape, group=group, where=where_of(line_here(sys._getframe(2)), op=op)))
         except Exception:
             self.done = True
             self.watch.fault(None)

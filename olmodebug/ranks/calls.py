@@ -14,15 +14,18 @@ from ..errors import ReportError
 from ..records import Where
 
 WHOLE_TENSORS = ("allreduce", "broadcast")  # of these every rank must give the same shape; shards may be uneven
+TWO_RANKS = ("send", "recv", "recv_any_source")  # from one rank to another: no other rank has to call them
 MOST_NAMED = 6  # ranks in a sentence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:
-    """One call of a collective: its op, the shape it was given, and the line of the user's own code, where there is one."""
+    """One call of a collective, or of one rank to another: its op, the shape it was given, the ranks of its group (none where
+    that is not known), and the line of the user's own code, where there is one."""
 
     op: str
     shape: tuple[int, ...] = ()
+    group: tuple[int, ...] = ()
     where: Where = field(default_factory=Where)
 
     @property
@@ -31,7 +34,9 @@ class Collective:
         return f"{self.op} of {list(self.shape)}{line}"
 
 
-Unlike = tuple[int, list[Collective | None]]  # the number of a call, and what each rank calls there
+Unlike = tuple[int, dict[int, Collective | None]]  # the number of a call in a group, and what each of its ranks calls there
+
+Key = tuple[str, tuple[int, ...]]  # what must be alike of a call
 
 
 def ranks_in(folder: Path) -> int:
@@ -61,7 +66,7 @@ def collectives_of(file: Path) -> Iterator[Collective]:
     """The collectives of one record in the order they were started."""
     for body in lines_of(file):
         if body["stage"] == "collective":
-            yield Collective(op=body["op"], shape=tuple(body["shape"]), where=Where(**body["where"]))
+            yield Collective(op=body["op"], shape=tuple(body["shape"]), group=tuple(body.get("group", ())), where=Where(**body["where"]))
 
 
 def has_ended(file: Path) -> bool:
@@ -70,28 +75,39 @@ def has_ended(file: Path) -> bool:
 
 
 def first_unlike(files: Sequence[Path]) -> Unlike | None:
-    """The first place where ranks call different collectives, with each rank's; None where all call the same. One record is
-    open at a time, so that the files of a thousand ranks need no thousand descriptors."""
-    first = [_key(call) for call in collectives_of(files[0])]
-    number = len(first)
-    parts = False
-    for file in files[1:]:
-        keys = [_key(call) for call in islice(collectives_of(file), number + 1)]
-        mine = next((n for n, (a, b) in enumerate(zip(first, keys, strict=False)) if a != b), min(len(keys), number))
-        if mine < number or len(keys) > number:
-            number, parts = mine, True
-    return (number, [next(islice(collectives_of(file), number, None), None) for file in files]) if parts else None
+    """The first place where ranks of a group call different collectives, with each rank's; None where all call the same. One
+    record is open at a time, so that the files of a thousand ranks need no thousand descriptors."""
+    found: dict[tuple[int, ...], list[Key]] = {}  # of the first rank of each group
+    numbers: dict[tuple[int, ...], int] = {}  # where a group parts
+    for rank, file in enumerate(files):
+        mine: dict[tuple[int, ...], list[Key]] = {group: [] for group in found if rank in group or not group}
+        for call in _in_groups(file):
+            mine.setdefault(call.group, []).append(_key(call))
+        for group, keys in mine.items():
+            first = found.setdefault(group, keys if rank == min(group, default=0) else [])
+            if first != keys:
+                number = next((n for n, (a, b) in enumerate(zip(first, keys, strict=False)) if a != b), min(len(first), len(keys)))
+                numbers[group] = min(number, numbers.get(group, number))
+    if not numbers:
+        return None
+    group, number = min(numbers.items(), key=lambda item: item[1])
+    ranks = [rank for rank in group or range(len(files)) if rank < len(files)]
+    return number, {rank: next(islice((c for c in _in_groups(files[rank]) if c.group == group), number, None), None) for rank in ranks}
 
 
-def _key(call: Collective) -> tuple[str, tuple[int, ...]]:
+def _in_groups(file: Path) -> Iterator[Collective]:
+    return (call for call in collectives_of(file) if call.op not in TWO_RANKS)
+
+
+def _key(call: Collective) -> Key:
     return call.op, call.shape if call.op in WHOLE_TENSORS else ()
 
 
 def parted(unlike: Unlike) -> tuple[str, Where]:
     """Where ranks part, in words, and the line of a collective there: some do not come to it, or they call others."""
     number, calls = unlike
-    called = [(rank, call) for rank, call in enumerate(calls) if call is not None]
-    absent = [rank for rank, call in enumerate(calls) if call is None]
+    called = [(rank, call) for rank, call in calls.items() if call is not None]
+    absent = [rank for rank, call in calls.items() if call is None]
     where = next((call.where for _, call in called if call.where.line), Where(op=called[0][1].op))
     if absent:
         rank, call = called[0]

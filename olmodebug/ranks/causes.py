@@ -57,13 +57,10 @@ def of_gradients(pair: Pair, wrong: list[tuple[str, Held]]) -> Words:
     found = [ratio(expected(name), part, 64 * pair.limit) for name, held in wrong for part in pair.joined(held)]
     ratios = [factor for factor in found if factor is not None]
     if wrong and len(ratios) == len(found) and max(ratios) - min(ratios) <= max(1e-6, pair.limit) * abs(ratios[0]):
-        words = {
-            pair.world: "they are summed over ranks where they should be averaged",
-            1 / pair.world: "they are divided by the number of ranks once too often",
-        }
-        near = max(1e-6, pair.limit)
-        known = next((text for value, text in words.items() if abs(ratios[0] - value) < near * value), None)
-        return (known or f"every one of them is the whole gradient times {ratios[0]:.6g}"), None, {"factor": ratios[0]}
+        return _of_factor(pair, ratios[0]) or f"every one of them is the whole gradient times {ratios[0]:.6g}", None, {"factor": ratios[0]}
+    tied = _tied_share(pair, wrong)
+    if tied is not None:
+        return tied
     means = _mean_of_means(pair)
     if means and holds(lambda n, h: max(distance(means[n], part) for part in pair.joined(h))):
         return (
@@ -72,6 +69,49 @@ def of_gradients(pair: Pair, wrong: list[tuple[str, Held]]) -> Words:
             {},
         )
     return None, None, {}
+
+
+def of_input(pair: Pair, expected: Tensor, given: Tensor) -> tuple[str | None, str | None]:
+    """Why a stage is given other hidden states `[rows, seq_len, width]` than the one before it made."""
+    if given.shape != expected.shape or not given.ndim:
+        return None, None
+    bound = pair.limit * pair.scale("forward")
+    order = [next((at for at, row in enumerate(expected) if distance(row, mine) <= bound), None) for mine in given]
+    if sorted(at for at in order if at is not None) == list(range(len(expected))):
+        cause = f"they are the same rows in another order: {', '.join(map(str, order))}"
+        return cause, "let every stage take its micro-batches in the order in which the first one sends them"
+    same = next((n for n, held in pair.truth.of("forward").items() if n and distance(held.parts[0], given) <= bound), None)
+    before = next((n for n, held in pair.truth.of("forward").items() if n and distance(held.parts[0], expected) <= bound), None)
+    if same is None or before is None or not float(given.abs().max()):
+        return None, None
+    return f"they are the output of {same}, and in one process the output of {before} comes here", None
+
+
+def _of_factor(pair: Pair, factor: float) -> str | None:
+    """What a factor of all gradients is, where it is one that ranks or micro-batches make."""
+    near = max(1e-6, pair.limit)
+    count = pair.held.micro_batches
+    causes = []
+    if not pair.held.staged and abs(factor - pair.world) < near * pair.world:
+        causes.append("they are summed over ranks where they should be averaged")
+    if not pair.held.staged and abs(factor - 1 / pair.world) < near:
+        causes.append("they are divided by the number of ranks once too often")
+    if count > pair.truth.micro_batches == 1 and abs(factor - count) < near * count:
+        causes.append(f"the mean losses of {count} micro-batches are summed, and not divided by {count}")
+    return ", or ".join(causes) or None
+
+
+def _tied_share(pair: Pair, wrong: list[tuple[str, Held]]) -> Words | None:
+    """A weight that is one in the model and two in the stages: each has its share of the gradient under a name of its own."""
+    others = {name: held for name, held in pair.held.of("gradient").items() if name not in pair.truth.of("gradient")}
+    for name, held in wrong:
+        expected = pair.truth.of("gradient")[name].parts[0]
+        for other, its in others.items():
+            both = held.parts[0] + its.parts[0] if held.parts[0].shape == its.parts[0].shape == expected.shape else None
+            if both is not None and distance(expected, both) <= 16 * pair.limit * pair.scale("gradient"):
+                cause = f"{other} is the same weight in one process: the gradients of both sum to the whole one, and neither stage has it"
+                return cause, "all_reduce (sum) the gradient of a tied weight over the stages that hold it, before the step", {}
+    return None
 
 
 def _mean_of_means(pair: Pair) -> dict[str, Tensor] | None:

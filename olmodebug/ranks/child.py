@@ -74,10 +74,15 @@ def run(order: dict[str, Any], tell: Tell) -> None:
         original = error.__cause__ if isinstance(error, SubjectCodeError) and error.__cause__ else error
         spot = Sources(nn.Module()).spot_of(original)
         where = Where(function=spot.function, file=short_path(spot.file), line=spot.line) if spot else Where()
-        lost = lost_a_peer(original)
-        tell(
-            "raised", text=f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}", where=plain(where), lost_a_peer=lost
-        )
+        lost = lost_a_peer(original) or (original.__cause__ is not None and lost_a_peer(original.__cause__))
+        tell("raised", text=_words(original), where=plain(where), lost_a_peer=lost)
+
+
+def _words(error: BaseException) -> str:
+    """An exception in one line, with the one that it came of: torch's pipelines wrap what a stage raises."""
+    inner = error.__cause__
+    own = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return own if inner is None else f"{own.rstrip(':')} because of {_words(inner)}"
 
 
 def global_batch(subject: Subject, world: int) -> Batch:
@@ -131,7 +136,7 @@ def together(subject: Subject, batch: Batch, folder: Path, order: dict[str, Any]
     late = Path(order["stacks"]).open("a", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
     faulthandler.dump_traceback_later(order["patience"] + SECONDS_TO_TELL, file=late)  # where this rank is when another gives up
     tell("start", step="wrapping the model")
-    made = spread(order["strategy"], order["launch"], subject.model, mesh, logits=logits_of(subject))
+    made = spread(order["strategy"], order["launch"], subject.model, mesh, batch=batch, logits=logits_of(subject))
     writer = RankWriter(folder, rank=rank, world=world, coordinate=tuple(mesh.get_coordinate() or ()), mesh=tuple(mesh.shape))
     tell("start", step="taking the training step")
     with LastOp(Path(order["records"]) / f"op-{rank}.txt") as last:
@@ -185,8 +190,8 @@ class _Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = collective_of(func, args, kwargs)
         if call is not None:
-            op, shape = call
-            self.writer.collective(Collective(op=op, shape=shape, where=self._where(op)))
+            op, shape, group = call
+            self.writer.collective(Collective(op=op, shape=shape, group=group, where=self._where(op)))
         elif self.last is not None:
             self.last.note(self._where(func.__name__.partition(".")[0]))
         output = func(*args, **(kwargs or {}))

@@ -1,6 +1,6 @@
 """Tensors of many ranks in their logical form: a DTensor's shards put together by its placements, a plain one as it lies."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +14,17 @@ BY_ROWS = ("data", "input", "forward")  # stages whose tensors have a row for ea
 
 @dataclass(slots=True, kw_only=True)
 class Held:
-    """One named tensor on every rank: its events and local parts, in the order of ranks."""
+    """One named tensor on every rank, or on those of `ranks` where stages have weights of their own: its events and local
+    parts, in the order of ranks. `repeats` is how often each was noted, where that was the same bits every time."""
 
     events: list[RankEvent]
     parts: list[Tensor]
+    ranks: list[int]
+    repeats: int = 1
+
+    def of(self, group: Sequence[int]) -> list[Tensor]:
+        """The parts of a group's ranks."""
+        return [part for rank, part in zip(self.ranks, self.parts, strict=True) if rank in group]
 
     @property
     def where(self) -> Where:
@@ -27,11 +34,14 @@ class Held:
 @dataclass(slots=True, kw_only=True)
 class Stages:
     """Everything noted, by stage and name, in the order of notes; `missing` are on some ranks only, or of sizes that do not
-    go together, and `unkept` too large to be kept."""
+    go together, and `unkept` too large to be kept. `staged` says that some weights are on some ranks only, as in a pipeline,
+    and `micro_batches` how often a rank's step called the model."""
 
     by_stage: dict[str, dict[str, Held]] = field(default_factory=dict)
     missing: set[tuple[str, str]] = field(default_factory=set)
     unkept: set[tuple[str, str]] = field(default_factory=set)
+    staged: bool = False
+    micro_batches: int = 1
 
     def of(self, stage: str) -> dict[str, Held]:
         return self.by_stage.get(stage, {})
@@ -49,17 +59,33 @@ def gather(records: list[RankRecord]) -> Stages:
         for event in events:
             by_rank = found.setdefault((event.stage, event.name), [[] for _ in records])
             by_rank[place].append((event, known.get(event.digest)))
+    stages.staged = any(stage == "start" and not all(by_rank) for (stage, _), by_rank in found.items())
+    has = {name: [bool(mine) for mine in by_rank] for (stage, name), by_rank in found.items() if stage == "start"}
+    calls = [len(mine) for (stage, _), by_rank in found.items() if stage == "data" for mine in by_rank]
+    stages.micro_batches = max(calls, default=1)
     for (stage, name), by_rank in found.items():
-        parts = [_rows_together([part for _, part in mine], stage) for mine in by_rank]
+        repeats = _repeats(stage, by_rank)
+        parts = [_rows_together([part for _, part in (mine[:1] if repeats > 1 else mine)], stage) for mine in by_rank]
+        ranks = _holders(stage, name, by_rank, has) if stages.staged else list(range(len(records)))
         if any(mine and any(part is None for _, part in mine) for mine in by_rank):
             stages.unkept.add((stage, name))
-        elif any(part is None for part in parts):
+        elif not ranks or any(parts[rank] is None for rank in ranks):
             stages.missing.add((stage, name))
         else:
+            held = [part for rank in ranks if (part := parts[rank]) is not None]
             stages.by_stage.setdefault(stage, {})[name] = Held(
-                events=[mine[0][0] for mine in by_rank], parts=[part for part in parts if part is not None]
+                events=[by_rank[rank][0][0] for rank in ranks], parts=held, ranks=ranks, repeats=repeats
             )
     return stages
+
+
+def _holders(stage: str, name: str, by_rank: Sequence[Sequence[object]], has: Mapping[str, list[bool]]) -> list[int]:
+    """The ranks that a tensor of a pipeline should be on: those that have the weight, or for what no weight decides, those
+    that noted it."""
+    weight = name if name in has else name.rpartition(".")[0]  # what an optimizer keeps of it is called after it
+    if stage in ("gradient", "step", "state") and weight in has:
+        return [rank for rank, there in enumerate(has[weight]) if there]
+    return [rank for rank, mine in enumerate(by_rank) if mine]
 
 
 def as_one(stages: Stages, ranks: Sequence[RankRecord]) -> Stages:
@@ -67,12 +93,12 @@ def as_one(stages: Stages, ranks: Sequence[RankRecord]) -> Stages:
     What has no such form (plain shards, shares of a sum, each rank's own loss) is left out."""
     data = next(iter(stages.of("data").values()), None)
     apart = data is not None and len({event.digest for event in data.events}) == len(data.parts)
-    one = Stages()
+    one = Stages(micro_batches=stages.micro_batches)
     for stage, named in stages.by_stage.items():
         for name, held in named.items():
             whole = _as_one(stage, held, ranks, rows_apart=apart)
             if whole is not None:
-                one.by_stage.setdefault(stage, {})[name] = Held(events=held.events[:1], parts=[whole])
+                one.by_stage.setdefault(stage, {})[name] = Held(events=held.events[:1], parts=[whole], ranks=[0], repeats=held.repeats)
     return one
 
 
@@ -83,6 +109,13 @@ def _as_one(stage: str, held: Held, ranks: Sequence[RankRecord], *, rows_apart: 
     if len({event.digest for event in held.events}) == 1:
         return held.parts[0]
     return _rows_together(held.parts, stage) if rows_apart else None
+
+
+def _repeats(stage: str, by_rank: Sequence[Sequence[tuple[RankEvent, Tensor | None]]]) -> int:
+    """How often each rank noted a tensor that is the same in all its micro-batches: a table of angles has no rows."""
+    counts = {len(mine) for mine in by_rank if mine}
+    alike = all(len({event.digest for event, _ in mine}) <= 1 for mine in by_rank)
+    return counts.pop() if stage in ("input", "forward") and alike and len(counts) == 1 else 1
 
 
 def _rows_together(parts: Sequence[Tensor | None], stage: str) -> Tensor | None:
@@ -102,8 +135,8 @@ def wholes(held: Held, ranks: Sequence[RankRecord]) -> list[Tensor] | None:
         return None
     spread = [dim for dim, kind in enumerate(placements) if kind != "replicate"]
     copies: list[dict[tuple[int, ...], Tensor]] = []
-    for record, event, part in zip(ranks, held.events, held.parts, strict=True):
-        coordinate = event.coordinate or record.coordinate
+    for rank, event, part in zip(held.ranks, held.events, held.parts, strict=True):
+        coordinate = event.coordinate or ranks[rank].coordinate
         mine = tuple(coordinate[dim] for dim in spread)
         copy = next((copy for copy in copies if mine not in copy), None)
         if copy is None:

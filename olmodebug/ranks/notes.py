@@ -1,5 +1,6 @@
 """One training step of a model noted in a rank's record: weights before, what modules got and gave, gradients, weights after."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,10 @@ from ..group import COLLECTIVE_NAMESPACES
 from ..records import Where
 from ..sources import short_path
 from .record import RankWriter, plain_name
+
+
+class LeftOut(nn.Module):
+    """Stands where a module was that another process has; what goes through it is not noted."""
 
 
 class Notes:
@@ -34,9 +39,9 @@ class Notes:
 
     def watch(self, guarded: Callable[[Callable[..., None]], Callable[..., None]] = lambda hook: hook) -> list[Any]:
         """Hooks on every module, as handles that remove them; `guarded` may wrap each hook."""
-        handles: list[Any] = [self.model.register_forward_pre_hook(guarded(lambda *_: self._calls.clear()), prepend=True)]
+        handles: list[Any] = [self.model.register_forward_pre_hook(guarded(self._begun), prepend=True, with_kwargs=True)]
         for name, module in self.model.named_modules():
-            if plain_name(name) or module is self.model:
+            if (plain_name(name) or module is self.model) and not isinstance(module, LeftOut):
                 handles.append(module.register_forward_hook(guarded(self._called(plain_name(name))), with_kwargs=True))
         return handles
 
@@ -61,6 +66,12 @@ class Notes:
     def _name(self, name: str) -> str:
         return self.prefix + plain_name(name)
 
+    def _begun(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._calls.clear()
+        given = first_tensor((args, kwargs)) if torch.is_grad_enabled() else None
+        if given is not None and not given.is_floating_point():  # hidden states from another stage are no data
+            self.writer.tensor("data", f"{self.prefix}input_ids", given)
+
     def _called(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not torch.is_grad_enabled():  # no part of a training step
@@ -70,8 +81,6 @@ class Notes:
             given, made = first_tensor((args, kwargs)), first_tensor(output)
             where = forward_of(module)
             if given is not None and made is not None:
-                if not name:
-                    self.writer.tensor("data", f"{self.prefix}input_ids", given)
                 self.writer.tensor("input", label, given, where=where)
                 self.writer.tensor("forward", label, made, where=where)
 
@@ -97,9 +106,25 @@ def forward_of(module: nn.Module) -> Where:
     return Where(function=forward.__qualname__, file=short_path(file), line=line)
 
 
-def collective_of(func: Any, args: Any, kwargs: Any) -> tuple[str, tuple[int, ...]] | None:
-    """The op of a collective that is about to start and the shape that it is given; None for any other op."""
+def collective_of(func: Any, args: Any, kwargs: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
+    """The op of a collective that is about to start, the shape that it is given, and the ranks of its group; None for any
+    other op."""
     if func.namespace not in COLLECTIVE_NAMESPACES or "wait" in func.__name__:
         return None
     given = first_tensor((args, kwargs))
-    return func.__name__.partition(".")[0].strip("_"), tuple(given.shape) if given is not None else ()
+    return func.__name__.partition(".")[0].strip("_"), tuple(given.shape) if given is not None else (), _group_of(args, kwargs)
+
+
+def _group_of(args: Any, kwargs: Any) -> tuple[int, ...]:
+    """The global ranks of a collective's group, from the group or the name that the op is given; none where it tells neither."""
+    import torch.distributed as dist
+
+    for value in (*args, *(kwargs or {}).values()):
+        with contextlib.suppress(RuntimeError, ValueError, KeyError, TypeError):
+            if isinstance(value, torch.ScriptObject):
+                return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(value)))
+            if isinstance(value, dist.ProcessGroup):
+                return tuple(dist.get_process_group_ranks(value))
+            if isinstance(value, str):  # a functional collective names its group, which only torch's own table knows
+                return tuple(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(value)))  # type: ignore[arg-type]
+    return ()

@@ -24,6 +24,9 @@ class Pair:
         self.floor = limit / ROUNDINGS
         self.rows = self._rows()
         self.groups = self._groups()
+        if self.rows is not None:
+            self._repeat(truth, [list(range(len(self.ids(truth)[0])))])
+            self._repeat(held, self.rows)
         self._scales: dict[str, float] = {}
         if clipped:
             self._undo_clipping()
@@ -59,7 +62,7 @@ class Pair:
             return max(distance(expected, whole) for whole in joined)
         if is_whole(held) and held.parts[0].shape == expected.shape:
             return max(distance(expected, part) for part in held.parts)
-        inside = [shards([held.parts[rank] for rank in group], expected) for group in self.groups]
+        inside = [shards(mine, expected) for group in self.groups if (mine := held.of(group))]
         together = shards(held.parts, expected)
         nearest = [min((distance(expected, whole) for whole in found), default=float("inf")) for found in inside]
         return min([distance(expected, whole) for whole in together] + [max(nearest)])
@@ -75,12 +78,13 @@ class Pair:
         for word, fits in (("whole", _is_equal), ("shard", _is_sharded), ("share", _is_share)):
             if fits(expected, held.parts, bound):
                 return word
-            if mine and all(fits(e, [held.parts[r] for r in g], bound) for e, g in zip(mine, self.groups, strict=True)):
+            parts = [(e, held.of(group)) for e, group in zip(mine, self.groups, strict=False)]
+            if mine and all(fits(e, own, bound) for e, own in parts if own):
                 return "rows" if word == "whole" else word
         return None
 
     def ids(self, stages: Stages) -> list[list[list[int]]]:
-        """The token ids that each process saw, row by row."""
+        """The token ids that each process saw, row by row; those that later stages of a pipeline saw are not known."""
         held = stages.of("data").get("input_ids")
         return [part.tolist() for part in held.parts] if held else [[]]
 
@@ -91,6 +95,16 @@ class Pair:
         rows = [self.rows[group[0]] for group in self.groups]
         return [expected[mine] for mine in rows] if len(expected) > max((max(mine, default=0) for mine in rows), default=0) else []
 
+    def _repeat(self, stages: Stages, rows: list[list[int]]) -> None:
+        """What every micro-batch gave alike is as long as all of them, where it has a row for each of theirs."""
+        for named in (stages.of("input"), stages.of("forward")):
+            for held in named.values():
+                if held.repeats > 1 and len(rows) > max(held.ranks):
+                    held.parts = [
+                        torch.cat([part] * held.repeats) if part.ndim and len(part) * held.repeats == len(rows[rank]) else part
+                        for rank, part in zip(held.ranks, held.parts, strict=True)
+                    ]
+
     def _rows(self) -> list[list[int]] | None:
         batch = [tuple(row) for row in self.ids(self.truth)[0]]
         found = []
@@ -98,7 +112,17 @@ class Pair:
             if not all(tuple(row) in batch for row in rank):
                 return None
             found.append([batch.index(tuple(row)) for row in rank])
-        return found
+        data = self.held.of("data").get("input_ids")
+        if data is None or len(data.ranks) == self.world:
+            return found
+        known = dict(zip(data.ranks, found, strict=True))
+        return [known.get(rank) or self._rows_of_the_pipeline(rank, known) for rank in range(self.world)]
+
+    def _rows_of_the_pipeline(self, rank: int, known: dict[int, list[int]]) -> list[int]:
+        """The rows that a later stage works on: those of the first stage at the same place of the other mesh dimension."""
+        mine = self.ranks[rank].coordinate
+        beside = [rows for other, rows in known.items() if len(mine) > 1 and self.ranks[other].coordinate[0] == mine[0]]
+        return (beside or list(known.values()))[0]
 
     def _groups(self) -> list[list[int]]:
         if self.rows is None or len(self.rows) != self.world:
@@ -109,16 +133,29 @@ class Pair:
         return list(groups.values())
 
     def _undo_clipping(self) -> None:
-        """Scale each rank's gradients back to the norm that its step reports, which it had before it clipped them."""
+        """Scale each rank's gradients back to the norm that its step reports, which it had before it clipped them. In a
+        pipeline a norm that all stages report is of all their gradients, and one that each has of its own is of those alone."""
         norms, gradients = self.held.of("norm").get("grad_norm"), self.held.of("gradient")
         if norms is None or not gradients or norms.events[0].placements == ("partial",):
             return
+        together = self.held.staged and len({float(part) for part in norms.parts}) == 1
         joined = {name: wholes(held, self.ranks) for name, held in gradients.items()}
-        for rank, reported in enumerate(norms.parts):
-            mine = [held.parts[rank] if (whole := joined[name]) is None else whole[0] for name, held in gradients.items()]
+        factors = {}
+        for rank, reported in zip(norms.ranks, norms.parts, strict=True):
+            mine = [
+                held.parts[_index(held, rank)] if (whole := joined[name]) is None else whole[0]
+                for name, held in gradients.items()
+                if together or rank in held.ranks
+            ]
             norm = sum(float(part.double().pow(2).sum()) for part in mine) ** 0.5
-            for held in gradients.values():
-                held.parts[rank] = held.parts[rank] * (float(reported) / norm if norm else 1.0)
+            factors[rank] = float(reported) / norm if norm else 1.0
+        for held in gradients.values():
+            held.parts = [part * factors.get(rank, 1.0) for rank, part in zip(held.ranks, held.parts, strict=True)]
+
+
+def _index(held: Held, rank: int) -> int:
+    """The part of a rank, or of the first that has the tensor."""
+    return held.ranks.index(rank) if rank in held.ranks else 0
 
 
 def _is_equal(expected: Tensor, parts: list[Tensor], bound: float) -> bool:

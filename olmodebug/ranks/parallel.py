@@ -1,4 +1,4 @@
-"""The ways a model is spread over ranks here: DDP, FSDP2, tensor parallel, or the user's own wrapper.
+"""The ways a model is spread over ranks here: DDP, FSDP2, tensor parallel, a pipeline, or the user's own wrapper.
 
 Every strategy gives a model and a training step. The built-in step divides the loss by the number of labelled tokens of
 the *global* batch, so that ranks with few of them do not count for more.
@@ -14,8 +14,9 @@ from torch import Tensor, nn, optim
 
 from ..errors import SubjectError, UsageError
 from ..load import SubjectCodeError, load_attribute
+from .pipeline import pipeline_step
 
-STRATEGIES = ("ddp", "fsdp", "tp")
+STRATEGIES = ("ddp", "fsdp", "tp", "pp")
 IGNORED = -100  # the label that does not count
 
 # Adam's first update is the sign of the gradient: it hides one that is off by a factor. SGD shows it.
@@ -34,7 +35,7 @@ class Spread:
     step: Step
 
 
-def spread(strategy: str, launch: str | None, model: nn.Module, mesh: Any, *, logits: Logits) -> Spread:
+def spread(strategy: str, launch: str | None, model: nn.Module, mesh: Any, *, batch: Batch, logits: Logits) -> Spread:
     """The model under a strategy, or under the user's wrapper `file.py:wrap(model, mesh)`, which returns the parallel
     model, or it and a `train_step(model, optimizer, batch)` that gets the global batch."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -57,6 +58,10 @@ def spread(strategy: str, launch: str | None, model: nn.Module, mesh: Any, *, lo
         made = fully_sharded(_tensor_parallel(model, mesh["tp"]) if mesh.ndim > 1 else model, mesh["dp"] if mesh.ndim > 1 else mesh)
     elif strategy == "tp":
         made = _tensor_parallel(model, mesh)
+    elif strategy == "pp":
+        micro_batch, counted = len(batch["input_ids"]) // mesh.size(), int((batch["labels"][:, 1:] != IGNORED).sum())
+        made, step = pipeline_step(model, batch, logits=logits, loss=summed_loss, micro_batch=micro_batch, counted=counted)
+        return Spread(model=made, step=step)
     else:
         raise UsageError(f"--strategy {strategy}: expected {', '.join(STRATEGIES)}")
     shares_rows = _averages_gradients(made)

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..records import Where
 from ..report import Finding, Scalar
 from . import causes
-from .logical import Held, is_whole
+from .calls import of_ranks
+from .logical import Held, distance, is_whole
 from .pair import Pair
 
 
@@ -45,10 +46,10 @@ def start(pair: Pair) -> Finding | None:
     """The ranks start from the weights of the model that was handed in."""
     wrong = list(pair.unlike("start"))
     if not wrong:
-        return None
+        return _in_no_stage(pair)
     name, held, gap = wrong[0]
     whole = held.parts[0].shape == pair.truth.of("start")[name].parts[0].shape and is_whole(held)
-    replicas = [rank for rank, part in enumerate(held.parts) if not torch.equal(part, held.parts[0])] if whole else []
+    replicas = [rank for rank, part in zip(held.ranks, held.parts, strict=True) if not torch.equal(part, held.parts[0])] if whole else []
     if replicas:
         message = f"ranks start from different weights: {name} of rank {replicas[0]} is not that of rank 0"
         return _finding(
@@ -64,13 +65,31 @@ def start(pair: Pair) -> Finding | None:
     return _finding(message, module=name.rpartition(".")[0], where=held.where, evidence={"largest difference": gap})
 
 
+def _in_no_stage(pair: Pair) -> Finding | None:
+    """Weights of the model that no stage of a pipeline has."""
+    known = {name for (stage, name) in pair.held.missing | pair.held.unkept if stage == "start"} | set(pair.held.of("start"))
+    gone = [name for name in pair.truth.of("start") if name not in known]
+    if not pair.held.staged or not gone:
+        return None
+    return _finding(
+        f"{gone[0]} is in no stage of the pipeline",
+        module=gone[0].rpartition(".")[0],
+        where=pair.truth.of("gradient")[gone[0]].where if gone[0] in pair.truth.of("gradient") else None,
+        cause="every weight of the model belongs to one stage at least, and no rank has this one",
+        fix="let the ranges of blocks meet: the end of one stage is the start of the next",
+        evidence={"weights in no stage": f"{len(gone)} of {len(pair.truth.of('start'))}"},
+    )
+
+
 def forward(pair: Pair) -> Finding | None:
-    """The first module whose input agrees with the single process and whose output does not."""
+    """The first module whose input agrees with the single process and whose output does not; in a pipeline also the first
+    that is given something else than what the modules before it gave."""
     share: str | None = None
+    strange: str | None = None
     for name, held in pair.held.of("forward").items():
         expected = pair.truth.of("forward").get(name)
-        if expected is None:
-            continue
+        if expected is None or (pair.held.staged and not name and any(p.shape[1:] != expected.parts[0].shape[1:] for p in held.parts)):
+            continue  # what a stage gives is no output of the model
         fit = pair.layout(expected.parts[0], held)
         if fit == "share":  # whoever takes it next may reduce it
             share = share or name
@@ -84,7 +103,8 @@ def forward(pair: Pair) -> Finding | None:
             return _unreduced(pair, share or name, name)
         if entry is not None:
             return _output(pair, name, expected.parts[0], held)
-    return None
+        strange = strange or name
+    return _handed_over(pair, strange) if pair.held.staged and strange else None
 
 
 def gradients(pair: Pair) -> Finding | None:
@@ -146,6 +166,8 @@ def loss(pair: Pair) -> Finding | None:
     expected, held = pair.truth.of("loss").get("loss"), pair.held.of("loss").get("loss")
     if expected is None or held is None:
         return None
+    if "loss#2" in pair.held.of("loss") or "loss#2" in pair.truth.of("loss"):
+        return None  # of micro-batches, each of its own rows
     loss, reported = float(expected.parts[0]), [float(part) for part in held.parts]
     if max(reported) - min(reported) > pair.limit * abs(loss) or abs(reported[0] - loss) <= pair.limit * abs(loss):
         return None  # unlike losses are those of each rank's own rows, which is a way to log
@@ -163,7 +185,11 @@ def step(pair: Pair) -> Finding | None:
     """What the optimizer did to every weight, and the momentum it keeps, is one number times the whole gradient."""
     gradients, start, after, state = pair.truth.of("gradient"), pair.held.of("start"), pair.held.of("step"), pair.held.of("state")
     moved = {
-        name: Held(events=after[name].events, parts=[a - b for a, b in zip(start[name].parts, after[name].parts, strict=True)])
+        name: Held(
+            events=after[name].events,
+            ranks=after[name].ranks,
+            parts=[a - b for a, b in zip(start[name].parts, after[name].parts, strict=True)],
+        )
         for name in gradients
         if name in start and name in after
     }
@@ -268,6 +294,27 @@ def _output(pair: Pair, name: str, expected: Tensor, held: Held) -> Finding:
         cause=cause,
         fix=fix,
         evidence=evidence,
+    )
+
+
+def _handed_over(pair: Pair, name: str) -> Finding:
+    """A module of a later stage that is given something else than in one process: told of the outermost such module."""
+    given, truth = pair.held.of("input"), pair.truth.of("input")
+    steps = name.split(".")
+    above = [".".join(steps[:number]) for number in range(1, len(steps) + 1)]
+    name = next((n for n in above if n in given and n in truth and pair.layout(truth[n].parts[0], given[n]) is None), name)
+    held, expected = given[name], truth[name].parts[0]
+    wrong = [
+        rank for rank, part in zip(held.ranks, held.parts, strict=True) if distance(expected, part) > pair.limit * pair.scale("forward")
+    ]
+    cause, fix = causes.of_input(pair, expected, held.of(wrong[:1] or held.ranks)[0])
+    return _finding(
+        f"{name} on {of_ranks(wrong or held.ranks)} is given other hidden states than in one process, and every module before it gives the same",
+        module=name,
+        where=held.where,
+        cause=cause,
+        fix=fix,
+        evidence={"micro-batches": pair.held.micro_batches},
     )
 
 

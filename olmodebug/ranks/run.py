@@ -158,7 +158,7 @@ def _died(bad: list[Rank], ranks: list[Rank], unlike: Unlike | None, folder: Pat
     evidence = {f"rank {rank.number}": _ending(rank) for rank in ranks if rank is not first}
     where, cause = innermost(place / "stacks.txt"), None
     words, line = parted(unlike) if unlike is not None else ("", Where())
-    if unlike is not None and all(call is not None for call in unlike[1]):  # torch's own abort is what comes of it
+    if unlike is not None and all(call is not None for call in unlike[1].values()):  # torch's own abort is what comes of it
         where, cause = line, words
     if own and first.raised is not None:
         message = f"rank {first.number} raised while {first.step}: {first.raised['text'][:300]}"
