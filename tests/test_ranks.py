@@ -33,7 +33,7 @@ from olmodebug.records import Where
 from olmodebug.render.ranks import ranks_view
 from olmodebug.report import Report
 from olmodebug.store import Run
-from tests.mutants import parallel
+from tests.mutants import parallel, pipeline
 
 MODEL = "tests/mutants/clean/nanogpt_style.py:build"
 LIMIT = roundings_limit({"float64"})
@@ -41,17 +41,29 @@ QUICK = ("per_rank_mean", "bias_on_each_rank")
 
 
 def step_on(
-    spec: str, *, strategy: str = "ddp", wrap: str | None = None, ranks: int = 2, mesh: tuple[int, ...] = (), patience: float = 8.0
+    spec: str,
+    *,
+    strategy: str = "ddp",
+    wrap: str | None = None,
+    file: str = parallel.__file__,
+    ranks: int = 2,
+    mesh: tuple[int, ...] = (),
+    patience: float = 8.0,
 ) -> Report:
-    launch = f"{Path(parallel.__file__)}:{wrap}" if wrap else None
+    launch = f"{file}:{wrap}" if wrap else None
     order = RankOrder(
         job={"spec": spec}, ranks=ranks, strategy=strategy, launch=launch, mesh=mesh, patience_seconds=patience, timeout_seconds=120
     )
     return compare_step(order, Run(id="test", folder=None), lambda *_: None)
 
 
+def piped(wrap: str) -> Report:
+    spec = pipeline.LLAMA if wrap in pipeline.OF_LLAMA else MODEL
+    return step_on(spec, wrap=wrap, file=pipeline.__file__)
+
+
 def expect_found(mutant: parallel.Mutant) -> None:
-    report = step_on(MODEL, wrap=mutant.wrap)
+    report = piped(mutant.wrap) if mutant in pipeline.MUTANTS else step_on(MODEL, wrap=mutant.wrap)
     (finding,) = report.of("error")
     assert finding.probe == mutant.probe
     assert mutant.place in f"{finding.where.module} {finding.where.function} {finding.where.op}"
@@ -87,7 +99,19 @@ def test_hand_written_parallelism_that_is_right_stays_clean(wrap: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("mutant", pipeline.MUTANTS, ids=lambda m: m.wrap)
+def test_every_broken_pipeline_is_found(mutant: parallel.Mutant) -> None:
+    expect_found(mutant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", pipeline.CLEAN)
+def test_hand_written_pipelines_that_are_right_stay_clean(wrap: str) -> None:
+    expect_clean(piped(wrap))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tp", "pp"])
 @pytest.mark.parametrize(
     "spec", ["olmo1-tiny", "olmo2-tiny", "transformers:OlmoForCausalLM", "transformers:Olmo2ForCausalLM", "transformers:LlamaForCausalLM"]
 )

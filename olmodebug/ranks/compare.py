@@ -46,6 +46,8 @@ def compare_ranks(single: RankRecord, ranks: list[RankRecord], *, limit: float) 
         if findings and findings[0].severity == "error":  # one root: what parts later parts because of it
             findings[0] = replace(findings[0], also=(*findings[0].also, probe))
             outcomes[-1] = Outcome(probe=probe, status="skipped", reason=f"it depends on {findings[0].probe}, which failed")
+        elif finding.severity == "error":  # a warning before it, of another loss, is explained by it
+            findings = [replace(finding, probe=probe, also=tuple(each.probe for each in findings))]
         else:
             findings.append(replace(finding, probe=probe))
     compared = {stage: len(pair.held.of(stage)) for stage in ("forward", "gradient", "step", "state")}

@@ -15,6 +15,8 @@ from ..records import Where
 from ..sources import short_path
 from .record import RankWriter, plain_name
 
+PIPELINE_STAGE = str(Path("torch", "distributed", "pipelining", "stage.py"))
+
 
 class LeftOut(nn.Module):
     """Stands where a module was that another process has; what goes through it is not noted."""
@@ -26,6 +28,7 @@ class Notes:
     def __init__(self, model: nn.Module, writer: RankWriter, prefix: str = "") -> None:
         self.model, self.writer, self.prefix = model, writer, prefix
         self._calls: dict[str, int] = {}
+        self._trial = False
         self._places = {
             f"{path}.{name}" if path else name: forward_of(module)
             for path, module in model.named_modules()
@@ -68,13 +71,16 @@ class Notes:
 
     def _begun(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._calls.clear()
+        self._trial = is_trial()
+        if self._trial:
+            return
         given = first_tensor((args, kwargs)) if torch.is_grad_enabled() else None
         if given is not None and not given.is_floating_point():  # hidden states from another stage are no data
             self.writer.tensor("data", f"{self.prefix}input_ids", given)
 
     def _called(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not torch.is_grad_enabled():  # no part of a training step
+            if self._trial or not torch.is_grad_enabled():  # no part of a training step
                 return
             self._calls[name] = calls = self._calls.get(name, 0) + 1
             label = self.prefix + (name if calls == 1 else f"{name}#{calls}")
@@ -85,6 +91,18 @@ class Notes:
                 self.writer.tensor("forward", label, made, where=where)
 
         return hook
+
+
+def is_trial() -> bool:
+    """Whether torch's pipelines call a stage to learn the shapes that it gives, and not for a micro-batch."""
+    frame, inside = inspect.currentframe(), False
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(PIPELINE_STAGE):
+            if frame.f_code.co_name == "forward_one_chunk":
+                return False
+            inside = True
+        frame = frame.f_back
+    return inside
 
 
 def first_tensor(tree: Any) -> Tensor | None:

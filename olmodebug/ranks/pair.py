@@ -25,8 +25,7 @@ class Pair:
         self.rows = self._rows()
         self.groups = self._groups()
         if self.rows is not None:
-            self._repeat(truth, [list(range(len(self.ids(truth)[0])))])
-            self._repeat(held, self.rows)
+            self._repeat()
         self._scales: dict[str, float] = {}
         if clipped:
             self._undo_clipping()
@@ -95,15 +94,22 @@ class Pair:
         rows = [self.rows[group[0]] for group in self.groups]
         return [expected[mine] for mine in rows] if len(expected) > max((max(mine, default=0) for mine in rows), default=0) else []
 
-    def _repeat(self, stages: Stages, rows: list[list[int]]) -> None:
-        """What every micro-batch gave alike is as long as all of them, where it has a row for each of theirs."""
-        for named in (stages.of("input"), stages.of("forward")):
-            for held in named.values():
-                if held.repeats > 1 and len(rows) > max(held.ranks):
+    def _repeat(self) -> None:
+        """What every micro-batch gave alike is as long as all of them together, where the other side has a row for each row
+        of the batch; a table of angles has none."""
+        batch, rows = len(self.ids(self.truth)[0]), self.rows or []
+        for stage in ("input", "forward"):
+            for name, held in self.held.of(stage).items():
+                expected = self.truth.of(stage).get(name)
+                if expected is None or not expected.parts[0].ndim or not all(part.ndim for part in held.parts):
+                    continue
+                if held.repeats > 1 and len(expected.parts[0]) == batch:
                     held.parts = [
-                        torch.cat([part] * held.repeats) if part.ndim and len(part) * held.repeats == len(rows[rank]) else part
+                        torch.cat([part] * held.repeats) if len(part) * held.repeats == len(rows[rank]) else part
                         for rank, part in zip(held.ranks, held.parts, strict=True)
                     ]
+                elif expected.repeats > 1 and expected.repeats * len(expected.parts[0]) == batch and len(held.parts[0]) > 1:
+                    expected.parts = [torch.cat(expected.parts * expected.repeats)]
 
     def _rows(self) -> list[list[int]] | None:
         batch = [tuple(row) for row in self.ids(self.truth)[0]]
@@ -145,7 +151,7 @@ class Pair:
             mine = [
                 held.parts[_index(held, rank)] if (whole := joined[name]) is None else whole[0]
                 for name, held in gradients.items()
-                if together or rank in held.ranks
+                if (together and name in self.truth.of("gradient")) or (not together and rank in held.ranks)
             ]
             norm = sum(float(part.double().pow(2).sum()) for part in mine) ** 0.5
             factors[rank] = float(reported) / norm if norm else 1.0

@@ -137,6 +137,7 @@ def handed_on(model: nn.Module, cut: Cut, ids: Tensor, logits: Logits) -> list[T
     model's own logits."""
     with settled(model), torch.no_grad():
         whole = logits(model, ids)
+        logits(model, ids.flip(0, 1))  # whatever a block keeps for others is of other tokens from here on
     given = [ids]
     for number in range(len(cut.stages)):
         stage = Stage(copy.deepcopy(model), cut, number, logits)

@@ -152,6 +152,9 @@ def norm(pair: Pair) -> Finding | None:
         fix = "sum the squares over ranks before the root; for DTensors call full_tensor() on the norm"
     elif gradients(pair) is not None:
         return None  # the gradients themselves are wrong, and say so
+    elif pair.held.staged and len(set(reported)) > 1:  # scaled back by its own norm, each stage has the right gradients
+        cause = "each stage takes the norm of its own weights"
+        fix = "sum the squares over the stages before the root, those of a weight that two stages hold once"
     return _finding(
         f"the gradient norm is {norm:.6g} in one process, and {', '.join(f'{value:.6g}' for value in reported)} on the ranks",
         cause=cause,
@@ -175,7 +178,8 @@ def loss(pair: Pair) -> Finding | None:
     if abs(reported[0] - loss - float(torch.tensor(pair.world, dtype=torch.float64).log())) <= pair.limit * abs(loss):
         cause = f"it is too large by ln {pair.world}: the vocabulary is summed over on every rank, on logits that are whole already"
     return _finding(
-        f"every rank reports a loss of {reported[0]:.6g}; that of the batch is {loss:.6g}",
+        f"{'every rank reports' if len(reported) > 1 else f'{of_ranks(held.ranks)} reports'} a loss of {reported[0]:.6g}; "
+        f"that of the batch is {loss:.6g}",
         severity="error" if cause else "warning",
         cause=cause,
     )
