@@ -40,6 +40,11 @@ SAMPLES = {
     "shapes-olmo2-7B": ["shapes", "olmo2-7B"],
     "memory-olmo1-4M": ["memory", "olmo1-4M", "--budget", "8GiB", "--predict-only"],
     "parity-olmo2-tiny": ["parity", "olmo2-tiny", "--dtype", "bfloat16"],
+    "ranks-ddp-no-sync": [
+        "parity",
+        "tests/mutants/clean/nanogpt_style.py:build",
+        *("--ranks", "2", "--launch", "tests/mutants/parallel.py:no_sync_all_the_way"),
+    ],
     "run-short-rope-table": ["run", "--", "python", f"{BUGS}/train_short_table.py"],
 }
 
@@ -55,7 +60,7 @@ DRAWINGS: dict[str, Callable[[Report], str]] = {
     ".txt": lambda report: terminal(report),
 }
 IN_EVERY_FORMAT = "fail-mask-added"
-AS_A_PAGE = ("memory-olmo1-4M", "parity-olmo2-tiny", "shapes-olmo2-7B", "run-short-rope-table")
+AS_A_PAGE = ("memory-olmo1-4M", "parity-olmo2-tiny", "ranks-ddp-no-sync", "shapes-olmo2-7B", "run-short-rope-table")
 
 
 def samples(only: str = "") -> None:

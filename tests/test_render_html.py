@@ -273,4 +273,16 @@ def test_leaks_are_drawn_where_the_future_is_and_only_above_the_limit() -> None:
     assert (cells.count("cell"), cells.count("allowed")) == (1, 10)
 
 
+def test_a_step_on_ranks_shows_its_errors_by_layer_and_what_replicas_hold() -> None:
+    page = check_page(html(read(Path(__file__).parent / "samples" / "ranks.json")))
+    assert "4 ranks (four), beside 1 rank (one)." in page.text
+    assert "✓ exactly the same." in page.text  # weights before the step
+    assert "✓ within rounding." in page.text  # module outputs
+    assert "✗ 2 layers of 2 beyond rounding." in page.text  # gradients
+    assert "shapes differ" in page.text
+    assert "first: model.layers.1" in page.text
+    assert "model.layers.1.norm.weight: not the same bits on all ranks after the step" in page.text
+    assert "Calls between ranks: 3, 3, 3, 2, by rank." in page.text
+
+
 TITLES = {topic: figure.title for topic, figure in FIGURES.items()}

@@ -7,9 +7,11 @@ rounding. A cause is told only when it reproduces the observed numbers to roundi
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..report import Finding, Outcome
-from . import rules
+from . import rules, step_rules
+from .errors import errors_by_layer, replica_counts
 from .logical import gather
 from .pair import Pair
 from .record import RankRecord
@@ -22,6 +24,8 @@ class Comparison:
     findings: list[Finding]
     outcomes: list[Outcome]
     compared: dict[str, int]
+    layers: list[dict[str, Any]]
+    replicas: list[dict[str, Any]]
 
 
 def compare_ranks(single: RankRecord, ranks: list[RankRecord], *, limit: float) -> Comparison:
@@ -34,7 +38,7 @@ def compare_ranks(single: RankRecord, ranks: list[RankRecord], *, limit: float) 
         ("ranks.loss-agrees", rules.loss),
         ("ranks.norm-agrees", rules.norm),
         ("ranks.gradients-agree", rules.gradients),
-        ("ranks.step-agrees", rules.step),
+        ("ranks.step-agrees", step_rules.step),
     ]
     findings: list[Finding] = []
     outcomes: list[Outcome] = []
@@ -51,4 +55,5 @@ def compare_ranks(single: RankRecord, ranks: list[RankRecord], *, limit: float) 
         else:
             findings.append(replace(finding, probe=probe))
     compared = {stage: len(pair.held.of(stage)) for stage in ("forward", "gradient", "step", "state")}
-    return Comparison(findings=findings, outcomes=outcomes, compared=compared)
+    layers = errors_by_layer(pair, findings, stages=("start", "forward", "gradient", "step"))
+    return Comparison(findings=findings, outcomes=outcomes, compared=compared, layers=layers, replicas=replica_counts(pair))

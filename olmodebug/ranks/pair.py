@@ -22,6 +22,7 @@ class Pair:
         self.truth, self.held, self.ranks, self.limit = truth, held, ranks, limit
         self.world = len(ranks)
         self.floor = limit / ROUNDINGS
+        self.clipped = clipped
         self.rows = self._rows()
         self.groups = self._groups()
         if self.rows is not None:
@@ -39,15 +40,18 @@ class Pair:
 
     def unlike(self, stage: str) -> Iterator[tuple[str, Held, float]]:
         """Named tensors whose logical form is not the single process's, with the largest difference."""
-        scale = self.scale(stage)
         for name, held in self.held.of(stage).items():
             expected = self.truth.of(stage).get(name)
             if expected is None:
                 continue
             gap = self.gap(expected.parts[0], held)
-            own = float(expected.parts[0].abs().max()) if expected.parts[0].numel() else 0.0
-            if gap > max(self.limit * own, self.floor * scale):
+            if gap > self.bound(stage, expected.parts[0]):
                 yield name, held, gap
+
+    def bound(self, stage: str, expected: Tensor) -> float:
+        """How far from the expected tensor rounding may take one of a stage."""
+        own = float(expected.abs().max()) if expected.is_floating_point() and expected.numel() else 0.0
+        return max(self.limit * own, self.floor * self.scale(stage))
 
     def joined(self, held: Held) -> list[Tensor]:
         """The wholes of a DTensor, or the parts of a plain one."""
@@ -68,8 +72,7 @@ class Pair:
 
     def layout(self, expected: Tensor, held: Held) -> str | None:
         """How a module's tensor lies over the ranks: `whole`, `rows`, `shard`, `share`; None where nothing fits."""
-        own = float(expected.abs().max()) if expected.is_floating_point() and expected.numel() else 0.0
-        bound = max(self.limit * own, self.floor * self.scale("forward"))
+        bound = self.bound("forward", expected)
         joined = wholes(held, self.ranks)
         if joined is not None:
             return "whole" if all(distance(expected, whole) <= bound for whole in joined) else None
@@ -81,6 +84,15 @@ class Pair:
             if mine and all(fits(e, own, bound) for e, own in parts if own):
                 return "rows" if word == "whole" else word
         return None
+
+    def nearest(self, expected: Tensor, held: Held) -> float:
+        """How far a module's output is from the expected one, under the layout that comes nearest: whole, by rows, a shard, a
+        share of a sum."""
+        if self.layout(expected, held) is not None and wholes(held, self.ranks) is None:
+            parts = [(e, held.of(group)) for e, group in zip(self._expected_by_group(expected), self.groups, strict=False)]
+            plain = [[distance(expected, part) for part in held.parts], [distance(e, part) for e, own in parts for part in own]]
+            return min((max(each) for each in plain if each and max(each) < float("inf")), default=0.0)
+        return self.gap(expected, held)
 
     def ids(self, stages: Stages) -> list[list[list[int]]]:
         """The token ids that each process saw, row by row; those that later stages of a pipeline saw are not known."""

@@ -16,8 +16,9 @@ from ..environment import environment
 from ..errors import UsageError
 from ..records import Where
 from ..report import Finding, Outcome, Report, SubjectInfo, with_reproduction
-from . import rules
+from . import rules, step_rules
 from .calls import of_ranks, parted
+from .errors import errors_by_layer, replica_counts
 from .logical import as_one, gather
 from .pair import Pair
 from .record import RankRecord, read_records
@@ -57,6 +58,9 @@ def compare_recorded(left: Path, right: Path, *, command: str, id: str) -> Repor
         "compared": compared,
         "collectives": [sum(1 for _ in record.collectives()) for record in many],
     }
+    if judged.pair is not None and compared is not None:
+        stages = ("start", "forward", "gradient", "state") if judged.ruled else ("start",)
+        section |= {"layers": errors_by_layer(judged.pair, judged.findings, stages=stages), "replicas": replica_counts(judged.pair)}
     report = Report(
         subject=SubjectInfo(spec=f"{left} and {right}"),
         environment=environment(seed=0, command=command),
@@ -76,6 +80,8 @@ class _Judged:
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self.outcomes: list[Outcome] = []
+        self.pair: Pair | None = None
+        self.ruled = False  # whether the rules on values were asked
 
     def whole(self, folder: Path, ranks: list[RankRecord]) -> None:
         """Every rank's record is there and came to its end."""
@@ -109,6 +115,7 @@ class _Judged:
         """The rules on values; how many tensors of each stage were compared, or None where the runs cannot be compared."""
         dtypes = {dtype for record in (*one, *many) for dtype in (record.end() or {}).get("dtypes", [])}
         pair = Pair(as_one(gather(one), one), gather(many), many, roundings_limit(dtypes), clipped=False)
+        self.pair = pair
         data = rules.data(pair)
         if data is not None and data.message.startswith("a rank saw"):  # another order or another seed is no fault of a rank's
             reason = "the two runs did not see the same rows in their first step: give both the same global batch"
@@ -122,10 +129,11 @@ class _Judged:
             self._skip([name for name, _ in VALUES[1:]] + [STEP], f"the runs computed in {', '.join(sorted(dtypes & set(SHORT)))}, "
                        "whose roundings are as large as what is looked for: record a run in float32")  # fmt: skip
         else:
+            self.ruled = True
             for probe, rule in VALUES:
                 self._rule(probe, rule(pair))
             optimizers = {name for record in (*one, *many) for name in (record.end() or {}).get("optimizers", [])}
-            self._rule(STEP, rules.recorded_step(pair, optimizers))
+            self._rule(STEP, step_rules.recorded_step(pair, optimizers))
         drifted = None if self._failed() or len(many) < 2 else _drifted(pair, many)
         if drifted is not None:
             self._rule(REPLICAS, drifted)

@@ -140,7 +140,7 @@ def _judged(order: RankOrder, ranks: list[Rank], told: dict[str, Any], folder: P
     outcomes.append(Outcome(probe=MATCH, status="failed" if findings else "passed"))
     [single] = read_records(folder / "single")
     comparison = compare_ranks(single, records, limit=roundings_limit(told["dtypes"]))
-    section["compared"] = comparison.compared
+    section |= {"compared": comparison.compared, "layers": comparison.layers, "replicas": comparison.replicas}
     return findings + comparison.findings, outcomes + comparison.outcomes, section
 
 

@@ -19,7 +19,7 @@ def ranks_view(section: Mapping[str, Any]) -> Group:
     ]
     calls = section["collectives"]
     alike = (
-        f"{calls[0]} collectives on every rank"
+        f"{plural(calls[0], 'collective')} on every rank"
         if calls and len(set(calls)) == 1
         else f"{', '.join(map(str, calls)) or 'no'} collectives, by rank"
     )

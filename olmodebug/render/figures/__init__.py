@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from . import guard, leaks, memory, parity, shapes, training
+from . import guard, leaks, memory, parity, ranks, shapes, training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,7 @@ class Figure:
 FIGURES: dict[str, Figure] = {
     "parity": Figure(title="Parity", draw=parity.draw),
     "implementations": Figure(title="Against a reference", draw=parity.implementations),
+    "ranks": Figure(title="One step on several ranks", draw=ranks.draw),
     "leaks": Figure(title="Who sees the future", draw=leaks.draw),
     "memory": Figure(title="Memory", draw=memory.draw),
     "training": Figure(title="Training", draw=training.draw),
