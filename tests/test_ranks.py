@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from olmodebug.records import Where
 from olmodebug.render.ranks import ranks_view
 from olmodebug.report import Report
 from olmodebug.store import Run
-from tests.mutants import parallel, pipeline
+from tests.mutants import mixed, parallel, pipeline
 
 MODEL = "tests/mutants/clean/nanogpt_style.py:build"
 LIMIT = roundings_limit({"float64"})
@@ -62,8 +63,15 @@ def piped(wrap: str) -> Report:
     return step_on(spec, wrap=wrap, file=pipeline.__file__)
 
 
+def mingled(wrap: str) -> Report:
+    spec = mixed.LLAMA if wrap in mixed.OF_LLAMA else MODEL
+    return step_on(spec, wrap=wrap, file=mixed.__file__, ranks=4 if wrap in mixed.ON_FOUR else 2, patience=60)
+
+
 def expect_found(mutant: parallel.Mutant) -> None:
-    report = piped(mutant.wrap) if mutant in pipeline.MUTANTS else step_on(MODEL, wrap=mutant.wrap)
+    kinds = {pipeline.MUTANTS: piped, mixed.MUTANTS: mingled}
+    run = next((run for mutants, run in kinds.items() if mutant in mutants), lambda wrap: step_on(MODEL, wrap=wrap))
+    report = run(mutant.wrap)
     (finding,) = report.of("error")
     assert finding.probe == mutant.probe
     assert mutant.place in f"{finding.where.module} {finding.where.function} {finding.where.op}"
@@ -102,6 +110,26 @@ def test_hand_written_parallelism_that_is_right_stays_clean(wrap: str) -> None:
 @pytest.mark.parametrize("mutant", pipeline.MUTANTS, ids=lambda m: m.wrap)
 def test_every_broken_pipeline_is_found(mutant: parallel.Mutant) -> None:
     expect_found(mutant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", mixed.MUTANTS, ids=lambda m: m.wrap)
+def test_every_broken_mixture_is_found(mutant: parallel.Mutant) -> None:
+    expect_found(mutant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [wrap for wrap in mixed.CLEAN if wrap != "clean_in_bfloat16"])
+def test_mixtures_that_are_right_stay_clean(wrap: str) -> None:
+    expect_clean(mingled(wrap))
+
+
+@pytest.mark.slow
+def test_values_of_a_step_in_16_bits_are_not_judged_and_that_is_said() -> None:
+    report = mingled("clean_in_bfloat16")
+    assert report.findings == () and report.verdict == "pass"
+    skipped = {outcome.probe: outcome.reason for outcome in report.outcomes if outcome.status == "skipped"}
+    assert "bfloat16" in str(skipped["ranks.gradients-agree"])
 
 
 @pytest.mark.slow
@@ -206,13 +234,20 @@ def test_the_section_keeps_to_the_schema_and_is_drawn() -> None:
 # --- records and rules, without processes
 
 
-def write(folder: Path, rank: int, world: int, tensors: list[tuple[str, str, Tensor]], calls: list[Collective] | None = None) -> None:
+def write(
+    folder: Path,
+    rank: int,
+    world: int,
+    tensors: list[tuple[str, str, Tensor]],
+    calls: list[Collective] | None = None,
+    dtypes: Sequence[str] = (),
+) -> None:
     writer = RankWriter(folder, rank=rank, world=world, coordinate=(rank,), mesh=(world,))
     for call in calls or []:
         writer.collective(call)
     for stage, name, value in tensors:
         writer.tensor(stage, name, value)
-    writer.close()
+    writer.close(dtypes=dtypes)
 
 
 def one_step(gradient: Tensor, ids: Tensor, *, loss: float = 2.0) -> list[tuple[str, str, Tensor]]:
@@ -246,6 +281,17 @@ def test_equal_steps_have_no_finding(tmp_path: Path, gradient: Tensor) -> None:
     for rank in range(2):
         write(tmp_path / "ranks", rank, 2, one_step(gradient, IDS[rank::2]))
     assert findings(tmp_path) == []
+
+
+def test_values_of_records_in_16_bits_are_not_judged(tmp_path: Path, gradient: Tensor) -> None:
+    write(tmp_path / "single", 0, 1, one_step(gradient, IDS))
+    for rank in range(2):
+        write(tmp_path / "ranks", rank, 2, one_step(gradient * 1.01, IDS[rank::2]), dtypes=["bfloat16"])
+    [single] = read_records(tmp_path / "single")
+    comparison = compare_ranks(single, read_records(tmp_path / "ranks"), limit=LIMIT)
+    assert comparison.findings == []
+    assert {o.status for o in comparison.outcomes if o.probe == "ranks.gradients-agree"} == {"skipped"}
+    assert comparison.compared["gradient"] == 0
 
 
 def test_a_gradient_summed_over_ranks_is_told_from_one_divided_twice(tmp_path: Path, gradient: Tensor) -> None:

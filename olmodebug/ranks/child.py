@@ -117,8 +117,7 @@ def alone(subject: Subject, batch: Batch, folder: Path) -> None:
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 writer.tensor(f"row-{row}", name, parameter.grad)
-    recorded_step(model, sgd(model), batch, global_mean_step(logits, rows=slice(None), world=1), writer)
-    writer.close()
+    writer.close(dtypes=recorded_step(model, sgd(model), batch, global_mean_step(logits, rows=slice(None), world=1), writer))
 
 
 def together(subject: Subject, batch: Batch, folder: Path, order: dict[str, Any], tell: Tell) -> None:
@@ -141,7 +140,7 @@ def together(subject: Subject, batch: Batch, folder: Path, order: dict[str, Any]
     tell("start", step="taking the training step")
     with LastOp(Path(order["records"]) / f"op-{rank}.txt") as last:
         dtypes = recorded_step(made.model, sgd(made.model), batch, made.step, writer, last)
-    writer.close()
+    writer.close(dtypes=dtypes)
     tell("dtypes", value=sorted(dtypes))
     tell("start", step="leaving the process group")
     dist.destroy_process_group()

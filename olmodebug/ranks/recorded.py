@@ -18,6 +18,7 @@ from ..records import Where
 from ..report import Finding, Outcome, Report, SubjectInfo, with_reproduction
 from . import rules, step_rules
 from .calls import of_ranks, parted
+from .compare import in_short, too_short
 from .errors import errors_by_layer, replica_counts
 from .logical import as_one, gather
 from .pair import Pair
@@ -36,7 +37,6 @@ VALUES: tuple[tuple[str, Callable[[Pair], Finding | None]], ...] = (
     ("ranks.gradients-agree", rules.gradients),
 )
 STEP = "ranks.step-agrees"
-SHORT = ("bfloat16", "float16")  # in these, roundings are as large as what the rules on values look for
 
 
 def compare_recorded(left: Path, right: Path, *, command: str, id: str) -> Report:
@@ -124,10 +124,9 @@ class _Judged:
             self._skip([name for name, _ in VALUES] + [STEP], "the runs did not see the same rows")
             return None
         self._rule(DATA, data)
-        if dtypes & set(SHORT):
+        if short := in_short([*one, *many]):
             self._rule("ranks.same-start", rules.start(pair))
-            self._skip([name for name, _ in VALUES[1:]] + [STEP], f"the runs computed in {', '.join(sorted(dtypes & set(SHORT)))}, "
-                       "whose roundings are as large as what is looked for: record a run in float32")  # fmt: skip
+            self._skip([name for name, _ in VALUES[1:]] + [STEP], too_short(short))
         else:
             self.ruled = True
             for probe, rule in VALUES:
@@ -137,7 +136,8 @@ class _Judged:
         drifted = None if self._failed() or len(many) < 2 else _drifted(pair, many)
         if drifted is not None:
             self._rule(REPLICAS, drifted)
-        return {stage: len(set(pair.held.of(stage)) & set(pair.truth.of(stage))) for stage in ("forward", "gradient", "step", "state")}
+        both = {stage: set(pair.held.of(stage)) & set(pair.truth.of(stage)) for stage in ("forward", "gradient", "step", "state")}
+        return {stage: len(names) if self.ruled else 0 for stage, names in both.items()}
 
     def _failed(self) -> bool:
         return any(finding.severity == "error" for finding in self.findings)

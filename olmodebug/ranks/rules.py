@@ -49,8 +49,11 @@ def start(pair: Pair) -> Finding | None:
     name, held, gap = wrong[0]
     whole = held.parts[0].shape == pair.truth.of("start")[name].parts[0].shape and is_whole(held)
     replicas = [rank for rank, part in zip(held.ranks, held.parts, strict=True) if not torch.equal(part, held.parts[0])] if whole else []
-    if replicas:
-        message = f"ranks start from different weights: {name} of rank {replicas[0]} is not that of rank 0"
+    copies = pair.joined(held) if held.events[0].placements else []
+    apart = any(not torch.equal(copy, copies[0]) for copy in copies)
+    if replicas or apart:
+        which = f"{name} of rank {replicas[0]} is not that of rank 0" if replicas else f"the copies of {name} that shards make are unlike"
+        message = f"ranks start from different weights: {which}"
         return finding(
             message,
             module=name.rpartition(".")[0],

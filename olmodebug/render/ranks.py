@@ -8,6 +8,8 @@ from rich.console import Group
 from ..units import plural
 from .layout import row
 
+START = "the data and the weights before the step"  # where a step in 16 bits lets nothing else be judged
+
 
 def ranks_view(section: Mapping[str, Any]) -> Group:
     """The section `ranks` of a report."""
@@ -27,6 +29,6 @@ def ranks_view(section: Mapping[str, Any]) -> Group:
     other = f"{plural(beside['world'], 'rank')} ({beside['strategy']})" if beside else "one process with the same weights and batch"
     return Group(
         row("ranks", f"{section['world']} ({section['strategy']}), beside {other}"),
-        row("compared", ", ".join(counts) or "nothing: the step did not come to its end"),
+        row("compared", ", ".join(counts) or ("nothing: the step did not come to its end" if section["compared"] is None else START)),
         row("called", alike),
     )
