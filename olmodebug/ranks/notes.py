@@ -29,6 +29,7 @@ class Notes:
         self.model, self.writer, self.prefix = model, writer, prefix
         self._calls: dict[str, int] = {}
         self._trial = False
+        self._seen = False  # whether the data of this call is noted
         self._places = {
             f"{path}.{name}" if path else name: forward_of(module)
             for path, module in model.named_modules()
@@ -74,7 +75,11 @@ class Notes:
         self._trial = is_trial()
         if self._trial:
             return
-        given = first_tensor((args, kwargs)) if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled():
+            self._data(first_tensor((args, kwargs)))
+
+    def _data(self, given: Tensor | None) -> None:
+        self._seen = True
         if given is not None and not given.is_floating_point():  # hidden states from another stage are no data
             self.writer.tensor("data", f"{self.prefix}input_ids", given)
 
@@ -86,6 +91,9 @@ class Notes:
             label = self.prefix + (name if calls == 1 else f"{name}#{calls}")
             given, made = first_tensor((args, kwargs)), first_tensor(output)
             where = forward_of(module)
+            if not name and not self._seen:  # a hook that was made during the call missed its beginning
+                self._data(given)
+            self._seen = self._seen and bool(name)
             if given is not None and made is not None:
                 self.writer.tensor("input", label, given, where=where)
                 self.writer.tensor("forward", label, made, where=where)
