@@ -309,6 +309,8 @@ class Subject:
             form.labels: ids.clone,
         }
         formed |= {name: neutral[name]() for name in form.required if name not in formed}
+        if form.start:
+            formed.setdefault(form.start, 0)
         missing = -ids.shape[1] % form.multiple
         for name, value in formed.items():
             if not (isinstance(value, Tensor) and value.shape == ids.shape):

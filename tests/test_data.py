@@ -139,6 +139,22 @@ def test_a_truncated_gzip_keeps_the_lines_before_the_cut(tmp_path: Path) -> None
     assert "ends or breaks here" in problems.first[0].text
 
 
+def test_a_packed_file_of_which_nothing_can_be_read_claims_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(lines({"text": "one"}))  # named so, and not packed
+    texts, problems = read(path)
+    assert texts == [] and str(problems.first[0]).endswith(
+        "a.jsonl.gz: a packed file of which nothing can be read (not a gzipped file (b'{\"'))"
+    )
+
+
+@pytest.mark.parametrize("body", [b'[{"text": "one"}, {"text": "two"}]', b'[\n{"text": "one"},\n{"text": "two"}\n]\n'])
+def test_a_json_array_is_told_as_that(tmp_path: Path, body: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(body)
+    assert "a.json:1: a JSON array, not JSON lines: write one object a line" in str(read(path)[1].first[0])
+
+
 def test_an_empty_file_and_a_vanished_shard_are_told_and_the_others_are_read(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "good.jsonl").write_bytes(lines({"text": "one"}))
@@ -172,6 +188,8 @@ def test_globs_and_folders_name_files_in_order_and_a_name_of_nothing_is_refused(
         (tmp_path / name).write_bytes(lines({"text": name}))
     expected = (tmp_path / "b-0.jsonl", tmp_path / "b-1.jsonl")
     assert find_files([str(tmp_path / "b-*.jsonl")]) == expected
+    (tmp_path / ".olmodebug" / "runs").mkdir(parents=True)
+    (tmp_path / ".olmodebug" / "runs" / "job.json").write_bytes(lines({"text": "a record of this tool"}))
     assert find_files([str(tmp_path)]) == expected
     with pytest.raises(UsageError, match="no such file, and no file fits it"):
         find_files([str(tmp_path / "c-*.jsonl")])
@@ -185,6 +203,13 @@ def test_a_split_gives_every_document_to_one_part() -> None:
     parts = [split.part(index) for index in range(200)]
     assert parts[:80] == ["train"] * 80 and parts[80:90] == ["validation"] * 10 and parts[90:100] == ["test"] * 10
     assert parts[100:] == parts[:100]
+
+
+@pytest.mark.parametrize(("documents", "parts"), [(1, "t"), (2, "tv"), (3, "tve"), (15, "t" * 13 + "ve"), (20, "t" * 18 + "ve")])
+def test_few_documents_are_split_too(documents: int, parts: str) -> None:
+    names = {"train": "t", "validation": "v", "test": "e"}
+    split = Split().fitted(documents)
+    assert "".join(names[split.part(index)] for index in range(documents)) == parts
 
 
 def test_the_shipped_corpus_has_text_without_a_network() -> None:

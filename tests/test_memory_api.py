@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import olmodebug
+from olmodebug.errors import UsageError
 from olmodebug.footprint.allocator import AllocatorSettings
 from olmodebug.footprint.dry_run import Prepared, token_ids, trace_fake
 from olmodebug.footprint.estimate import estimate
@@ -94,6 +95,34 @@ def test_a_change_that_does_not_apply_says_why() -> None:
     rows = {row.change: row for row in what_ifs(ready, PLAN, GPUS["A100"], NATIVE, base=base, budget_bytes=None)}
     assert "no list of blocks" in (rows["gradient checkpointing"].reason or "")
     assert rows["chunked cross-entropy"].tensors is not None
+
+
+class LastWithoutTargets(nn.Module):
+    """Logits of the last position only, unless there are targets, and a position to start from that has no default."""
+
+    def __init__(self, *, looks: bool = True) -> None:
+        super().__init__()
+        self.embed, self.head, self.looks = nn.Embedding(97, 24), nn.Linear(24, 97), looks
+
+    def forward(self, idx: torch.Tensor, start_pos: int, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        states = self.embed(idx) + start_pos
+        if not self.looks:
+            return states @ self.head.weight.T, None
+        if targets is None:
+            return self.head(states[:, [-1]]), None
+        logits = self.head(states)
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("gpu", [None, "T4"])
+def test_the_loss_in_chunks_of_a_model_that_gives_all_logits_only_with_targets(gpu: str | None) -> None:
+    found = olmodebug.memory(LastWithoutTargets(), batch_size=4, seq_len=600, loss="chunked", precision="fp32", gpu=gpu)
+    assert found.tensors.expected > 4 * 600 * 24 * 4
+
+
+def test_a_head_that_the_forward_goes_past_cannot_be_chunked() -> None:
+    with pytest.raises(UsageError, match="the forward does not call head"):
+        olmodebug.memory(LastWithoutTargets(looks=False), batch_size=4, seq_len=60, loss="chunked")
 
 
 @pytest.mark.slow

@@ -251,3 +251,13 @@ def test_what_depends_on_a_probe_that_was_left_out_is_left_out_for_the_same_root
         assert result.outcome.reason == "it depends on causality.no-future, which failed"
         failed[name] = result.root or ""
     assert run_probe(probes["determinism.eval-repeats"], subject, failed=failed).outcome.status == "passed"
+
+
+def test_a_forward_that_needs_its_first_position_is_called_with_nought() -> None:
+    class Started(Tiny):
+        def forward(self, tokens: Tensor, start_pos: int) -> Tensor:  # type: ignore[override]
+            assert start_pos == 0
+            return self.head(self.embed(tokens))
+
+    subject = from_model(Started())
+    assert subject.forward({subject.convention.ids: torch.tensor([[1, 2, 3]])}).shape == (1, 3, 31)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # the documented FakeTensor; its module has no public name
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 
@@ -21,6 +22,7 @@ from .scratch import scratch_blocks
 
 LOSS = "(loss)"  # what runs behind the output head, in the module column
 OPTIMIZER = "(optimizer)"
+DEVICE = torch.ops.prim.device.default
 ADDED = torch.ops.aten.add.Tensor
 NO_SEQUENCE = 1 << 62  # nodes that accumulate gradients have the largest number there is
 
@@ -178,6 +180,8 @@ class StorageTracer(TorchDispatchMode):
         return allocation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked as often as anything is computed; the mode below would say the same
         self.trace.ops += 1
         inside = self._phase == "forward" or bool(self._stack)
         if inside:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from ..convention import find_logits, find_loss
 from ..errors import UsageError
 from ..subject import Subject
+from ..training.head import Head, HeadNotCalled
 from .blocks import blocks_of
 
 Precision = Literal["fp32", "fp16-amp", "bf16-amp", "bf16", "fp16"]
@@ -162,12 +163,15 @@ def chunked_loss(subject: Subject, input_ids: Tensor) -> Tensor:
     if head is None:
         raise UsageError("chunked cross-entropy: this model has no output head (a Linear with a row for each token) that could be chunked")
     module = head[1]
-    module.forward = _unchanged  # type: ignore[method-assign]  # the model then returns what would go into its head
+    form, arguments = subject.convention, call_arguments(subject, input_ids)
+    if form.labels and form.logits_need_labels:  # without them the head gets the last position only
+        arguments[form.labels] = input_ids
     try:
-        result = run(subject, call_arguments(subject, input_ids))
-        hidden = find_logits(result, batch_size=len(input_ids), seq_len=input_ids.shape[1]).logits.flatten(0, 1)
-    finally:
-        del module.__dict__["forward"]
+        hidden = Head(module).hidden_states(lambda: run(subject, arguments)).flatten(0, -2)
+    except HeadNotCalled:
+        raise UsageError(f"chunked cross-entropy: the forward does not call {head[0]}, so it cannot be chunked") from None
+    if len(hidden) != input_ids.numel():
+        raise UsageError(f"chunked cross-entropy: {head[0]} gets {len(hidden)} rows for {input_ids.numel()} tokens")
     targets = next_tokens(input_ids).flatten()
     total = hidden.new_zeros((), dtype=torch.float32)
     # Without the early stop: the exception that ends a recomputation is lost inside torch 2.11's cross-entropy on CUDA.
@@ -175,10 +179,6 @@ def chunked_loss(subject: Subject, input_ids: Tensor) -> Tensor:
         for states, labels in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
             total = total + checkpoint(_chunk_loss, module, states, labels, use_reentrant=False, preserve_rng_state=False)
     return total / (len(input_ids) * (input_ids.shape[1] - 1))
-
-
-def _unchanged(states: Tensor) -> Tensor:
-    return states
 
 
 def _chunk_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def run(subject: Subject, arguments: dict[str, Any]) -> Any:
     return subject.forward(arguments)
 
 
-def output_head(subject: Subject) -> tuple[str, nn.Module] | None:
+def output_head(subject: Subject) -> tuple[str, nn.Linear] | None:
     """(path, module) of the last Linear with a row for each token; None where there is none, or logits are changed after
     it (a final softcap or scale), which the chunks would leave out."""
     if any(subject.setting(name) for name in ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")):

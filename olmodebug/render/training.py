@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.live import Live as RichLive
 from rich.text import Text
 
-from ..units import bytes_text, count_text, number_text, seconds_text
+from ..units import bytes_text, count_text, number_text, plural, seconds_text
 from .layout import LABEL, Line, console, line, row
 
 PLOT_WIDTH, PLOT_HEIGHT = 60, 8
@@ -108,9 +108,7 @@ def _section(section: Mapping[str, Any]) -> Iterator[Line]:
         "recipe", f"{recipe['name']}: {recipe['steps']} steps of {recipe['batch_size']} x {recipe['seq_len']} tokens, {recipe['optimizer']}"
     )
     if data is not None:
-        documents = (
-            f"{data['train_documents']} documents to train, {data['validation_documents']} to validate, {data['test_documents']} to test"
-        )
+        documents = f"{plural(data['train_documents'], 'document')} to train, {data['validation_documents']} to validate, {data['test_documents']} to test"
         yield row("data", f"{data['source']}: {documents}")
         own = " (trained on the data)" if data["tokenizer_trained"] else ""
         yield row("tokenizer", f"{data['tokenizer']}, {data['vocab_size']} ids{own}")
@@ -139,7 +137,7 @@ def _run(run: Mapping[str, Any]) -> Iterator[Line]:
             part, _, when = name.partition("_")
             yield row(
                 part[:10],
-                f"perplexity {found['perplexity']:,.1f} {when} training{bits}, {found['tokens']:,} tokens of {found['documents']} documents",
+                f"perplexity {found['perplexity']:,.1f} {when} training{bits}, {found['tokens']:,} tokens of {plural(found['documents'], 'document')}",
             )
     speed = [f"{run['tokens_per_second']:,.0f} tokens/s" if run["tokens_per_second"] else ""]
     speed += [f"{run['flop_utilisation']:.1%} of the arithmetic that a matrix product reaches here" if run["flop_utilisation"] else ""]

@@ -29,6 +29,8 @@ READABLE = (*JSON_LINES, *PARQUET, *ARROW, *TEXT)
 TEXT_PIECE_CHARACTERS = 16_000
 TEXT_PIECE_MOST = 4 * TEXT_PIECE_CHARACTERS  # without any blank line
 
+ARRAY = "a JSON array, not JSON lines: write one object a line"
+
 PROBLEMS_KEPT = 20  # the first ones; all are counted
 
 Part = Literal["train", "validation", "test"]
@@ -82,6 +84,12 @@ class Split:
     validation: tuple[int, ...] = (18,)
     test: tuple[int, ...] = (19,)
 
+    def fitted(self, documents: int) -> "Split":
+        """The same, or where there are fewer documents than a period has, the last but one validates and the last tests."""
+        if documents >= self.period:
+            return self
+        return Split(period=max(1, documents), validation=(max(1, documents - 2),), test=(max(2, documents - 1),))
+
     def part(self, index: int) -> Part:
         place = index % self.period
         return "validation" if place in self.validation else "test" if place in self.test else "train"
@@ -93,7 +101,7 @@ def find_files(patterns: Sequence[str]) -> tuple[Path, ...]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if _is_data(p)]
+            files = [p for p in sorted(path.rglob("*")) if _is_data(p) and not _is_hidden(p.relative_to(path))]
             if not files:
                 raise UsageError(f"--data {pattern}: the folder has no file of {', '.join(READABLE)}")
         else:
@@ -115,6 +123,11 @@ def _is_data(path: Path) -> bool:
     """Whether a file in a folder holds documents."""
     derived = _suffix(path) in ARROW and path.name.startswith(DERIVED)
     return path.is_file() and _suffix(path) in READABLE and path.name not in DATASET_CARDS and not derived
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a file or a folder on the way to it is hidden: versions, caches, and this tool's own records."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def read_documents(files: Iterable[Path], problems: Problems, *, text_field: str = "text") -> Iterator[Document]:
@@ -171,9 +184,9 @@ def _parsed(raw: bytes, path: Path, number: int, text_field: str) -> Document | 
     except UnicodeDecodeError as error:
         return problem(f"no valid UTF-8 at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
-        if number == 1 and raw.lstrip()[:1] == b"[":
-            return problem("a JSON array, not JSON lines: write one object a line")
-        return problem(f"no valid JSON: {error}")
+        return problem(ARRAY if number == 1 and raw.lstrip()[:1] == b"[" else f"no valid JSON: {error}")
+    if number == 1 and isinstance(record, list):
+        return problem(ARRAY)
     if not isinstance(record, dict):
         return problem(f"expected an object with the field {text_field!r}, observed {type(record).__name__}")
     if text_field not in record:
@@ -267,6 +280,8 @@ class _Zstandard(io.RawIOBase):
 
 def _cut_short(path: Path, number: int, error: Exception) -> Problem:
     text = str(error).strip().rstrip(".").lower()
+    if number == 0:
+        return Problem(file=str(path), line=None, text=f"a packed file of which nothing can be read ({text})")
     return Problem(file=str(path), line=number + 1, text=f"the packed file ends or breaks here ({text}); the lines before were read")
 
 

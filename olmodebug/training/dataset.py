@@ -90,7 +90,7 @@ def open_dataset(
 
     def part(name: str) -> Iterator[str]:
         for index, document in enumerate(islice(documents(), protocol.most_documents)):
-            if protocol.split.part(index) == name:
+            if split.part(index) == name:
                 yield document.text
 
     def train_texts() -> Iterator[str]:
@@ -100,12 +100,13 @@ def open_dataset(
     if not held_out:
         first = f": {problems.first[0]}" if problems.first else ""
         raise UsageError(f"the data has no document{first}")
+    split = protocol.split.fitted(len(held_out)) if protocol.most_documents is None else protocol.split
     encoder = load_encoder(tokenizer, eos_id=eos_id) if tokenizer else train_encoder(train_texts(), vocab_size=vocab_size, cache=cache)
-    known = {document.text for index, document in enumerate(held_out) if protocol.split.part(index) == "train"}
+    known = {document.text for index, document in enumerate(held_out) if split.part(index) == "train"}
     duplicates = 0
     parts: dict[str, list[Evaluated]] = {"validation": [], "test": []}
     for index, document in enumerate(held_out):
-        name = protocol.split.part(index)
+        name = split.part(index)
         if name == "train" or len(parts[name]) == MOST_EVALUATED:
             continue
         if document.text in known:  # trained on: it would flatter the perplexity

@@ -21,6 +21,10 @@ class _Reached(BaseException):  # noqa: N818 - no Exception: a subject's own `ex
     """The forward has come to the head."""
 
 
+class HeadNotCalled(RuntimeError):
+    """A forward went past the head."""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The module whose output is the logits."""
@@ -28,7 +32,7 @@ class Head:
     module: nn.Linear
 
     def hidden_states(self, run: Callable[[], Any]) -> Tensor:
-        """What goes into the head in `run()`, `[batch, seq_len, hidden]`; the head itself is not run."""
+        """What goes into the head in `run()`, `[batch, seq_len, hidden]`; the head itself is not run. HeadNotCalled where nothing does."""
         kept: list[Tensor] = []
 
         def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -42,7 +46,7 @@ class Head:
             return kept[0]
         finally:
             handle.remove()
-        raise RuntimeError("the model returned without running its head")
+        raise HeadNotCalled("the model returned without running its head")
 
 
 def find_head(subject: Subject) -> Head | None:
