@@ -140,3 +140,51 @@ def test_the_matrices_of_a_gated_feed_forward_are_told_by_shape_and_value(names:
     path = tmp_path / "renamed.py"
     path.write_text(text)
     assert compare(subject_of(path, "build"), reference_of("transformers:LlamaForCausalLM", base)).findings == ()
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        pytest.param((), id="a list of experts"),
+        pytest.param(
+            (
+                (
+                    "self.experts = nn.ModuleList([FeedForward(args.dim, args.hidden_dim) for _ in range(args.n_experts)])",
+                    "d, h, n = args.dim, args.hidden_dim, args.n_experts\n"
+                    "        self.fc1, self.fc2, self.fc3 = (\n"
+                    "            nn.ModuleList([nn.Linear(*size, bias=False) for _ in range(n)]) for size in ((d, h), (d, h), (h, d))\n"
+                    "        )",
+                ),
+                (
+                    "for i, expert in enumerate(self.experts):",
+                    "for i in range(len(self.fc1)):\n"
+                    "            expert = lambda x: self.fc3[i](F.silu(self.fc1[i](x)) * self.fc2[i](x))  # noqa: B023, E731",
+                ),
+            ),
+            id="a list for each matrix",
+        ),
+        pytest.param(
+            (
+                (
+                    "self.experts = nn.ModuleList([FeedForward(args.dim, args.hidden_dim) for _ in range(args.n_experts)])",
+                    "d, h, n = args.dim, args.hidden_dim, args.n_experts\n"
+                    "        self.gate_up_proj = nn.Parameter(torch.randn(n, d, 2 * h) / 8)\n"
+                    "        self.down_proj = nn.Parameter(torch.randn(n, h, d) / 8)",
+                ),
+                (
+                    "for i, expert in enumerate(self.experts):",
+                    "for i in range(len(self.down_proj)):\n"
+                    "            pair = lambda x: x @ self.gate_up_proj[i]  # noqa: B023, E731\n"
+                    "            expert = lambda x: (F.silu(pair(x)[..., ::2]) * pair(x)[..., 1::2]) @ self.down_proj[i]  # noqa: B023, E731",
+                ),
+            ),
+            id="stacked, turned and interleaved",
+        ),
+    ],
+)
+def test_experts_are_mapped_however_they_are_stored(matrices: tuple[tuple[str, str], ...], tmp_path: Path) -> None:
+    path = _edited(tmp_path, ("norm_topk_prob: bool = False", "norm_topk_prob: bool = True"), *matrices)
+    subject = subject_of(path, "build_moe")
+    report = compare(subject, reference_of("transformers:MixtralForCausalLM", subject))
+    assert report.findings == ()
+    assert report.sections["implementations"]["gradients"]["compared"] >= 50

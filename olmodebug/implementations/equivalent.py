@@ -20,6 +20,15 @@ NAMES: dict[str, tuple[str, ...]] = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "rotary_pct": ("rotary_pct", "partial_rotary_factor"),
+    "num_experts_per_tok": (
+        "num_experts_per_tok",
+        "n_experts_per_token",
+        "n_activated_experts",
+        "n_expert_per_token",
+        "moe_top_k",
+        "top_k",
+    ),
+    "norm_topk_prob": ("norm_topk_prob",),
     "use_parallel_residual": ("use_parallel_residual", "parallel_residual"),
 }
 
@@ -54,6 +63,11 @@ def _from_weights(layout: Layout) -> dict[str, Any]:
         found["vocab_size"], found["hidden_size"] = layout.shape("embed.weight")
     if "0.up.weight" in slots:
         found["intermediate_size"] = layout.shape("0.up.weight")[0]
+    if "0.expert0.up.weight" in slots:
+        inner = layout.shape("0.expert0.up.weight")[0]
+        number = sum(slot.startswith("0.expert") and slot.endswith(".up.weight") for slot in slots)
+        found |= {"num_experts": number, "num_local_experts": number, "moe_intermediate_size": inner}
+        found.setdefault("intermediate_size", inner)
     if layout.heads:
         found["num_attention_heads"], found["num_key_value_heads"] = layout.heads, layout.key_value_heads
         if "0.q.weight" in slots:

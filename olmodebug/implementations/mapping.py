@@ -45,6 +45,7 @@ SUFFIXES = {
     **dict.fromkeys("weight scale gamma".split(), "weight"),
     **dict.fromkeys("bias shift beta".split(), "bias"),
 }
+EXPERT = r"expert\d+\."  # before the role of what belongs to one expert
 INSIDE = "w_out c_proj proj dense out"  # after attention or after the feed-forward: the module around it says which
 
 ROLES: dict[str, str] = {
@@ -69,28 +70,33 @@ HALF_ROTATED = ("q_proj", "w_q", "att_proj", "query_key_value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Where a slot lies: rows of a parameter (None: all of it), read transposed or not."""
+    """Where a slot lies: rows of a parameter (None: all of it), read transposed or not; of a parameter that stacks the
+    matrices of experts, those of one."""
 
     parameter: str
     rows: tuple[int, ...] | None = None
     transposed: bool = False
     order: str | None = None  # of the fused projection that it is a part of
+    expert: int | None = None
+
+    def _matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        whole = tensors[self.parameter]
+        whole = whole if self.expert is None else whole[self.expert]
+        return whole.T if self.transposed else whole
 
     def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        whole = tensors[self.parameter]
-        whole = whole.T if self.transposed else whole
+        whole = self._matrix(tensors)
         return whole if self.rows is None else whole[torch.tensor(self.rows)]
 
     def write(self, tensors: Mapping[str, Tensor], value: Tensor) -> None:
-        whole = tensors[self.parameter]
-        whole = whole.T if self.transposed else whole
+        whole = self._matrix(tensors)
         if self.rows is None:
             whole.copy_(value)
         else:
             whole[torch.tensor(self.rows)] = value.to(whole.dtype)
 
     def __str__(self) -> str:
-        text = self.parameter + ("ᵀ" if self.transposed else "")
+        text = self.parameter + ("" if self.expert is None else f"[{self.expert}]") + ("ᵀ" if self.transposed else "")
         if self.rows is None:
             return text
         first, last = self.rows[0], self.rows[-1]
@@ -184,19 +190,25 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None, othe
     unfused = _settle_feed_forward(roles, parameters_of(model), orders or {})
     conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     widths = _output_widths(model, roles, conv1d)
+    width = _residual_width(roles, parameters_of(model))
     fused: dict[str, tuple[str, ...]] = {}
     for name, parameter in model.named_parameters():
         role = roles[name]
         layer, kind, suffix = role
         prefix = "" if layer is None else f"{layer}."
-        transposed = name.rpartition(".")[0] in conv1d and parameter.ndim == 2
         leaf = _leaf(name)
+        stacked = parameter.ndim == 3 and layer is not None and kind in ("gate_up", "gate", "up", "down")
+        turned = stacked and _is_turned(parameter, kind, width)
+        transposed = turned or name.rpartition(".")[0] in conv1d and parameter.ndim == 2
         parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(kind)
+        experts = range(parameter.shape[0]) if stacked else (None,)
         if parts is None:
-            _add(layout, f"{prefix}{kind}.{suffix}", Piece(parameter=name, transposed=transposed), leaf)
+            for expert in experts:
+                piece = Piece(parameter=name, transposed=transposed, expert=expert)
+                _add(layout, f"{prefix}{_of_expert(expert)}{kind}.{suffix}", piece, leaf)
             continue
-        size = parameter.shape[-1] if transposed else parameter.shape[0]
-        known = KNOWN_ORDERS.get(leaf)
+        size = parameter.shape[-1] if transposed else parameter.shape[1 if stacked else 0]
+        known = None if turned else KNOWN_ORDERS.get(leaf)  # whoever turns its experts' matrices has an order of its own
         options = tuple(dict.fromkeys((*((known,) if known else ()), *(QKV_ORDERS if kind == "qkv" else GATE_UP_ORDERS))))
         if known is None and leaf not in fused:
             fused[leaf] = options
@@ -206,9 +218,9 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None, othe
             raise SubjectError(
                 f"{subject.spec}: {name} has {size} rows, which cannot be divided into {', '.join(parts)}; state it with --map"
             )
-        for part, chosen in zip(parts, rows, strict=True):
-            piece = Piece(parameter=name, rows=tuple(chosen), transposed=transposed, order=order)
-            _add(layout, f"{prefix}{part}.{suffix}", piece, leaf)
+        for expert, (part, chosen) in itertools.product(experts, zip(parts, rows, strict=True)):
+            piece = Piece(parameter=name, rows=tuple(chosen), transposed=transposed, order=order, expert=expert)
+            _add(layout, f"{prefix}{_of_expert(expert)}{part}.{suffix}", piece, leaf)
     layout.choices = fused | unfused
     _tied_slots(layout)
     return layout
@@ -226,6 +238,9 @@ def role_of(name: str) -> tuple[str | None, str, str]:
             known = "norm"
         return None, known or ".".join(path), suffix
     layer, inner = path[index], path[index + 1 :]
+    if len(inner) > 1 and inner[-1].isdigit() and (inner[-2] in ROLES or re.fullmatch(r"(fc|w|lin|linear)_?\w", inner[-2])):
+        # a list for each matrix instead of one for all experts
+        inner = [*inner[:-2], inner[-1], inner[-2]]
     leaf = inner[-1] if inner else ""
     if leaf in ("in_proj_weight", "in_proj_bias"):
         return layer, "qkv", leaf.removeprefix("in_proj_")
@@ -264,11 +279,12 @@ def _settle_feed_forward(
 ) -> dict[str, tuple[str, ...]]:
     """The three matrices of a gated feed-forward whose names do not say which is which: the one that leads back to the
     residual's width is `down`, and the order of the other two is a choice, which is given back under the two names."""
-    width = next((parameters[name].shape[1] for name, role in roles.items() if role[1] == "embed" and parameters[name].ndim == 2), None)
-    holders: dict[str, list[str]] = {}
-    for name, (layer, _, suffix) in roles.items():
+    width = _residual_width(roles, parameters)
+    holders: dict[tuple[str, ...], list[str]] = {}
+    for name, (layer, kind, suffix) in roles.items():
         if layer is not None and suffix == "weight" and parameters[name].ndim == 2:
-            holders.setdefault(name.rpartition(".")[0].rpartition(".")[0], []).append(name)
+            path = [part for part in name.split(".")[:-1] if part.isdigit() or part != _leaf(name)]
+            holders.setdefault((*path, *re.findall(EXPERT, kind)), []).append(name)
     found: dict[str, tuple[str, ...]] = {}
     for names in holders.values():
         kinds = [roles[name][1].rpartition(".")[2] for name in names]
@@ -282,9 +298,23 @@ def _settle_feed_forward(
         found[pair] = GATE_UP_ORDERS[:2]
         for name, kind in zip([*entering, *down], [*orders.get(pair, GATE_UP_ORDERS[0]).split(";"), "down"], strict=True):
             layer, old, suffix = roles[name]
-            expert = re.match(r"(expert\d+\.)*", old)
-            roles[name] = (layer, (expert.group() if expert else "") + kind, suffix)
+            roles[name] = (layer, "".join(re.findall(EXPERT, old)) + kind, suffix)
     return found
+
+
+def _residual_width(roles: Mapping[str, tuple[str | None, str, str]], parameters: Mapping[str, Tensor]) -> int | None:
+    """How many numbers the residual stream has a position: those of an embedding."""
+    return next((parameters[name].shape[1] for name, role in roles.items() if role[1] == "embed" and parameters[name].ndim == 2), None)
+
+
+def _is_turned(stacked: Tensor, kind: str, width: int | None) -> bool:
+    """Whether experts' stacked matrices lie as `[experts, in, out]`, told by which side has the residual's width."""
+    entering, leaving = (1, 2) if kind != "down" else (2, 1)
+    return stacked.shape[entering] == width != stacked.shape[leaving]
+
+
+def _of_expert(number: int | None) -> str:
+    return "" if number is None else f"expert{number}."
 
 
 def fused_rows(
@@ -349,7 +379,8 @@ def _output_widths(model: nn.Module, roles: Mapping[str, tuple[str | None, str, 
 def _leaf(name: str) -> str:
     parts = name.split(".")
     parts = parts[:-1] if parts[-1] in SUFFIXES and len(parts) > 1 else parts
-    return parts[-1].removesuffix("_weight").removesuffix("_bias") if parts else name
+    parts = parts[:-1] if parts[-1].isdigit() and len(parts) > 1 else parts
+    return parts[-1].removesuffix("_weight").removesuffix("_bias")
 
 
 def _add(layout: Layout, slot: str, piece: Piece, leaf: str) -> None:

@@ -43,8 +43,13 @@ def _lines(section: Mapping[str, Any]) -> Iterator[Line]:
 
 def _once_for_all_layers(mapping: list[dict[str, str]]) -> list[tuple[str, str]]:
     """Pairs of names, those of a layer once, with its number as i."""
-    pairs = [(re.sub(r"\.\d+\.", ".i.", pair["subject"]), re.sub(r"\.\d+\.", ".i.", pair["reference"])) for pair in mapping]
+    pairs = [(_folded(pair["subject"]), _folded(pair["reference"])) for pair in mapping]
     return list(dict.fromkeys(pairs))
+
+
+def _folded(name: str) -> str:
+    """A parameter's name without its layer and expert."""
+    return re.sub(r"\[\d+\]", "[i]", re.sub(r"\.\d+(?=\.)", ".i", name))
 
 
 def _bar(value: float | str) -> str:
