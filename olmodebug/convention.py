@@ -63,11 +63,12 @@ class Convention:
     in_dict: bool = False
     sequence_first: bool = False
     multiple: int = 1
+    flags: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         labels = None if self.loss_method else self.labels
         names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.places, self.start, labels]
-        text = ", ".join(name for name in names if name)
+        text = ", ".join([*(name for name in names if name), *(f"{name}=True" for name in self.flags)])
         text = f"forward({{{text}}})" if self.in_dict else f"forward({text})"
         if self.sequence_first:
             text += f"; {self.ids} as [seq_len, batch]"

@@ -24,6 +24,7 @@ from .relations.repair import Found, RepairedSource
 from .relations.stored import draws_record
 from .report import Finding, Outcome
 from .settle import settled
+from .sources import Sources, is_ours
 from .spec import Job, device_named, resolve
 from .subject import Subject, own_refusal
 
@@ -136,7 +137,11 @@ def run_probe(
     except Exception as error:
         if is_lost(error):
             return _device_lost(probe, subject, error, outcome("failed"))
-        return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
+        if is_ours(error) or Sources(subject.model).spot_of(error) is None:
+            return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
+        raised = SubjectCodeError("a forward under the instruments of this probe")
+        raised.__cause__ = error
+        findings.append(_found(_raised(raised), probe, subject))
     if job is not None:
         findings = [verified(f, job, lambda: _holds(probe, job, f, findings)) for f in findings]  # noqa: B023 - called at once
     wrong = any(finding.severity == "error" for finding in findings)

@@ -20,7 +20,10 @@ def rebuilt(subject: Subject, seed: int) -> nn.Module | None:
         return None
     with quiet(), settled(seed=seed):
         model = subject.remake(seed)
-    return cast(model, subject.dtype if uniform(subject.model) else None, device=subject.device).eval()
+    built = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), subject.dtype)
+    # Only what was cast after it was built is cast again: weights in 16 bits may stand beside tables in float32.
+    dtype = subject.dtype if uniform(subject.model) and built != subject.dtype else None
+    return cast(model, dtype, device=subject.device).eval()
 
 
 def materialised(subject: Subject, seed: int) -> nn.Module | None:

@@ -3,6 +3,7 @@
 Shapes are tuples of ints, dtypes are names without `torch.`, sizes are bytes.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from .units import count_text, dtype_text, plural
@@ -118,6 +119,11 @@ class Difference:
     def relative(self) -> float:
         """The largest difference as a share of the largest magnitude."""
         return self.max_abs / self.scale if self.scale else self.max_abs
+
+    @property
+    def apart(self) -> str:
+        """How they differ, as the end of a sentence."""
+        return f"differ by {self.max_abs:.3g}" if math.isfinite(self.max_abs) else "are not finite in both alike"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

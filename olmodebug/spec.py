@@ -1,7 +1,9 @@
 """From the text on a command line to a subject: every way in, and a clear sentence for every wrong turn."""
 
+import copy
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ FORMS = (
 # Above this many parameters a preset or a transformers class is checked on a small copy of the same configuration:
 # rules such as causality do not depend on sizes, and float64 on two cores does.
 SHRINK_ABOVE = 40_000_000
+CONFIG_ARGUMENT = re.compile(r"(^|_)(config|cfg|conf|args|params|hparams)$")
+CONFIG_CLASS = re.compile(r"_?(Config|ModelArgs|ModelConfig|Args|Arguments|HParams|Hyperparameters|Params)$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,10 +264,40 @@ def _call(build: Callable[..., Any], job: Job) -> Any:
     arguments = _arguments(build, job)
     try:
         return build(**arguments)
+    except (AttributeError, KeyError) as error:
+        if (name := _asked_in_vain(error, arguments)) is not None:
+            given = ", ".join(job.config)
+            raise SubjectError(f"{job.spec} asks its config for {name!r}: give it with --config {name}=value (given: {given})") from None
+        raise SubjectCodeError("build") from error
     except Exception as error:
         raise SubjectCodeError("build") from error
     except SystemExit as error:
         raise SubjectCodeError("build") from RuntimeError(f"{job.spec} calls sys.exit({error.code})")
+
+
+class GivenConfig(dict[str, Any]):
+    """What `--config` gives, for code that reads config.name and for code that reads config["name"]."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name, name=name, obj=self) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GivenConfig":
+        return type(self)(copy.deepcopy(dict(self), memo))
+
+
+def _asked_in_vain(error: AttributeError | KeyError, arguments: Mapping[str, Any]) -> str | None:
+    """The name that a class looked for in a config of ours, in which nobody has put it."""
+    made = [value for value in arguments.values() if isinstance(value, GivenConfig)]
+    name = error.name if isinstance(error, AttributeError) else error.args[0] if error.args else None
+    if not made or not isinstance(name, str) or name in made[0]:
+        return None
+    return name if isinstance(error, KeyError) or error.obj is made[0] else None
 
 
 def _arguments(build: Callable[..., Any], job: Job) -> dict[str, Any]:
@@ -275,7 +309,7 @@ def _arguments(build: Callable[..., Any], job: Job) -> dict[str, Any]:
     required = [p for p in parameters if p.default is p.empty]
     given = {key: value for key, value in job.config.items() if key in names}
     missing = [p for p in required if p.name not in given]
-    if len(missing) == 1 and missing[0].name in ("config", "cfg", "args", "params"):
+    if len(missing) == 1 and CONFIG_ARGUMENT.search(missing[0].name):
         given = {missing[0].name: _config_value(build, missing[0], job)}
         missing = []
     elif left := set(job.config) - set(given):
@@ -300,15 +334,38 @@ def _config_value(build: Callable[..., Any], parameter: inspect.Parameter, job: 
             if job.config or isinstance(error, TypeError):
                 raise SubjectError(f"{job.spec}: {kind.__name__} does not take this --config: {error}") from None
             raise SubjectCodeError("build") from error
+    beside = _config_class(build) if kind is not dict else None
     if not job.config:
+        takes = f" ({beside.__name__}: {', '.join(_takes(beside))})" if beside is not None else ""
         raise SubjectError(
-            f"{job.spec} needs a config: give it with --config name=value or a JSON file, or name a function that builds the model"
+            f"{job.spec} needs a config{takes}: give it with --config name=value or a JSON file, or name a function that builds the model"
         )
-    if kind is dict:
-        return dict(job.config)
-    from types import SimpleNamespace
+    if beside is None or not job.config.keys() <= set(_takes(beside)):
+        return GivenConfig(job.config)
+    try:
+        return beside(**job.config)
+    except Exception as error:
+        raise SubjectError(f"{job.spec}: {beside.__name__} does not take this --config: {error}") from None
 
-    return SimpleNamespace(**job.config)
+
+def _config_class(build: Callable[..., Any]) -> type | None:
+    """The config class that stands beside a model class and is named after it (GPT, GPTConfig), or is the only one there."""
+    names = vars(inspect.getmodule(build) or object())
+    kinds = {name: kind for name, kind in names.items() if inspect.isclass(kind) and CONFIG_CLASS.search(name) and _takes(kind)}
+    own = [kind for name, kind in kinds.items() if CONFIG_CLASS.sub("", name) == getattr(build, "__name__", None)]
+    written = [kind for kind in kinds.values() if dataclasses.is_dataclass(kind)]
+    return next(iter(own), None) or (written[0] if len(set(written)) == 1 else None)
+
+
+def _takes(kind: type) -> list[str]:
+    """The names that a class can be built with."""
+    if dataclasses.is_dataclass(kind):
+        return [item.name for item in dataclasses.fields(kind)]
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def _described(value: object) -> str:

@@ -57,6 +57,7 @@ CONTEXT_NAMES = (
     "n_ctx",
     "seq_length",
 )
+BATCH_NAMES = ("max_batch_size", "max_gen_batch_size", "max_bsz", "max_batch")  # rows of a cache made in advance
 HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 LAYER_NAMES = ("n_layers", "n_layer", "num_layers", "num_hidden_layers", "layers", "depth")
 CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
@@ -65,6 +66,7 @@ CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
 BATCH_NAME = r"b(atch|sz|s$|$)"
 SIZE_NAMES = BATCH_NAME + r"|.*(len|size|positions|tokens)"
 ROOM = 256
+LOGITS_FLAG = re.compile(r"(get|return|output|with|compute|need)_?\w*logits")  # a switch without which forward keeps them
 WHOLE_MASKS = ("seen", "hidden", "added")  # what True says of a place; a mask that is added to the scores
 BATCH_SIZES = (3, 5, 7, 2)
 # What is tried where no context length is declared: the last position where positions can be given, else a sequence.
@@ -202,7 +204,9 @@ class Subject:
         def clash(number: int) -> int:
             return sum(size % number == 0 for size in dimensions)
 
-        batch = min(BATCH_SIZES, key=clash)
+        most = self.setting(*BATCH_NAMES)
+        sizes = [n for n in BATCH_SIZES if n <= most] if isinstance(most, int) and most > 1 else BATCH_SIZES
+        batch = min(sizes, key=clash)
         lengths = [n for n in SEQ_LENS if n <= longest and n != batch] or [max(longest, 1)]
         return batch, min(lengths, key=lambda n: (clash(n), SEQ_LENS.index(n) if n in SEQ_LENS else 0))
 
@@ -257,6 +261,7 @@ class Subject:
             arguments[form.cache] = cache
         if form.use_cache:
             arguments[form.use_cache] = use_cache
+        arguments |= dict.fromkeys(form.flags, True)
         if form.start:
             arguments[form.start] = start or 0
         elif form.places and start is not None:
@@ -346,7 +351,7 @@ class Subject:
         """Have a model that keeps its cache itself make a fresh one, or forget the last one, where it has a method for that."""
         setup, reset = self._method(SETUP_NAMES), self._method(RESET_NAMES)
         if reset is not None:
-            reset()
+            self._with_sizes(reset, batch_size, length)
         if setup is not None:
             usual = torch.get_default_dtype()
             try:  # what it makes without naming a dtype is made in that of the weights, as in the model's own dtype
@@ -361,18 +366,22 @@ class Subject:
         """A fresh cache that the caller has to make: by the model's own method, or of the cache class beside the model; else an
         empty dict."""
         reset = self._method(RESET_NAMES)
-        if reset is not None:
-            reset()
         maker, room = self._method(MAKER_NAMES), self.max_positions or ROOM
+        if reset is not None:
+            self._with_sizes(reset, batch_size, room)
         if maker is not None:
-            sizes = [p for p in inspect.signature(maker).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-            return maker(*(batch_size if re.match(BATCH_NAME, p.name) else room for p in sizes[:2] if re.match(SIZE_NAMES, p.name)))
+            return self._with_sizes(maker, batch_size, room)
         forward = inspect.unwrap(type(self.model).forward)
         for name, kind in getattr(forward, "__globals__", {}).items():
             if isinstance(kind, type) and "cache" in name.lower():
                 with suppress(Exception):  # a cache of another kind, as one of a single layer
                     return kind(**self._sizes_for(kind, batch_size, room))
         return {}
+
+    def _with_sizes(self, method: Callable[..., Any], batch_size: int, room: int) -> Any:
+        """Call a method of the model that makes or forgets a cache, with the sizes that it asks for."""
+        sizes = [p for p in inspect.signature(method).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        return method(*(batch_size if re.match(BATCH_NAME, p.name) else room for p in sizes[:2] if re.match(SIZE_NAMES, p.name)))
 
     def _sizes_for(self, kind: type, batch_size: int, room: int) -> dict[str, Any]:
         """What a cache class must be given, as far as its names say it; KeyError where they do not."""
@@ -584,6 +593,12 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
     form, original = subject.convention, error.__cause__
     call = f"forward({form.ids} [{case.batch_size}, {case.seq_len}])"
     if isinstance(original, NoLogits):
+        flags = [n for n, p in inspect.signature(subject.model.forward).parameters.items() if p.default is False and LOGITS_FLAG.search(n)]
+        for name in flags:
+            asked = replace(subject, convention=replace(form, flags=(name,)), _last=[], _twins={})
+            with suppress(Exception):
+                asked.call(case)
+                return asked.convention
         if original.loss:
             raise SubjectError(f"{call} returns a loss and no logits; state a call that gives logits with --adapter") from error
         raise error
@@ -679,15 +694,17 @@ def _with_handed_cache(subject: Subject, form: Convention) -> Convention:
     """The convention with the cache that the caller makes, where two chunks run with one."""
     names = inspect.signature(subject.model.forward).parameters
     name = next((each for each in HANDED_NAMES if each in names), None)
-    if name is None or form.use_cache or form.start or form.places or subject.adapter is not None:
+    if name is None or form.use_cache or form.places or subject.adapter is not None:
         return form
+    # With a start beside it the cache is the caller's all the same: the model keeps none.
+    without = replace(form, start=None) if form.start and names[form.start].default is not inspect.Parameter.empty else form
     case = Case(name="a cache", input_ids=subject.token_ids(2, 3))
     trial = replace(subject, convention=replace(form, cache=name, hands_cache=True), _last=[], _twins={})
     with suppress(Exception):  # another kind of cache: what it wants is not known, so nothing is asked of it
         output = trial.call(case, use_cache=True)
         output = trial.call(case, use_cache=True, cache=output.cache)
-        return trial.convention if output.logits.shape[1] == case.seq_len else form
-    return form
+        return trial.convention if output.logits.shape[1] == case.seq_len else without
+    return without
 
 
 def _with_loss_method(subject: Subject) -> Convention:

@@ -14,7 +14,7 @@ from olmodebug.explain import explain_run, place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference, Event
-from olmodebug.relations.chunks import LENGTH_DEPENDENT, Parting, Runs, locate, pieces, rope_type, run_chunks
+from olmodebug.relations.chunks import LENGTH_DEPENDENT, Chunk, Parting, Runs, call_chunk, locate, pieces, rope_type, run_chunks
 from olmodebug.relations.diagnose import Diagnosis, is_fused_attention, mask_added_as_number
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.repair import Found
@@ -121,9 +121,37 @@ def _needs_cache(subject: Subject) -> None:
         not_applicable("its cache wants more than the new tokens: the whole input, or positions counted its own way")
     if subject.convention.cache is None and not subject.keeps_its_cache:
         not_applicable("forward takes no cache")
-    twin = subject.fresh_twin() if subject.keeps_its_cache else subject.twin()
+    twin = subject.fresh_twin()  # what a call with a cache leaves behind is nobody else's business
+    if subject.keeps_its_cache and _keeps_nothing(twin):
+        not_applicable("as it is configured, it keeps no keys and values from one call to the next")
     if chunked(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), (2,)) is None:
         not_applicable("use_cache=True gives no cache back")
+
+
+def _keeps_nothing(twin: Subject) -> bool:
+    """Whether a call with a place in the cache leaves the model as it was, and nothing that it holds is called a cache."""
+
+    def held() -> dict[str, Tensor]:
+        return {**dict(twin.model.named_buffers()), **dict(_plain(twin.model))}
+
+    twin.new_cache(1, 4)
+    before = {name: (tensor, tensor.clone()) for name, tensor in held().items()}
+    if any(re.search(r"cache|past|(^|[._])[kv](ey|alue)?s?($|_)", name) for name in before):
+        return False
+    call_chunk(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), Chunk(start=0, stop=2, seq=2), None)
+    after = held()
+    return before.keys() == after.keys() and all(t is before[n][0] and torch.equal(t, before[n][1]) for n, t in after.items())
+
+
+def _plain(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that modules hold as plain attributes, also one level deep in a list or a dict."""
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, Tensor):
+                    yield f"{path}.{key}", item
 
 
 def _recurrent(twin: Subject) -> bool:
@@ -213,7 +241,7 @@ def _broken(subject: Subject, ways: Any, *, shrink: bool = True) -> Iterator[Fin
 
 def _settings(subject: Subject) -> Iterator[tuple[str, Subject]]:
     if subject.keeps_its_cache:
-        yield "", subject.fresh_twin()  # a cache made in it is nobody else's business
+        yield "", subject.fresh_twin()
         return
     yield "", subject.twin()
     used = getattr(subject.config, "_attn_implementation", None) or getattr(subject.config, "attn_implementation", None)
@@ -296,12 +324,11 @@ def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: flo
     found = Found(
         probe="",
         severity="error",
-        message=f"logits at position {position} differ by {broken.max_abs:.3g} between one full forward and {way}"
-        + (f" ({setting})" if setting else ""),
+        message=f"logits at position {position} {broken.apart} between one full forward and {way}" + (f" ({setting})" if setting else ""),
         cause=told.cause,
         fix=told.fix,
         expected="the logits of the full forward",
-        observed=f"a difference of {broken.max_abs:.3g} at row {broken.index[0]}, position {position}",
+        observed=f"logits that {broken.apart} at row {broken.index[0]}, position {position}",
         evidence=evidence | (told.evidence or {}),
         case=replace(small.case, name=str(small)),
         records=(way_record(twin, small),),

@@ -59,7 +59,7 @@ def save_and_load(subject: Subject) -> Iterator[Finding]:
     yield Found(
         probe="",
         severity="error",
-        message=f"after state_dict and load_state_dict the logits differ by {apart.max_abs:.3g}: the state dict does not hold all that matters"
+        message=f"after state_dict and load_state_dict the logits {apart.apart}: the state dict does not hold all that matters"
         + (f" ({missing[0]})" if missing else ""),
         where=where,
         source=source_lines(where),
@@ -382,7 +382,7 @@ def _differs(apart: Difference, case: Case, step: str, severity: str) -> Found:
     return Found(
         probe="",
         severity=severity,  # type: ignore[arg-type]
-        message=f"after {step} the logits differ by {apart.max_abs:.3g}",
+        message=f"after {step} the logits {apart.apart}",
         expected="equal bits",
         observed=f"{apart.mismatched} of {apart.total} logits differ",
         evidence={"condition": step} if severity == "warning" else {},
@@ -409,8 +409,20 @@ def _pretrained(subject: Subject) -> Iterator[Finding]:
         with _without_progress_bar():
             loaded = type(model).from_pretrained(folder, dtype=subject.dtype)  # type: ignore[attr-defined]
     case, apart = _compare(subject, loaded)
-    if apart is not None:
-        yield _differs(apart, case, "save_pretrained and from_pretrained", "warning")
+    if apart is None:
+        return
+    found = _differs(apart, case, "save_pretrained and from_pretrained", "warning")
+    lost = not_saved(model, loaded, model.state_dict())
+    if lost:
+        where = attribute_place(model, lost[0])
+        found = replace(
+            found,
+            where=where,
+            source=source_lines(where),
+            cause=f"{lost[0]} is not in the checkpoint, and holds other values after loading: from_pretrained builds on meta, and what __init__ computes is lost",
+            fix="compute it in _init_weights as well, where from_pretrained asks for what no checkpoint holds, or in forward",
+        )
+    yield found
 
 
 def _lost(subject: Subject, empty: list[str], other: list[str]) -> Found:

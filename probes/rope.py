@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +50,7 @@ DIVISOR_NAMES = ("rope_condense_ratio",)
 # lit-gpt's own dictionary for scalings of other kinds, and Meta's switch for theirs.
 OTHER_SCALINGS = ("rope_adjustments", "use_scaled_rope")
 # Parts of the names under which configurations keep a rotary base.
-BASE_WORDS = ("theta", "rope_base", "base_freq", "rotary_base", "rotary_emb_base")
+BASE_WORDS = re.compile("theta|(rope|rotary).*base|base_freq")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,7 +79,7 @@ def depends_on_distance(subject: Subject) -> Iterator[Finding]:
     if _scaled_by_position(rotated.first.query) or _scaled_by_position(rotated.first.key):
         not_applicable("queries or keys are scaled by their position, all heads alike")
     scores = rotated.first.scores
-    apart = difference(scores[:, :-1, :-1], scores[:, 1:, 1:], relative_limit=FLOAT32)
+    apart = difference(scores[:, :-1, :-1], scores[:, 1:, 1:], relative_limit=max(FLOAT32, _rounding(subject.twin())))
     if apart is None:
         return
     head, query, key = apart.index
@@ -118,7 +119,7 @@ def relative_shift(subject: Subject) -> Iterator[Finding]:
     for by in moves:
         moved = replace(start, name=f"positions from {by}", position_ids=(tuple(range(by, by + seq)),))
         # Angles in float32 at far positions move the scores by rounding alone, and every layer carries that on.
-        limit = max(FLOAT32 if limit_of(twin) < 1e-9 else FELT_SHIFT, 8 * 1.2e-7 * (by + seq))
+        limit = max(FLOAT32 if limit_of(twin) < 1e-9 else FELT_SHIFT, 8 * 1.2e-7 * (by + seq), _rounding(twin))
         apart = difference(run(twin, start), run(twin, moved), relative_limit=limit)
         if apart is None:
             continue
@@ -251,6 +252,12 @@ def _rotated(subject: Subject) -> Rotated:
     if not any(event.op in ("cos", "sin", "polar") for event in recording.events) and not angle_tables(recording, seq):
         not_applicable("queries change with the position, and no cosines were seen")
     return Rotated(recording=recording, first=scores, case=case, start=half)
+
+
+def _rounding(twin: Subject) -> float:
+    """What is lost of scores where queries and keys themselves are rounded to 16 bits; a pair that turns by two angles is
+    wrong by the size of the scores."""
+    return 8 * torch.finfo(twin.dtype).eps if twin.dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
 def _turned_values(recording: Recording, whole: Scores, half: int) -> bool:
@@ -537,14 +544,22 @@ def _declared(subject: Subject) -> list[tuple[float, float]]:
 
 def _other_bases(config: Any) -> set[float]:
     """Bases that the config declares elsewhere: for local layers, or for the parts of a model made of several."""
-    content = config.to_dict() if hasattr(config, "to_dict") else {}
+    content = (
+        config.to_dict()
+        if hasattr(config, "to_dict")
+        else config
+        if isinstance(config, dict)
+        else vars(config)
+        if hasattr(config, "__dict__")
+        else {}
+    )
     bases: set[float] = set()
 
     def search(value: Any, name: str) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 search(item, str(key))
-        elif isinstance(value, int | float) and not isinstance(value, bool) and value > 1 and any(word in name for word in BASE_WORDS):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and value > 1 and BASE_WORDS.search(name):
             bases.add(float(value))
 
     search(content, "")

@@ -62,25 +62,104 @@ def test_a_function_that_a_deep_copy_leaves_behind_is_told_once_and_with_its_con
     assert finding.message.endswith("h.0.feed is a function that holds m")
 
 
-class HalfTables(nn.Module):
-    """Weights in bfloat16 beside a table in float32, and no float64 at all."""
+class Rotary(nn.Module):
+    """One layer of rotary attention in bfloat16 beside tables in float32, that casts to bfloat16 in its code: it has no
+    float64. `mixed`: angles for halves, pairs of neighbours."""
+
+    def __init__(self, mixed: bool = False, dtype: torch.dtype = torch.bfloat16, base: float = 1e4) -> None:
+        super().__init__()
+        self.mixed, self.dtype = mixed, dtype
+        self.config = {"vocab_size": 41, "context_length": 64}
+        self.embed, self.head = nn.Embedding(41, 16, dtype=dtype), nn.Linear(16, 41, bias=False, dtype=dtype)
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False, dtype=dtype) for _ in range(3))
+        angles = torch.arange(64.0)[:, None] * base ** -(torch.arange(0, 16, 2) / 16)
+        angles = torch.cat((angles, angles), -1)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def turn(self, x: Tensor) -> Tensor:
+        halves = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) if self.mixed else torch.cat((-x[..., 8:], x[..., :8]), -1)
+        return (x * self.cos[: x.shape[1]] + halves * self.sin[: x.shape[1]]).to(self.dtype)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        scores = self.turn(self.q(x)) @ self.turn(self.k(x)).mT / 4
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return self.head((x + weights @ self.v(x)).to(self.dtype))
+
+
+def test_tables_beside_weights_in_bfloat16_are_not_rounded_by_copies_in_the_models_own_dtype() -> None:
+    report = olmodebug.check(f"{__file__}:Rotary", select_probes="deepcopy-equal or save-and-load or no-future")
+    assert [(f.probe, f.message) for f in report.of("error")] == []
+    assert {o.status for o in report.outcomes} == {"passed"}
+
+
+@pytest.mark.parametrize(("mixed", "status"), [(False, "passed"), (True, "failed")])
+def test_rotations_rounded_to_bfloat16_are_told_from_rotations_of_the_wrong_pairs(mixed: bool, status: str) -> None:
+    torch.manual_seed(0)
+    assert run_probe(PROBES["rope.depends-on-distance"], from_model(Rotary(mixed))).outcome.status == status
+
+
+@pytest.mark.parametrize(("declared", "status"), [({"rope_local_base": 1e4}, "passed"), ({}, "failed")])
+def test_the_base_of_local_layers_is_declared_in_a_plain_dict_too(declared: dict[str, float], status: str) -> None:
+    subject = from_model(Rotary(dtype=torch.float32), config={"vocab_size": 41, "rope_theta": 1e6, **declared})
+    assert run_probe(PROBES["rope.frequencies-as-configured"], subject).outcome.status == status
+
+
+class Start(nn.Module):
+    """Positions from start_pos on. It keeps no keys from one call to the next, or has room for four rows of them."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.embed, self.place, self.head = nn.Embedding(41, 12), nn.Embedding(40, 12), nn.Linear(12, 41)
+        self.sums = torch.zeros(4, 40, 12) if keeps else None
+        self.config = {"vocab_size": 41, "max_gen_batch_size": 4, "n_heads": 3, "block_size": 40}
+
+    def forward(self, idx: Tensor, start_pos: int = 0) -> Tensor:
+        rows, length = idx.shape
+        x = self.embed(idx) + self.place(torch.arange(start_pos, start_pos + length, device=idx.device))
+        if self.sums is not None:
+            self.sums = self.sums.to(x).detach()
+            self.sums[:rows, start_pos : start_pos + length] = x
+            x = self.sums[:rows, : start_pos + length].cumsum(1)[:, start_pos:]
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("keeps", "status"), [(False, "not-applicable"), (True, "passed")])
+def test_a_start_without_a_cache_is_no_cache_and_rows_stay_within_those_of_a_cache(keeps: bool, status: str) -> None:
+    torch.manual_seed(0)
+    report = olmodebug.check(Start(keeps), select_probes="cache.matches or no-future or batch")
+    assert report.of("error") == ()
+    assert {o.probe: o.status for o in report.outcomes}["cache.matches-full-forward"] == status
+
+
+class OnRequest(nn.Module):
+    """Logits for those who ask."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(31, 12, dtype=torch.bfloat16), nn.Linear(12, 31, bias=False, dtype=torch.bfloat16)
-        self.register_buffer("table", torch.arange(40.0)[:, None].mul(0.37).cos().expand(40, 12).contiguous(), persistent=False)
+        self.embed, self.head = nn.Embedding(41, 12), nn.Linear(12, 41)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.embed(input_ids) * self.table[: input_ids.shape[1]]
-        return self.head(x.to(torch.bfloat16))
+    def forward(self, idx: Tensor, targets: Tensor | None = None, get_logits: bool = False) -> dict[str, Tensor | None]:
+        logits = self.head(self.embed(idx))
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return {"logits": logits if get_logits else None, "loss": loss}
 
 
-def test_a_table_beside_weights_in_bfloat16_is_not_rounded_by_a_copy_in_the_models_own_dtype() -> None:
-    torch.manual_seed(0)
-    subject = from_model(HalfTables())
-    twin = subject.twin(dtype=torch.bfloat16)
-    assert twin.model.table.dtype == torch.float32
-    assert run_probe(PROBES["lifecycle.deepcopy-equal"], subject).outcome.status == "passed"
+def test_a_switch_that_hands_out_the_logits_is_thrown() -> None:
+    subject = from_model(OnRequest())
+    assert subject.info().convention.startswith("forward(idx, targets, get_logits=True)")
+    assert run_probe(PROBES["loss.next-token-cross-entropy"], subject).outcome.status == "passed"
+
+
+def test_what_a_model_raises_under_an_instrument_is_a_finding_and_no_fault_of_a_probe() -> None:
+    def probe_of(subject: Subject) -> Iterator[Finding]:
+        subject.model(torch.tensor([[99]]))
+        yield from ()
+
+    result = run_probe(Probe(name="vocab.asks-too-much", function=probe_of), from_model(OnRequest()))
+    assert (result.outcome.status, result.findings[0].where.function) == ("failed", "OnRequest.forward")
 
 
 def test_what_does_not_apply_in_the_models_own_dtype_is_no_finding_of_the_copy_in_float64() -> None:

@@ -252,6 +252,54 @@ def test_a_class_that_needs_arguments_says_which_and_how(here: Path) -> None:
     assert "needs a config" in refused("mine.py:Bare")
 
 
+BESIDE = """
+    from dataclasses import dataclass
+    from torch import nn
+
+    @dataclass
+    class DataConfig:
+        folder: str = "."
+
+    @dataclass
+    class GPTConfig:
+        vocab_size: int = 31
+        hidden: int = 8
+
+    class GPT(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.embed = nn.Embedding(config.vocab_size, config.hidden)
+            self.head = nn.Linear(config.hidden, config.vocab_size)
+
+        def forward(self, input_ids):
+            return self.head(self.embed(input_ids))
+
+    class Keyed(GPT):
+        def __init__(self, cfg):
+            nn.Module.__init__(self)
+            self.embed = nn.Embedding(cfg["vocab_size"], cfg["hidden"])
+            self.head = nn.Linear(cfg["hidden"], cfg["vocab_size"], bias=cfg.bias)
+            self.cfg = cfg
+"""
+
+
+def test_the_config_class_beside_a_model_fills_what_is_not_given(here: Path) -> None:
+    write("mine.py", BESIDE)
+    subject = resolve(Job(spec="mine.py:GPT", config={"hidden": 4}))
+    assert (subject.embedding_rows, subject.model.head.in_features) == (31, 4)  # type: ignore[union-attr]
+    assert "GPTConfig: vocab_size, hidden" in refused("mine.py:GPT")
+
+
+def test_a_given_config_is_read_by_attribute_and_by_key_and_what_it_lacks_is_asked_for(here: Path) -> None:
+    write("mine.py", BESIDE)
+    config = {"vocab_size": 19, "hidden": 4, "bias": False}
+    subject = resolve(Job(spec="mine.py:Keyed", config=config))
+    assert (subject.embedding_rows, subject.vocab_size, subject.twin().runs()) == (19, 19, True)
+    text = refused("mine.py:Keyed", config={"vocab_size": 19, "hidden": 4})
+    assert "asks its config for 'bias': give it with --config bias=value (given: vocab_size, hidden)" in text
+    assert "'hidden'" in refused("mine.py:Keyed", config={"vocab_size": 19, "bias": 1})
+
+
 def test_config_that_fits_nothing_is_refused(here: Path) -> None:
     write("mine.py")
     assert "takes no argument colour" in refused("mine.py:optional", config={"colour": 1})
