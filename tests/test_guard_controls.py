@@ -579,3 +579,16 @@ def test_updates_by_hand_that_never_reset_the_gradients_are_told() -> None:
         updates_by_hand(reset="never")
     assert [(f.probe, f.where.op) for f in journal.findings] == [("loop.gradients-reset", "backward")]
     assert journal.findings[0].source and "loss_of(model, ids()).backward()" in str(journal.findings[0].source)
+
+
+def test_storages_that_died_are_forgotten_at_the_end_of_a_step() -> None:
+    model = nn.Sequential(nn.Embedding(VOCAB, 256), nn.Linear(256, VOCAB))
+    optimizer = torch.optim.Adam(model.parameters())
+    with Watch(("oom",), Journal(None)) as watch:
+        train(model, optimizer, 2, lambda: loss_of(model, ids()))
+        assert watch.memory is not None
+        loss_of(model, ids()).backward()
+        assert any(made.reference.expired() for made in watch.memory.made.values())
+        optimizer.step()
+        assert watch.memory.made
+        assert not any(made.reference.expired() for made in watch.memory.made.values())

@@ -166,3 +166,13 @@ def test_a_fault_of_the_guard_itself_does_not_stop_the_script(monkeypatch: pytes
         losses = train(Model())
     assert all(math.isfinite(loss) for loss in losses)
     assert watch.faults >= 1 and not watch.observers
+
+
+def test_infinities_that_a_script_writes_by_hand_need_no_search_for_their_models() -> None:
+    scores, asked = torch.randn(4, 9), []
+    with Watch(("nan",), Journal(None)) as watch:
+        watch.models.roots = lambda **_: asked.append(1) or []  # type: ignore[assignment, func-returns-value]
+        for _ in range(3):
+            scores[scores < scores.topk(3).values[:, [-1]]] = -math.inf
+            scores.softmax(-1)
+    assert bool(torch.isinf(scores).any()) and not asked

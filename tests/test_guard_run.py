@@ -70,6 +70,37 @@ def test_a_script_that_catches_its_error_keeps_exit_status_0(tmp_path: Path) -> 
     assert "index 8 is out of range: `table` has 8 rows (the script caught the exception and went on)" in done.stderr
 
 
+def test_os_exit_after_a_caught_error_keeps_its_status(tmp_path: Path) -> None:
+    done, report = run_script(tmp_path, BAD_INDEX + "import os\nprint('done', flush=True)\nos._exit(0)\n")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert [(f.probe, f.severity) for f in report.findings] == [("index.in-bounds", "warning")]
+    assert "(the script caught the exception and went on)" in report.findings[0].message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_an_error_of_a_worker_that_the_script_catches_is_a_warning(tmp_path: Path, context: str) -> None:
+    text = f"""
+    import torch
+    from torch.utils.data import DataLoader
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+        def __getitem__(self, i):
+            return torch.arange(4)[torch.tensor([i])]
+
+    if __name__ == "__main__":
+        try:
+            list(DataLoader(Rows(), batch_size=2, num_workers=1, multiprocessing_context="{context}"))
+        except IndexError:
+            print("caught")
+    """
+    done, report = run_script(tmp_path, text)
+    assert (done.returncode, done.stdout) == (0, "caught\n")
+    assert [(f.probe, f.severity, f.where.line) for f in report.findings] == [("index.in-bounds", "warning", 9)]
+
+
 def test_a_script_without_torch_says_that_nothing_was_checked(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.users_own = True\n")
     done, report = run_script(tmp_path, "import sys; print(sys.users_own)\n", PYTHONPATH=f"{Path(__file__).parents[1]}:{tmp_path}")

@@ -97,7 +97,7 @@ def _merged(journals: list[list[Event]], processes: int, ended: Ended) -> list[F
     ranks: dict[tuple[object, ...], list[str]] = {}
     for events in journals:
         start = next((e for e in events if e["event"] == "start"), {})
-        handled = {(e["probe"], e["file"], e["line"]) for e in events if e["event"] == "handled"} if ended.exit_code == 0 else set()
+        handled = _handled(events) if ended.exit_code == 0 else set()
         for event in events:
             if event["event"] != "finding":
                 continue
@@ -118,6 +118,17 @@ def _merged(journals: list[list[Event]], processes: int, ended: Ended) -> list[F
             finding = replace(finding, evidence={**finding.evidence, "ranks": where})
         found.append(finding)
     return found
+
+
+def _handled(events: list[Event]) -> set[tuple[object, ...]]:
+    """The findings of a process whose exceptions were caught, in a command that ended well.
+
+    The process says so itself at its end. One without an end (`os._exit`, a forked worker) or whose end came without an exception
+    did not die of what an op raised in it: the script caught it, there or in the parent that a worker hands it to.
+    """
+    fatal = any(e["event"] == "end" and e["exception"] is not None for e in events)
+    words = ("handled",) if fatal else ("handled", "raised")
+    return {(e["probe"], e["file"], e["line"]) for e in events if e["event"] in words}
 
 
 def _same_data(journals: list[list[Event]]) -> list[Finding]:

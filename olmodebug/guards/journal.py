@@ -55,6 +55,11 @@ class Journal:
         self.tell("finding", finding=plain(finding))
         return True
 
+    def raised(self, finding: Finding) -> None:
+        """The op of a finding raised; whether the script caught that is known at the end, or from how the command ended."""
+        if self.seen.get(_key(finding), 0) == 1:
+            self.tell("raised", probe=finding.probe, file=finding.where.file, line=finding.where.line)
+
     def handled(self, finding: Finding) -> None:
         """A finding whose exception the script caught: told after the fact, and less grave from here on."""
         for number, found in enumerate(self.findings):

@@ -48,6 +48,14 @@ class Models:
                         return name
         return None
 
+    def at(self, pointer: int) -> str | None:
+        """The path of the parameter or buffer whose memory begins at an address; None where none does."""
+        for root in self.roots(again=True) if pointer else ():
+            for name, held in itertools.chain(root.named_parameters(), root.named_buffers()):
+                if _pointer(held) == pointer:
+                    return name
+        return None
+
 
 def _size(module: nn.Module) -> int:
     return sum(1 for _ in module.parameters())

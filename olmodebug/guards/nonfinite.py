@@ -150,13 +150,16 @@ class NonFinite:
         return None
 
     def _unknown(self, parents: list[tuple[Tensor, tuple[bool, bool]]], what: str, op: str) -> Origin:
-        """A non-finite input that no op of this run made: a weight, a buffer or the data."""
+        """A non-finite input that no op of this run made: a weight, a buffer or the data. Which of them is asked when it counts."""
         tensor = next(t for t, (nan, inf) in parents if (nan if what == "nan" else inf))
-        name = self.watch.name_of_tensor(tensor)
         spot, module = self._place_of(None)
-        return Origin(
-            kind="weights" if name else "data", what=what, op=op, spot=spot, module=module, name=name or "", output=describe(tensor)
-        )
+        return Origin(kind="given", what=what, op=op, spot=spot, module=module, pointer=_pointer(tensor), output=describe(tensor))
+
+    def _settle(self, origin: Origin) -> None:
+        """Whether a given value is a weight or buffer: a search through the models, too slow for every -inf that a script writes."""
+        if origin.kind == "given":
+            name = self.watch.models.at(origin.pointer)
+            origin.kind, origin.name = "weights" if name else "data", name or ""
 
     def _defer(self, func: Any, args: Any, kwargs: Any, tensor: Tensor, node: Any) -> None:
         """Keep the extremes on the device; a symptom or a full queue reads them all at once."""
@@ -293,6 +296,7 @@ class NonFinite:
 
     def _tell(self, origin: Origin, reached: str, step: int | None = None) -> None:
         root = first_birth(origin)
+        self._settle(root)
         if id(root) in self.told or (root.kind == "weights" and self.told):
             return  # weights that the first finding has already spoiled are no second one
         self.told.add(id(root))

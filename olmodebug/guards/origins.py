@@ -16,7 +16,7 @@ FINITE = "numerics.finite"
 
 @dataclass(slots=True, kw_only=True)
 class Origin:
-    """Where a non-finite value came from. `kind` is birth, fill (written on purpose), weights or data."""
+    """Where a non-finite value came from. `kind` is birth, fill (written on purpose), given, and then weights or data."""
 
     kind: str
     what: str
@@ -27,6 +27,7 @@ class Origin:
     node: str = ""
     inputs: tuple[str, ...] = ()
     output: str = ""
+    pointer: int = 0  # of the memory that was given
     name: str = ""
     cause: str | None = None
     fix: str | None = None

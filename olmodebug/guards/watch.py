@@ -180,13 +180,12 @@ class Watch:
 
     def op_raised(self, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
         """An op raised: what is live is looked at while it lives; the rest can be asked of the exception later."""
-        if self.refused is not None:
-            self.raised.append((self.refused, str(error)))
-            return
-        if self.memory is not None and isinstance(error, (RuntimeError, MemoryError)):
+        finding = self.refused
+        if finding is None and self.memory is not None and isinstance(error, (RuntimeError, MemoryError)):
             finding = self.memory.ran_out(error)
-            if finding is not None:
-                self.raised.append((finding, str(error)))
+        if finding is not None:
+            self.raised.append((finding, str(error)))
+            self.journal.raised(finding)
 
     def finish(self, error: BaseException | None) -> None:
         """What only the end can tell; once."""
