@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -29,9 +30,22 @@ def attribute_place(model: nn.Module, path: str) -> Where:
 
 
 def tie_place(model: nn.Module) -> Where:
-    method = getattr(type(model), "tie_weights", None) or type(model).__init__
-    code = code_of(method)
-    return place_of(Spot(code, 0, code.co_firstlineno) if code else None)
+    """The line that makes two parameters one, `a.weight = b.weight`, else the function that is for this, or __init__."""
+    code = code_of(getattr(type(model), "tie_weights", None) or type(model).__init__)
+    return place_of(Spot(code, 0, _line_that_ties(code) or code.co_firstlineno) if code else None)
+
+
+def _line_that_ties(code: object) -> int | None:
+    try:
+        lines, first = inspect.getsourcelines(code)  # type: ignore[arg-type]
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and node.value.attr == "weight":
+            if any(isinstance(target, ast.Attribute) and target.attr == "weight" for target in node.targets):
+                return first + node.lineno - 1
+    return None
 
 
 def shared(model: nn.Module) -> list[tuple[str, ...]]:
@@ -52,13 +66,24 @@ def not_saved(first: nn.Module, second: nn.Module, saved: dict[str, Tensor]) -> 
     """Buffers outside the state dict that differ between two builds, and modules in plain containers."""
     other = dict(second.named_buffers())
     names = [n for n, b in first.named_buffers() if n not in saved and n in other and not equal(b, other[n])]
-    for path, module in first.named_modules():
-        for key, value in vars(module).items():
-            inside = value if isinstance(value, list | tuple) else list(value.values()) if type(value) is dict else [value]
-            hidden = any(isinstance(item, nn.Module) and list(item.parameters()) or isinstance(item, Tensor) for item in inside)
-            if hidden and not key.startswith("_"):
-                names.append(f"{path}.{key}" if path else key)
+    for name, inside in _held(first):
+        if any(isinstance(item, nn.Module) and list(item.parameters()) or isinstance(item, Tensor) for item in inside):
+            names.append(name)
     return names
+
+
+def unregistered(model: nn.Module) -> list[str]:
+    """Attributes with modules in a plain list, tuple or dict, which eval(), to() and the state dict do not reach."""
+    return [name for name, inside in _held(model) if len(inside) and all(isinstance(item, nn.Module) for item in inside)]
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, list[object]]]:
+    """(path, what it holds) of each attribute of a module that is not torch's own."""
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            inside = list(value) if isinstance(value, list | tuple) else list(value.values()) if type(value) is dict else [value]
+            if not key.startswith("_"):
+                yield f"{path}.{key}" if path else key, inside
 
 
 def why_not_saved(model: nn.Module, path: str) -> str:

@@ -5,6 +5,7 @@ Schema `olmodebug/report@1`; `report.schema.json` beside this file describes it.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -279,7 +280,8 @@ def root_groups(findings: Sequence[Finding], causes: Iterable[tuple[int, int]] =
     """The places in a list of the findings that have one root cause, the one that is told in front: those of other probes
     at the same file and line, and those that `causes` says follow from another, `(cause, what follows)`.
 
-    A finding without a file and a line stands alone, and a weaker severity never swallows a stronger one.
+    A finding without a file and a line stands alone, and a weaker severity never swallows a stronger one. Where the line
+    is that of a `def`, a whole function is meant, and only findings of one topic are taken for one.
     """
     order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
     groups: list[list[int]] = []
@@ -288,6 +290,7 @@ def root_groups(findings: Sequence[Finding], causes: Iterable[tuple[int, int]] =
             first = findings[group[0]]
             placed = finding.where.file and finding.where.line
             same = placed and (first.where.file, first.where.line) == (finding.where.file, finding.where.line)
+            same = same and (not _whole_function(finding) or first.probe.partition(".")[0] == finding.probe.partition(".")[0])
             if same and first.probe != finding.probe and order[first.severity] <= order[finding.severity]:
                 group.append(i)
                 break
@@ -299,6 +302,10 @@ def root_groups(findings: Sequence[Finding], causes: Iterable[tuple[int, int]] =
             root += other
             groups.remove(other)
     return groups
+
+
+def _whole_function(finding: Finding) -> bool:
+    return any(line.marked and re.match(r"\s*(async\s+def|def|class)\b|\s*@", line.text) for line in finding.source)
 
 
 def with_reproduction(report: Report, command: Callable[[str], str]) -> Report:

@@ -261,7 +261,6 @@ class Subject:
             arguments[form.cache] = cache
         if form.use_cache:
             arguments[form.use_cache] = use_cache
-        arguments |= dict.fromkeys(form.flags, True)
         if form.start:
             arguments[form.start] = start or 0
         elif form.places and start is not None:
@@ -313,7 +312,7 @@ class Subject:
             form.attention_mask: lambda: torch.zeros_like(ids, dtype=torch.bool) if form.mask_hides else torch.ones_like(ids),
             form.labels: ids.clone,
         }
-        formed |= {name: neutral[name]() for name in form.required if name not in formed}
+        formed |= {name: neutral[name]() for name in form.required if name not in formed} | dict.fromkeys(form.flags, True)
         if form.start:
             formed.setdefault(form.start, 0)
         missing = -ids.shape[1] % form.multiple

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
+from olmodebug.members import unregistered
 from olmodebug.probe import probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
@@ -36,6 +37,7 @@ def eval_repeats(subject: Subject) -> Iterator[Finding]:
         if apart is None:
             continue
         where = _random_op(twin, case)
+        hidden = next((name for name in unregistered(twin.model) if name.rpartition(".")[0] == where.module), None) if where.op else None
         dropout = bool(forced) and difference(run(subject.twin(attention=name), case), run(subject.twin(attention=name), case)) is None
         yield Found(
             probe="",
@@ -43,8 +45,16 @@ def eval_repeats(subject: Subject) -> Iterator[Finding]:
             message=f"two calls in eval mode differ by {apart.max_abs:.3g}" + (" once dropout is configured" if dropout else ""),
             where=where,
             source=source_lines(where),
-            cause=f"{where.op} draws random numbers in eval mode: dropout is not switched off by model.eval()" if where.op else None,
-            fix="dropout_p=self.p if self.training else 0.0, or F.dropout(x, p, training=self.training)" if where.op else None,
+            cause=f"the modules in {hidden} are not registered, so model.eval() does not reach them: their dropout goes on"
+            if hidden
+            else f"{where.op} draws random numbers in eval mode: dropout is not switched off by model.eval()"
+            if where.op
+            else None,
+            fix="keep modules in nn.ModuleList or nn.ModuleDict"
+            if hidden
+            else "dropout_p=self.p if self.training else 0.0, or F.dropout(x, p, training=self.training)"
+            if where.op
+            else None,
             expected="equal bits",
             observed=f"{apart.mismatched} of {apart.total} logits differ",
             evidence={"dropout rates set to 0.3": ", ".join(sorted(forced)[:6])} if forced else {},

@@ -14,7 +14,8 @@ import olmodebug
 from olmodebug.examine import run_probe
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import Probe, not_applicable, shipped_probes
-from olmodebug.report import Finding, Report
+from olmodebug.records import Where
+from olmodebug.report import Finding, Report, SourceLine, root_groups
 from olmodebug.subject import Subject, from_model
 
 CLEAN = Path(__file__).parent / "mutants" / "clean"
@@ -329,3 +330,54 @@ def test_what_two_cases_show_at_one_line_is_told_once() -> None:
     twice = replace(PROBES["logits.finite"], function=lambda subject: iter([first, other, first]))
     result = run_probe(twice, from_model(Small("smooth")))
     assert [finding.message for finding in result.findings] == ["one fault", "another fault"]
+
+
+def written(source: str, line: int, probe: str) -> Finding:
+    where = Where(function="GPT.__init__", file="m.py", line=line)
+    return Finding(probe=probe, severity="warning", message=probe, where=where, source=(SourceLine(number=line, text=source, marked=True),))
+
+
+def test_two_findings_that_name_a_whole_function_are_two() -> None:
+    init = [written("    def __init__(self, config):", 80, probe) for probe in ("lifecycle.tie-survives", "structure.layers-are-distinct")]
+    assert root_groups(init) == [[0], [1]]
+    line = [written("        self.h = [Block(config)]", 84, probe) for probe in ("lifecycle.save-and-load", "structure.registered")]
+    assert root_groups(line) == [[0, 1]]
+
+
+class Listed(nn.Module):
+    """Layers in a plain list, and a condition on names of layers that only other configurations have."""
+
+    def __init__(self, registered: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(41, 12), nn.Linear(12, 41)
+        layers = [nn.Sequential(nn.Linear(12, 12), nn.Dropout(0.1)) for _ in range(2)]
+        self.layers = nn.ModuleList(layers) if registered else layers
+        self.embed.weight = nn.Parameter(self.embed.weight.detach() * 0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith("head.weight"):
+                nn.init.normal_(parameter, std=0.02)
+            if name.endswith("router.weight"):
+                nn.init.zeros_(parameter)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def test_dropout_in_modules_that_eval_does_not_reach_is_told_as_that() -> None:
+    torch.manual_seed(0)
+    (finding,) = run_probe(PROBES["determinism.eval-repeats"], from_model(Listed())).findings
+    assert finding.cause == "the modules in layers are not registered, so model.eval() does not reach them: their dropout goes on"
+
+
+def test_a_condition_for_other_configurations_is_no_slip_and_a_lost_tie_is_placed_where_it_is_made() -> None:
+    report = olmodebug.check(f"{__file__}:Listed", config={"registered": True}, select_probes="init.as-configured or tie-survives")
+    assert [(f.probe, f.where.line) for f in report.findings] == [("lifecycle.tie-survives", TIED_AT)]
+
+
+TIED_AT = next(
+    n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line.strip() == "self.head.weight = self.embed.weight"
+)

@@ -48,12 +48,15 @@ class Build:
     sources: Sources
 
     def never_true(self) -> Iterator[NeverTrue]:
-        """Conditions on names, in loops over named_parameters, that held for no parameter; their bodies call an init function."""
+        """Conditions on names, in loops over named_parameters, that held for no parameter; their bodies call an init function.
+        A part of a name, asked for beside one that is there, is left out: that of a part which only other configurations have."""
         for code, seen in self.lines.items():
-            for condition, first, body in _name_conditions(code):
-                if condition.lineno in seen and not any(line in seen for line in body):
-                    spot = Spot(code, 0, condition.lineno)
-                    yield NeverTrue(spot=spot, condition=first)
+            asked = [item for item in _name_conditions(code) if item[0].lineno in seen]
+            held = [any(line in seen for line in body) for _, _, body in asked]
+            for (condition, text, _), true in zip(asked, held, strict=True):
+                whole = any(isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq) for node in ast.walk(condition))
+                if not true and (whole or not any(held)):
+                    yield NeverTrue(spot=Spot(code, 0, condition.lineno), condition=text)
 
 
 def watch_build(make: Callable[[], nn.Module], sources: Sources) -> Build:
