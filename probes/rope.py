@@ -313,10 +313,11 @@ def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:
     norms = [float((n.amax(-1) / n.amin(-1)).max()) - 1 for n in (t.double().norm(dim=-1) for t in (first.query, first.key))]
     if max(norms) > FLOAT32:
         return Diagnosis(
-            cause="the two members of a pair do not turn by one angle: the angles are laid out for other pairs (halves i, i + d/2, or "
-            f"neighbours 2i, 2i + 1) than the rotation takes, so it is no isometry (lengths change by {max(norms):.2g})",
-            fix="lay cos and sin out as the pairs are taken: cat((f, f)) for halves, repeat_interleave(2) for neighbours; "
-            "pair within the rotary part only",
+            cause=f"the two members of a pair do not turn by one angle: it is no isometry (lengths change by {max(norms):.2g}). Either the angles "
+            "are laid out for other pairs (halves i, i + d/2, or neighbours 2i, 2i + 1) than the rotation takes, or it is not "
+            "x1 cos - x2 sin, x2 cos + x1 sin",
+            fix="lay cos and sin out as the pairs are taken: cat((f, f)) for halves, repeat_interleave(2) for neighbours, within the rotary "
+            "part only; and turn both members of a pair by the same cos and sin",
         )
     same = _same_order(first)
     if same is not None:
