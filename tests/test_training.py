@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from olmodebug.errors import UsageError
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject, from_model
+from olmodebug.training.child import _sized
 from olmodebug.training.dataset import Dataset, open_dataset
 from olmodebug.training.diagnose_step import diagnose
 from olmodebug.training.head import find_head
@@ -190,3 +191,20 @@ def test_frequencies_are_counted_and_duplicates_of_training_documents_not_evalua
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
     again: Iterator[str] = found.train_texts()
     assert next(again) == texts[0]
+
+
+def test_a_tokenizer_fits_a_model_that_reads_values_and_so_does_not_run_without_memory(tmp_path: Path) -> None:
+    file = tmp_path / "reads.py"
+    file.write_text(
+        "import torch\n"
+        "class Reads(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.embed, self.head = torch.nn.Embedding(300, 8), torch.nn.Linear(8, 300)\n"
+        "        self.register_buffer('table', torch.ones(4))\n"
+        "    def forward(self, input_ids):\n"
+        "        assert not self.table[0] == 0\n"
+        "        return self.head(self.embed(input_ids))\n"
+    )
+    order = {"recipe": {"initializer_range": None}, "tokenizer": None}
+    assert _sized(Job(spec=f"{file}:Reads"), order)[1] == 300

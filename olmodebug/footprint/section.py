@@ -10,7 +10,7 @@ NOT_MODELLED = (
     "torch.compile and CUDA graphs",
     "several GPUs: buckets of DDP, shards of FSDP, NCCL's buffers",
     "gradient clipping, exponential averages, and whatever else a training script keeps",
-    "scratch memory of kernels outside the table (flash and efficient attention, embedding, cuBLAS)",
+    "scratch memory of kernels outside the table (attention, sums over rows, embedding, cuBLAS)",
 )
 
 EMPTY: dict[str, Any] = {

@@ -132,7 +132,7 @@ def _what_ifs(section: Section) -> Iterator[Line]:
         yield line((f"what if (each traced){'':{NAME - 9}}{'expected':>10}{'saves':>12}{'fits' if budget else '':>10}", "dim"))
         for item in section["what_ifs"]:
             if item["needed"] is None:
-                yield line(f"  {item['change'][: NAME + 10]:{NAME + 10}}{item['reason']}")
+                yield line(item["reason"], head=f"  {item['change']}  ", indent=NAME + 12)
                 continue
             fits = "" if item["fits"] is None else "yes" if item["fits"] else "no"
             yield line(

@@ -101,11 +101,12 @@ def _sized(job: Any, order: dict[str, Any]) -> tuple[Any, int]:
     from ..load import SubjectCodeError
     from ..spec import resolve
 
-    try:
-        rows = resolve(replace(job, meta=True)).vocab_size
-    except SubjectCodeError:  # building it for the run makes the finding
-        return job, TRAINED_VOCABULARY
-    return job, min(rows, TRAINED_VOCABULARY)
+    for meta in (True, False):  # some read values as they are built or first run, which the meta device has not
+        try:
+            return job, min(resolve(replace(job, meta=meta)).vocab_size, TRAINED_VOCABULARY)
+        except SubjectCodeError:
+            continue
+    return job, TRAINED_VOCABULARY  # building it for the run makes the finding
 
 
 def _is_ours(spec: str) -> bool:
