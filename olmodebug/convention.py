@@ -41,7 +41,9 @@ class Convention:
     default: what no case states is given as counted positions, a mask of ones, the ids themselves as labels.
     `whole_mask`: an argument for a mask `[batch, 1, seq_len, seq_len]` with causality in it, and what True says in
     it. `in_dict`: one argument holds all by their names. `sequence_first`: ids are `[seq_len, batch]`, and so are the
-    logits. `multiple`: the model takes sequences of such lengths only, and others are padded on the right.
+    logits. `multiple`: the model takes sequences of such lengths only, and others are padded on the right. `sets_up`:
+    nothing runs before the model has made its cache, so one is made for every call.
+    `last_only`: it gives the logits of the last position and has no labels that would ask for more.
     """
 
     ids: str
@@ -64,6 +66,8 @@ class Convention:
     sequence_first: bool = False
     multiple: int = 1
     flags: tuple[str, ...] = ()
+    sets_up: bool = False
+    last_only: bool = False
 
     def __str__(self) -> str:
         labels = None if self.loss_method else self.labels
@@ -76,6 +80,10 @@ class Convention:
             text += f"; {self.loss_method}({self.ids}, {self.labels})"
         if self.labels:
             text += f"; {self.labels} " + ("already aligned with the logits" if self.labels_aligned else "shifted inside")
+        if self.sets_up:
+            text += "; its cache is made first"
+        if self.last_only:
+            text += "; the last position only"
         if self.logits_need_labels:
             text += f"; only the last position without {self.labels}"
         return text
@@ -191,9 +199,13 @@ def find_loss(result: object) -> Tensor | None:
 
 
 def _apart(tensor: Tensor, batch_size: int, seq_len: int) -> Tensor:
-    """Logits `[batch * seq_len, vocab]`, flattened for the loss as courses teach it, as `[batch, seq_len, vocab]`."""
-    if tensor.ndim == 2 and tensor.dtype.is_floating_point and tensor.shape[0] == batch_size * seq_len and seq_len > 1:
-        return tensor.unflatten(0, (batch_size, seq_len))
+    """Logits `[batch * seq_len, vocab]`, flattened for the loss as courses teach it, as `[batch, seq_len, vocab]`, and those of
+    the last position alone, `[batch, vocab]`, as `[batch, 1, vocab]`."""
+    if tensor.ndim == 2 and tensor.dtype.is_floating_point:
+        if tensor.shape[0] == batch_size * seq_len and seq_len > 1:
+            return tensor.unflatten(0, (batch_size, seq_len))
+        if tensor.shape[0] == batch_size and tensor.shape[1] not in (1, seq_len):  # a loss for each token is none
+            return tensor.unsqueeze(1)
     return tensor
 
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from .composites import in_parts
 from .sources import Sources, Spot
 
 # Ops that move values between devices, or that torch lets read indices from the CPU.
@@ -109,6 +110,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if (parts := in_parts(self, func, args, kwargs)) is not NotImplemented:
+            return parts
         op = func.__name__.partition(".")[0]
         flat = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
         there, elsewhere = [t for t in flat if t.is_meta], [t for t in flat if not t.is_meta]

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 from torch.utils._pytree import tree_map_only
 
+from .composites import in_parts
+
 SINGLE, DOUBLE = torch.float32, torch.float64
 # Ops that read float32 memory as it lies, or say so in their names.
 AS_STORED = ("view", "bitwise", "_local_scalar_dense", "set_", "copy_")
@@ -21,6 +23,8 @@ class KeepDouble(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if (parts := in_parts(self, func, args, kwargs)) is not NotImplemented:
+            return parts
         if kwargs.get("dtype") is SINGLE:
             kwargs["dtype"] = DOUBLE
         args = tree_map_only(torch.dtype, lambda dtype: DOUBLE if dtype is SINGLE else dtype, args)

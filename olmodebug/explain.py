@@ -22,7 +22,8 @@ from .subject import Subject, quiet
 from .tracing.dims import dimension_names, named_shape
 from .tracing.tracer import Recording, record
 
-INDEX_OPS = ("index", "embedding", "index_select", "gather", "take", "index_put_", "_index_put_impl_", "nll_loss_forward")
+LOSS_OPS = ("nll_loss_forward", "nll_loss2d_forward")
+INDEX_OPS = ("index", "embedding", "index_select", "gather", "take", "index_put_", "_index_put_impl_", *LOSS_OPS)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,7 +125,7 @@ def explain_run(subject: Subject, run: Callable[[], Any], error: BaseException, 
         raised=f"{type(original).__name__}: {_first_line(original)}",
     )
     if failed is not None and recording.failed_arguments is not None:
-        for rule in (_index_out_of_range, _sizes_do_not_fit):
+        for rule in (_index_out_of_range, _sizes_do_not_fit) if isinstance(original, RuntimeError) else (_index_out_of_range,):
             if rule(recording, explanation, names, case):
                 return explanation
     if (named := operands(original, spot, names)) and isinstance(original, RuntimeError):
@@ -232,7 +233,7 @@ def _index_out_of_range(recording: Recording, explanation: Explanation, names: d
     explanation.observed = f"{value} at {first}; {int(wrong.sum())} of {flat.numel()} values out of range"
     explanation.evidence = {"smallest index": int(flat.min()), "largest index": int(flat.max()), "rows": bound}
     ids = [token for row in case.input_ids for token in row]
-    if failed.op == "nll_loss_forward":
+    if failed.op in LOSS_OPS:
         explanation.cause = f"a label is {value}, and there are {bound} classes"
         explanation.fix = "labels lie in 0 .. vocab - 1; give -100 where nothing is asked"
     elif failed.op == "embedding" and sorted(set(flat.tolist())) == sorted(set(ids)):
@@ -260,7 +261,7 @@ def _bad_index(op: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int,
         return None
     if op == "embedding":
         table, index, dim = arguments["weight"], arguments["indices"], 0
-    elif op == "nll_loss_forward":
+    elif op in LOSS_OPS:
         table, index, dim = arguments["self"], arguments["target"], 1
         index = index[index != arguments.get("ignore_index", -100)]
     elif op in ("index_select", "gather"):
@@ -324,6 +325,9 @@ def _sizes_do_not_fit(recording: Recording, explanation: Explanation, names: dic
         explanation.cause = f"`{name}` has {rows} rows: a slice to {seq} positions comes back with {rows}, without an error of its own"
         explanation.fix = f"build the table for at least {seq} positions, and check the length before slicing"
         explanation.evidence["longest sequence that works"] = rows
+    elif (new := _mask_of_new_tokens(left, right, seq)) is not None:
+        explanation.cause = f"the mask is made for the {new[0]} new tokens alone, and the scores go over {new[1]} keys: the cache holds {new[1] - new[0]} more"
+        explanation.fix = "make it [new tokens, past + new tokens]: earlier keys are seen by every new token"
     elif _batch_first_table(left, right, batch):
         explanation.cause = (
             "a table indexed with position_ids [batch, seq_len] gives [batch, seq_len, head_dim]; its batch falls on the heads"
@@ -350,11 +354,22 @@ def _mask_operand(left: Tensor, right: Tensor, batch: int, seq: int) -> Tensor |
 
 def _short_table(recording: Recording, left: Tensor, right: Tensor, seq: int) -> tuple[str, int] | None:
     """A named buffer that was sliced to `seq` rows and came back shorter."""
-    for event in reversed(recording.events):
-        if event.op == "slice" and event.parameters and event.inputs[0].shape:
+    for event, kept in zip(reversed(recording.events), reversed(recording.kept), strict=True):
+        if event.op == "slice" and event.parameters and event.inputs[0].shape and kept.arguments.get("dim", 0) == 0:
             rows = event.inputs[0].shape[0]
-            if 1 < rows < seq and any(rows in t.shape for t in (left, right)):
+            asked = (kept.arguments.get("end") or 0) - (kept.arguments.get("start") or 0)
+            if 1 < rows < min(seq, asked) and any(rows in t.shape for t in (left, right)):
                 return event.parameters[0], rows
+    return None
+
+
+def _mask_of_new_tokens(left: Tensor, right: Tensor, seq: int) -> tuple[int, int] | None:
+    """(new tokens, keys) where a square mask of the new tokens meets scores that go over the keys of a cache too."""
+    for mask, scores in ((left, right), (right, left)):
+        sizes = [size for size in mask.shape if size > 1]
+        if len(sizes) == 2 and sizes[0] == sizes[1] and scores.ndim >= 3 and sizes[0] < scores.shape[-1] <= seq:
+            if sizes[0] in scores.shape[1:-1]:
+                return sizes[0], scores.shape[-1]
     return None
 
 

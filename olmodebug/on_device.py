@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 from torch.utils._pytree import tree_map_only
 
+from .composites import in_parts
 from .process import HOST
 
 
@@ -35,6 +36,8 @@ class _IndexChecked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if (parts := in_parts(self, func, args, kwargs)) is not NotImplemented:
+            return parts
         wrong: Any = None
         if func in self.reads:
             wrong = self.bad(func, args, kwargs)

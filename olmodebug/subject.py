@@ -75,6 +75,10 @@ LONGEST_TRIED = 512
 MULTIPLES_TRIED = (2, 4, 8, 16, 32, 64, 128)  # chunk sizes
 SEQ_LENS = (11, 13, 17, 19, 23, 7, 5)
 
+# A module, its attributes, and its tables of parameters, buffers and modules.
+_Held = tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]
+TABLES = ("_parameters", "_buffers", "_modules")
+
 
 @dataclass(slots=True, kw_only=True)
 class Subject:
@@ -107,6 +111,7 @@ class Subject:
     limit: float | None = None
     _last: list[tuple[Case, Tensor]] = field(default_factory=list)
     _twins: dict[tuple[object, ...], "Subject"] = field(default_factory=dict)
+    _bare: list[_Held] = field(default_factory=list)  # what the modules held before a cache was made
     _usable: list[int | None] = field(default_factory=list)  # one for all twins
 
     @property
@@ -151,7 +156,7 @@ class Subject:
             spots = (*range(size - 1), length - 1)
             case = Case(name="how far", input_ids=self._random_ids(1, size), position_ids=(spots,) if far else None)
             with settled(self.model, seed=self.seed), quiet(), suppress(Exception):
-                self.logits(case)
+                self.at_once.logits(case)
                 return None if length == lengths[0] else length
         return None
 
@@ -207,7 +212,8 @@ class Subject:
         most = self.setting(*BATCH_NAMES)
         sizes = [n for n in BATCH_SIZES if n <= most] if isinstance(most, int) and most > 1 else BATCH_SIZES
         batch = min(sizes, key=clash)
-        lengths = [n for n in SEQ_LENS if n <= longest and n != batch] or [max(longest, 1)]
+        usual = SEQ_LENS[-2:] if self.convention.last_only else SEQ_LENS  # every prefix is a run
+        lengths = [n for n in usual if n <= longest and n != batch] or [max(longest, 1)]
         return batch, min(lengths, key=lambda n: (clash(n), SEQ_LENS.index(n) if n in SEQ_LENS else 0))
 
     def _dimensions(self) -> set[int]:
@@ -231,6 +237,13 @@ class Subject:
             picks = torch.randint(len(allowed), (rows, columns), generator=generator).tolist()
         return tuple(tuple(allowed[i] for i in row) for row in picks)
 
+    @property
+    def at_once(self) -> "Subject":
+        """The same subject, whose every call is one run: of a model that gives the last position only, no other logits then."""
+        if not self.convention.last_only:
+            return self
+        return replace(self, convention=replace(self.convention, last_only=False), _last=[], _twins={})
+
     def call(
         self,
         case: Case,
@@ -243,8 +256,34 @@ class Subject:
     ) -> Output:
         """Run the model once on a case; NoLogits when it returns none, and whatever the model raises.
 
-        `start` is the place of the first token in a cache that the model keeps itself.
+        `start` is the place of the first token in a cache that the model keeps itself. Where the model gives the logits of
+        the last position only, every prefix is run, and the whole last.
         """
+        outputs = []
+        for missing in range(case.seq_len - 1 if self.convention.last_only else 0, -1, -1):
+            outputs.append(
+                self._call(
+                    _without_last(case, missing),
+                    cache,
+                    use_cache,
+                    position_ids if not missing or position_ids is None else position_ids[:, :-missing],
+                    attention_mask if not missing or attention_mask is None else attention_mask[:, :-missing],
+                    start,
+                )
+            )
+        if len(outputs) > 1:
+            outputs[-1].logits = torch.cat([output.logits for output in outputs], 1)
+        return outputs[-1]
+
+    def _call(
+        self,
+        case: Case,
+        cache: Any,
+        use_cache: bool,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        start: int | None,
+    ) -> Output:
         form, device = self.convention, self.device
         ids = ids_tensor(case.input_ids, device)
         assert ids is not None
@@ -261,8 +300,8 @@ class Subject:
             arguments[form.cache] = cache
         if form.use_cache:
             arguments[form.use_cache] = use_cache
-        if form.start:
-            arguments[form.start] = start or 0
+        if form.start and start is not None:
+            arguments[form.start] = start
         elif form.places and start is not None:
             arguments[form.places] = torch.arange(start, start + case.seq_len, device=device)
         if form.labels and case.labels is not None and not form.loss_method:
@@ -277,7 +316,7 @@ class Subject:
             if case.labels is None or form.logits_need_labels or (loss is None and not _is_loss_per_token(result, case)):
                 raise
             # With labels it gives the loss alone, or the logits that the loss was taken from: all of them come without.
-            output = self.call(replace(case, labels=None), position_ids=position_ids, attention_mask=attention_mask)
+            output = self._call(replace(case, labels=None), None, False, position_ids, attention_mask, None)
             output.loss = loss
         if form.hands_cache and use_cache and output.cache is None:
             given = result if isinstance(result, tuple) else ()
@@ -292,6 +331,16 @@ class Subject:
 
     def forward(self, arguments: Mapping[str, Any]) -> Any:
         """The raw result of one call with arguments by their names, the ids among them."""
+        form = self.convention
+        if form.sets_up and form.places not in arguments:
+            self.new_cache(*arguments[form.ids].shape)
+            try:
+                return self._forward(arguments)
+            finally:
+                _hold(self._bare)
+        return self._forward(arguments)
+
+    def _forward(self, arguments: Mapping[str, Any]) -> Any:
         form = self.convention
         arguments = self._formed(arguments)
         if self.adapter is not None:
@@ -311,10 +360,11 @@ class Subject:
             form.position_ids: lambda: torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous(),
             form.attention_mask: lambda: torch.zeros_like(ids, dtype=torch.bool) if form.mask_hides else torch.ones_like(ids),
             form.labels: ids.clone,
+            form.start: lambda: 0,
+            form.places: lambda: torch.arange(ids.shape[1], device=ids.device),
         }
-        formed |= {name: neutral[name]() for name in form.required if name not in formed} | dict.fromkeys(form.flags, True)
-        if form.start:
-            formed.setdefault(form.start, 0)
+        needed = (*form.required, form.start, form.places if form.sets_up else None)
+        formed |= {name: neutral[name]() for name in needed if name and name not in formed} | dict.fromkeys(form.flags, True)
         missing = -ids.shape[1] % form.multiple
         for name, value in formed.items():
             if not (isinstance(value, Tensor) and value.shape == ids.shape):
@@ -346,11 +396,20 @@ class Subject:
         counts = form.use_cache is not None and form.cache is None and self._method(RESET_NAMES) is not None
         return form.start is not None or (form.places is not None and self._method(SETUP_NAMES) is not None) or counts
 
+    @property
+    def makes_new_caches(self) -> bool:
+        """Whether it has a method that makes its cache anew, or empties it."""
+        return self._method((*SETUP_NAMES, *RESET_NAMES)) is not None
+
     def new_cache(self, batch_size: int, length: int) -> None:
         """Have a model that keeps its cache itself make a fresh one, or forget the last one, where it has a method for that."""
         setup, reset = self._method(SETUP_NAMES), self._method(RESET_NAMES)
         if reset is not None:
             self._with_sizes(reset, batch_size, length)
+        if self.convention.sets_up:  # some make none where the last one is large enough, whatever is in it
+            if not self._bare:
+                self._bare.extend(_held(self.model))
+            _hold(self._bare)
         if setup is not None:
             usual = torch.get_default_dtype()
             try:  # what it makes without naming a dtype is made in that of the weights, as in the model's own dtype
@@ -448,7 +507,7 @@ class Subject:
     def _make_twin(self, dtype: torch.dtype, training: bool, attention: str | None) -> "Subject":
         if self.keep_dtype and dtype == torch.float64:
             dtype = self.dtype
-        twin = replace(self, model=self._copy(), _twins={}, assumptions=[], limit=None, _last=[], attention=attention)
+        twin = replace(self, model=self._copy(), _bare=[], _twins={}, assumptions=[], limit=None, _last=[], attention=attention)
         if attention is not None:
             set_attention(twin.model, attention)
         # In the model's own dtype it stays as it is: weights in 16 bits beside tables in float32 are one of them.
@@ -492,6 +551,34 @@ class Subject:
             model = self.rebuild().model
             model.load_state_dict(self.model.state_dict())
             return model
+
+
+def _without_last(case: Case, missing: int) -> Case:
+    """A case without the last tokens."""
+    if not missing:
+        return case
+    ids, mask, positions, labels = (
+        None if rows is None else tuple(row[:-missing] for row in rows)
+        for rows in (case.input_ids, case.attention_mask, case.position_ids, case.labels)
+    )
+    return replace(case, input_ids=ids or (), attention_mask=mask, position_ids=positions, labels=labels)
+
+
+def _held(model: nn.Module) -> list[_Held]:
+    return [(m, dict(vars(m)), {name: dict(vars(m)[name]) for name in TABLES}) for m in model.modules()]
+
+
+def _hold(held: Sequence[_Held]) -> None:
+    """Give modules back the attributes that they held, but for their mode."""
+    for module, attributes, tables in held:
+        mode, known = module.training, vars(module)
+        for name in set(known) - set(attributes):
+            del known[name]
+        known.update(attributes)
+        for name, table in tables.items():
+            known[name].clear()
+            known[name].update(table)
+        module.training = mode
 
 
 def from_model(
@@ -577,6 +664,11 @@ def settle_convention(subject: Subject) -> Convention:
         subject.convention = _with_whole_mask(subject, case) or subject.convention
         if output.logits.shape[1] == 1 and case.seq_len > 1 and subject.convention.labels:
             return replace(subject.convention, logits_need_labels=True)
+        if output.logits.shape[1] == 1 and case.seq_len > 1 and subject.adapter is None:
+            subject.assumptions.append(
+                "it gives the logits of the last position only, so those of every position are taken from its prefix"
+            )
+            return replace(subject.convention, last_only=True, cache=None)
         if _is_sequence_first(subject, case):
             subject.convention = replace(subject.convention, sequence_first=True)
             subject.assumptions.append(
@@ -611,6 +703,14 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
             return trial if told.loss is not None else replace(trial, labels=None)
     if form.attention_mask in form.required and (whole := _with_whole_mask(subject, case)) is not None:
         return whole
+    if form.places and subject.keeps_its_cache:
+        bare: list[_Held] = []
+        with suppress(Exception):
+            trial = replace(form, sets_up=True)
+            replace(subject, convention=trial, _bare=bare, _last=[], _twins={}).call(case)
+            _hold(bare)
+            return trial
+        _hold(bare)
     words = own_refusal(error)
     if words is None:
         raise error

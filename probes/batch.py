@@ -15,6 +15,7 @@ from olmodebug.relations.invariance import (
     Pair,
     Violation,
     base_part,
+    below_rounding,
     crash,
     drawn,
     findings_of,
@@ -61,6 +62,9 @@ def rows_independent(subject: Subject) -> Iterator[Finding]:
             break
     twin = subject.twin()
     change = "masks" if twin.convention.attention_mask else "positions" if twin.convention.position_ids else "tokens"
+    if not seen and (broken := below_rounding(twin, next(pairs(twin)))) is not None:
+        yield from findings_of(broken, message=_text(broken))
+        return
     make = lambda s: _pair(twin, s.batch, s.seq, change if s.masked else "tokens")  # noqa: E731
     if not seen and (broken := drawn(twin, make, limit=limit_of(twin), least_batch=2)) is not None:
         yield from findings_of(broken, message=_text(broken))

@@ -394,7 +394,7 @@ def _mask_top_left(runs: Runs, parting: Parting) -> Diagnosis | None:
         wanted = torch.ones(chunk.queries, chunk.stop, dtype=torch.bool).tril(first)
         return bool((visible.cpu() == wanted).all())
 
-    if not shows(bad, 0) or not shows(good, chunk.start):
+    if bad.is_complex() or not shows(bad, 0) or not shows(good, chunk.start):
         return None
     return Diagnosis(
         cause=f"the causal mask is aligned top-left: with {chunk.start} tokens in the cache the first new query, position {chunk.start}, "

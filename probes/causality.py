@@ -16,7 +16,19 @@ from olmodebug.records import Case, Rows, Where
 from olmodebug.relations.cases import Sizes
 from olmodebug.relations.chunks import LENGTH_DEPENDENT, locate_prefix, rope_type
 from olmodebug.relations.diagnose import Diagnosis
-from olmodebug.relations.invariance import Pair, Violation, base_part, drawn, findings_of, limit_of, run, settings_of, smallest, violation
+from olmodebug.relations.invariance import (
+    Pair,
+    Violation,
+    base_part,
+    below_rounding,
+    drawn,
+    findings_of,
+    limit_of,
+    run,
+    settings_of,
+    smallest,
+    violation,
+)
 from olmodebug.relations.leaks import leaks, section
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
@@ -69,6 +81,9 @@ def no_future(subject: Subject) -> Iterator[Finding]:
                     yield finding
             break
     twin = subject.twin()
+    if not seen and (broken := below_rounding(twin, next(pairs(twin)))) is not None:
+        yield from findings_of(broken, message=_text(broken))
+        return
     if not seen and (broken := drawn(twin, lambda s: _pair(twin, s.batch, s.seq, s.cut, _ones(s, twin)), limit=limit_of(twin))) is not None:
         _measure(subject, twin, broken.pair, limit_of(twin), "")
         yield from findings_of(broken, message=_text(broken))

@@ -2,7 +2,7 @@
 
 import inspect
 import linecache
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -35,6 +35,7 @@ MOST_STACKED = 256  # slices; a longer dimension is one of positions or ids, of 
 LEAST_PART = 4  # outputs of a linear layer
 # Weights that start at zero stand at most this many deep in one path: a head, an output projection, a gate, a scale.
 FIRST_STEPS, FIRST_STEP_SIZE = 5, 1e-2
+UNUSED, USE_IT = "no op of forward computes with it", "use it in forward, or remove it"
 CUTS = ("detach", ".data", "no_grad", "stop_gradient")
 
 
@@ -58,15 +59,9 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
             logits = recording.result
             read = _computed_with(recording)
             if not logits.requires_grad:
-                decorated = hasattr(type(twin.model).forward, "__wrapped__")  # @torch.inference_mode(): openly for inference
-                yield Found(
-                    probe="",
-                    severity="warning" if decorated else "error",
-                    message="the logits carry no gradient in train mode, so nothing can be trained",
-                    cause="forward runs under no_grad, or detaches its result",
-                    fix="remove torch.no_grad(), .detach() or .data from the forward pass",
-                    case=case,
-                )
+                yield _no_gradient(twin, case)
+                if unused := [name for name in trainable if name not in read]:
+                    yield _finding(recording, twin, unused, "warning", "no gradient", UNUSED, USE_IT)
                 return
             target = torch.tensor(case.input_ids, device=logits.device)[:, 1:]
             loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), target.reshape(-1))
@@ -81,13 +76,14 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
     missing = [name for name, p in trainable.items() if p.grad is None]
     zero = [name for name, p in trainable.items() if p.grad is not None and not bool(p.grad.any())]
     at_start = {*missing, *zero}
-    if missing or zero:  # heads that serve only the model's own loss, and what stands behind weights that start at zero
-        reached = twin.reached_by_own_loss(case, missing + zero, training=True)
+    if missing or zero:  # heads that serve only the model's own loss, memories for the next segment
+        reached = twin.reached_by_own_loss(case, missing + zero, training=True) | _serve_other_results(twin, case, missing + zero)
         missing, zero = ([name for name in names if name not in reached] for names in (missing, zero))
-    if zero:
+    if zero:  # what stands behind weights that start at zero
         zero = _still_zero(twin, case, zero)
-    cut = [name for name in missing if name in read]
-    unused = [name for name in missing if name not in cut]
+    unused = [name for name in missing if name not in read]
+    dropped = [name for name in missing if name in read and not _reaches_result(recording, name)]
+    cut = [name for name in missing if name not in unused + dropped]
     if cut:
         share = sum(trainable[name].numel() for name in cut) / sum(p.numel() for p in trainable.values())
         cause = "forward reads it, and the path from there to the logits carries no gradient (detach, .data, no_grad, or a choice by index)"
@@ -100,9 +96,14 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
             cause,
             "let the gradient through, or freeze it openly",
         )
+    if dropped:
+        found = _finding(
+            recording, twin, dropped, "warning", "no gradient", "nothing uses what forward computes with it", "use it, or remove it"
+        )
+        where = _reader(recording, dropped[0])
+        yield replace(found, where=where, source=source_lines(where))
     if unused:
-        cause = "no op of forward computes with it"
-        yield _finding(recording, twin, unused, "warning", "no gradient", cause, "use it in forward, or remove it")
+        yield _finding(recording, twin, unused, "warning", "no gradient", UNUSED, USE_IT)
     if zero and not any("expert" in name for name in zero):
         yield _finding(recording, twin, zero, "warning", "a gradient of exactly zero", None, None)
     yield from _dead_slices(recording, twin, {name: p for name, p in trainable.items() if p.grad is not None and name not in zero + bad})
@@ -153,6 +154,72 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
         evidence={"a second direction": f"{again:.4g} where the loss has {measured:.4g}"},
         case=case,
     )
+
+
+def _no_gradient(twin: Subject, case: Case) -> Found:
+    """Logits without a gradient: openly for inference where forward itself is decorated so, and a slip elsewhere."""
+    forward = type(twin.model).forward
+    mode = next((m for m in (torch.inference_mode, torch.no_grad) if _is_decorated(forward, m)), None)
+    where = _forward_of(twin, "") if mode is not None else Where()
+    return Found(
+        probe="",
+        severity="note" if mode is not None else "error",
+        message="the logits carry no gradient in train mode, so nothing can be trained",
+        where=where,
+        source=source_lines(where),
+        cause=f"forward is decorated with torch.{mode.__name__}: a model for inference only"
+        if mode is not None
+        else "forward runs under no_grad, or detaches its result",
+        fix=f"to train it, enter torch.{mode.__name__}() where it generates instead"
+        if mode is not None
+        else "remove torch.no_grad(), .detach() or .data from the forward pass",
+        case=case,
+    )
+
+
+def _is_decorated(forward: Callable[..., object], mode: type) -> bool:
+    """Whether a function is wrapped in one of torch's grad modes, which its wrapper holds as the maker of its context."""
+    while (inner := getattr(forward, "__wrapped__", None)) is not None:
+        if any(isinstance(getattr(held, "__self__", None), mode) for held in inspect.getclosurevars(forward).nonlocals.values()):
+            return True
+        forward = inner
+    return False
+
+
+def _serve_other_results(twin: Subject, case: Case, names: list[str]) -> set[str]:
+    """Those of some parameters that get a gradient from a tensor that forward returns beside the logits, such as a memory
+    for the next segment."""
+    fresh = twin.fresh_twin(training=True)
+    with settled(seed=fresh.seed), quiet(), torch.enable_grad():
+        try:
+            result = fresh.forward({fresh.convention.ids: torch.tensor(case.input_ids, device=fresh.device)})
+        except Exception:  # it wants more than ids: nothing is said of it
+            return set()
+        beside = [t for t in result if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1] if isinstance(result, tuple) else []
+        beside = [t for t in beside if t.requires_grad][1:]  # the first is the logits
+        if not beside:
+            return set()
+        torch.autograd.backward([t.square().sum() for t in beside])
+    parameters = dict(fresh.model.named_parameters())
+    return {name for name in names if (grad := parameters[name].grad) is not None and bool(grad.any())}
+
+
+def _reaches_result(recording: Recording, name: str) -> bool:
+    """Whether anything computed with a parameter goes into the result, with or without a gradient."""
+    reached: set[int] = set()
+    for event in recording.events:
+        reads = name in event.parameters and event.op not in TAKES
+        if reads or any(tensor.storage in reached for tensor in event.inputs):
+            reached |= {tensor.storage for tensor in event.outputs}
+    return recording.storages.number(recording.result) in reached
+
+
+def _reader(recording: Recording, name: str) -> Where:
+    """The first op that computes with a parameter."""
+    for event, spot in zip(recording.events, recording.spots, strict=True):
+        if name in event.parameters and event.op not in TAKES:
+            return place_of(spot, module=event.where.module, op=event.op)
+    return Where()
 
 
 def _still_zero(twin: Subject, case: Case, names: list[str]) -> list[str]:

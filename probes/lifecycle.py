@@ -25,13 +25,14 @@ from olmodebug.sources import Spot
 from olmodebug.subject import Subject, config_of, quiet
 from olmodebug.switches import set_dropout
 
+FEW_ROUNDINGS = 8
 OTHER_SEED = 12345
 ALIVE = "a model that was handed over alive cannot be built again"
 
 
 @probe()
 def save_and_load(subject: Subject) -> Iterator[Finding]:
-    """The state dict of a model, loaded into a fresh build from another seed, gives the same logits bit for bit.
+    """The state dict of a model, loaded into a fresh build from another seed, gives the same logits.
 
     Why: what the state dict misses is random again after a restart, and nothing says so.
     Catches: layers in a plain list; a random buffer with persistent=False; a tensor kept as a plain attribute.
@@ -65,7 +66,7 @@ def save_and_load(subject: Subject) -> Iterator[Finding]:
         source=source_lines(where),
         cause=why_not_saved(subject.model, missing[0]) if missing else None,
         fix="register it as a parameter or a persistent buffer; keep modules in nn.ModuleList" if missing else None,
-        expected="equal bits",
+        expected="equal logits",
         observed=f"{apart.mismatched} of {apart.total} logits differ",
         case=case,
     )
@@ -81,14 +82,17 @@ def safetensors_round_trip(subject: Subject) -> Iterator[Finding]:
     if hasattr(subject.model, "save_pretrained"):
         yield from _pretrained(subject)
         return
-    from safetensors.torch import load_model, save_model
+    from safetensors.torch import load_file, load_model, save_model
 
     fresh = _fresh(subject)
     with tempfile.TemporaryDirectory(prefix="olmodebug-") as folder, quiet():
         file = str(Path(folder) / "model.safetensors")
         try:
             save_model(subject.model, file)  # names what is shared, and keeps one of each
-            load_model(fresh, file)
+            if type(fresh).load_state_dict is nn.Module.load_state_dict:
+                load_model(fresh, file)
+            else:  # load_model unpacks what load_state_dict returns, and one of the model's own may return nothing
+                fresh.load_state_dict(load_file(file), strict=False)
         except (RuntimeError, ValueError) as error:
             yield Found(
                 probe="",
@@ -240,6 +244,8 @@ def meta_build(subject: Subject) -> Iterator[Finding]:
     lost = [name for name, b in buffers.items() if b.is_floating_point() and bool(torch.isnan(b).any())]
     usual = dict(subject.model.named_buffers())
     other = [n for n, b in buffers.items() if n in usual and n not in lost and b.shape == usual[n].shape and not equal(b, usual[n])]
+    # What is zero before the first call may be a cache, written before it is read: then the logits are right all the same.
+    lost = [name for name in lost if name not in usual or bool(usual[name].any())]
     if lost or other:
         yield _lost(subject, lost, other)
         return
@@ -357,12 +363,14 @@ def _materialised(subject: Subject) -> nn.Module:
 
 
 def _compare(subject: Subject, model: nn.Module) -> tuple[Case, Difference | None]:
-    """The logits of the subject and of another model on one batch, bit for bit, in eval mode."""
+    """The logits of the subject and of another model on one batch, in eval mode, beyond a few roundings."""
     usual = subject.twin(dtype=subject.dtype)
     batch, seq = usual.sizes()
     case = Case(name="a batch", input_ids=usual.token_ids(batch, seq, seed=20))
     other = replace(usual, model=model.to(usual.device).eval(), config=config_of(model) or usual.config, _twins={})
-    return case, difference(run(usual, case), run(other, case))
+    # What earlier calls left in the one may be the same function in other bits: a table made for a longer sequence.
+    limit = FEW_ROUNDINGS * torch.finfo(usual.dtype).eps if usual.dtype in (torch.float32, torch.float64) else 0.0
+    return case, difference(run(usual, case), run(other, case), relative_limit=limit)
 
 
 @contextmanager
@@ -383,7 +391,7 @@ def _differs(apart: Difference, case: Case, step: str, severity: str) -> Found:
         probe="",
         severity=severity,  # type: ignore[arg-type]
         message=f"after {step} the logits {apart.apart}",
-        expected="equal bits",
+        expected="equal logits",
         observed=f"{apart.mismatched} of {apart.total} logits differ",
         evidence={"condition": step} if severity == "warning" else {},
         case=case,

@@ -13,7 +13,7 @@ from olmodebug.compare import difference, roundings_limit
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
-from olmodebug.records import Case
+from olmodebug.records import Case, Rows
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
@@ -81,7 +81,7 @@ def ignores_minus_100(subject: Subject) -> Iterator[Finding]:
     try:
         logits, loss = _loss(twin, case)
     except SubjectCodeError:
-        if not twin.convention.labels_aligned:
+        if not twin.convention.labels_aligned and not _known_aligned(twin, ids):
             raise
         case = ignoring(-1)  # nanoGPT's choice
         try:
@@ -196,6 +196,12 @@ def _takes_aligned(twin: Subject, logits: Tensor, labels: Tensor, loss: Tensor) 
     form = twin.convention
     like_transformers = form.use_cache is not None or form.attention_mask is not None
     return not form.labels_aligned and not like_transformers and _close(loss, cross_entropy(logits, labels, shift=0), LOSS_LIMIT)
+
+
+def _known_aligned(twin: Subject, ids: Rows) -> bool:
+    """The same, seen on one batch without ignored labels."""
+    logits, loss = _loss(twin, Case(name="a batch", input_ids=ids, labels=ids))
+    return _takes_aligned(twin, logits, torch.tensor(ids), loss)
 
 
 def _has_other_terms(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> bool:

@@ -274,7 +274,11 @@ def residual_stream_kept(subject: Subject) -> Iterator[Finding]:
         what, cause = "zeros: the residual is not added", "the last step of the block replaces the stream by its branch"
         fix = "x = x + mlp(norm(x))"
         place = last_call_place(loud, first)
-    elif len(changed) == 1 and _owns_more(blocks[0][1], blocks[1][1]):
+    elif (
+        len(changed) == 1
+        and changed[0] is streams[0]
+        and (_owns_more(blocks[0][1], blocks[1][1]) or _calls_more(loud, first, blocks[1][0]))
+    ):
         return  # a norm of the embeddings that stands in the first block
     elif add is not None and not is_weighted(loud, add) and not ends_in_norm(loud, first) and is_norm_of_input(silent, first, after, limit):
         what, cause = (
@@ -329,6 +333,12 @@ def _lost_branch(subject: Subject, path: str, case: Case) -> Iterator[Finding]:
 def _owns_more(first: nn.Module, other: nn.Module) -> bool:
     """Whether a block has parameters that another of its kind does not have."""
     return bool({name for name, _ in first.named_parameters()} - {name for name, _ in other.named_parameters()})
+
+
+def _calls_more(recording: Recording, first: str, other: str) -> bool:
+    """Whether a block runs modules that another of its kind has and does not run."""
+    left, right = ({call.module[len(path) :] for call in recording.calls if call.module.startswith(f"{path}.")} for path in (first, other))
+    return bool(left - right)
 
 
 @probe()

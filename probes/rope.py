@@ -623,10 +623,8 @@ def _placed(
     if operand is None:
         operand = 0 if varies(rotated.first.query, FLOAT32) else 1
     made = maker(recording, index, operand)
-    where, spot = place_of(None, module=rotated.first.module), None
-    if made is not None:
-        event, spot = recording.events[made], recording.spots[made]
-        where = place_of(spot, module=event.where.module, op=event.op)
+    place = index if made is None else made  # where the scores are made, if what made the operand is not seen
+    where = place_of(recording.spots[place], module=recording.events[place].where.module, op=recording.events[place].op)
     tables = angle_tables(recording, rotated.case.seq_len)
     if (in_angles or told.evidence is not None) and tables:
         where = _built(subject, tables[0])

@@ -21,11 +21,14 @@ from typing import Any
 from tests.mutants.catalog import MUTANTS, NEUTRAL, Mutant, materialize
 from tests.mutants.courses import COURSES
 from tests.mutants.courses import LEGAL as LEGAL_COURSES
+from tests.mutants.serving import SERVING
 from tests.mutants.strangers import LEGAL, STRANGERS
 
-STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates course torchnn".split()
+STYLES = (
+    "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates course torchnn serving".split()
+)
 CLEAN = tuple(f"{style}_style" for style in STYLES)
-ALL = (*MUTANTS, *STRANGERS, *COURSES)
+ALL = (*MUTANTS, *STRANGERS, *COURSES, *SERVING)
 PRESETS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny")
 WORKERS = 2
 

@@ -8,7 +8,8 @@ A line is confirmed by putting the full run's values there and seeing the chunk'
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -98,6 +99,8 @@ def run_chunks(twin: Subject, case: Case, chunks: list[Chunk]) -> tuple[list[Ten
     found: list[Tensor] = []
     if twin.keeps_its_cache:
         twin.new_cache(case.batch_size, case.seq_len)
+        if twin.convention.start is not None and not twin.makes_new_caches:
+            _soil(twin, case)
     for chunk in chunks:
         output = call_chunk(twin, case, chunk, cache)
         if output.cache is None and not twin.keeps_its_cache:
@@ -105,6 +108,14 @@ def run_chunks(twin: Subject, case: Case, chunks: list[Chunk]) -> tuple[list[Ten
         cache = output.cache
         found.append(output.logits)
     return found, cache
+
+
+def _soil(twin: Subject, case: Case) -> None:
+    """Run other tokens through a model that never empties its cache: what it leaves there must not be read, and what one full
+    forward left, which holds the very values that a chunk forgets to write, would hide that."""
+    other = tuple(tuple((token + 1) % twin.vocab_size for token in row) for row in case.input_ids)
+    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]), suppress(Exception):  # the chunks' own run tells of it
+        twin.call(Case(name="other tokens", input_ids=other))
 
 
 def call_chunk(twin: Subject, case: Case, chunk: Chunk, cache: Any, *, use_cache: bool = True) -> Any:
@@ -140,6 +151,8 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, firs
     `first` is the first position that counts. The case has one row, so that merged dimensions stay readable.
     """
     sources = Sources(twin.model)
+    if twin.convention.last_only:
+        return _locate_last(twin, case, chunks, limit=limit, first=first)
     with torch.no_grad(), quiet():
         full = record(twin.model, lambda: twin.call(case), keep=True, sources=sources)
     logits = full.result.logits
@@ -155,6 +168,31 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, firs
             start = max(first, chunk.start)
             mine = recording.result.logits[:, start - chunk.start :]
             return start < chunk.stop and difference(logits[:, start : chunk.stop], mine, relative_limit=limit) is not None
+
+        part = go(keep=True)
+        if part.error is None and wrong(part):
+            runs = Runs(full=full, part=part, chunk=chunk, padded=first)
+            runs.parting = _parting(runs, go, wrong, limit)
+            return runs
+    return None
+
+
+def _locate_last(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, first: int) -> Runs | None:
+    """The same where a run gives the logits of its last position only: each chunk beside one run up to its end, a call each."""
+    once = twin.at_once
+    for place, whole in enumerate(chunks):
+        chunk = Chunk(start=whole.start, stop=whole.stop, seq=whole.stop)
+        start = replace(case, input_ids=tuple(row[: whole.stop] for row in case.input_ids), attention_mask=None, position_ids=None)
+        with torch.no_grad(), quiet():
+            full = record(once.model, lambda: once.call(start), keep=True)  # noqa: B023 - called at once
+        logits = full.result.logits
+
+        def go(replace: Any = None, keep: bool = False, start: Case = start, place: int = place, chunk: Chunk = chunk) -> Recording:
+            cache = run_chunks(once, start, chunks[:place])[1]
+            return record(once.model, lambda: call_chunk(once, start, chunk, cache), keep=keep, replace=replace, catch=True)
+
+        def wrong(recording: Recording, logits: Tensor = logits) -> bool:
+            return recording.error is not None or difference(logits, recording.result.logits, relative_limit=limit) is not None
 
         part = go(keep=True)
         if part.error is None and wrong(part):

@@ -93,9 +93,20 @@ def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording 
         return _weighted(culprit, part, hidden)
     if op in ("add", "add_", "sub", "where", "masked_fill", "mul"):
         return _broadcast(culprit, part)
+    if part.columns is not None and not part.columns.start:
+        if blamed.op == "convolution" and op == "slice" and (told := _late_window(culprit)) is not None:
+            return told
+        if op == "constant_pad_nd" and (told := _shifted_back(culprit, part)) is not None:
+            return told
+    dims = culprit.left.arguments.get("dims") or ()
+    along_batch = hidden == OTHER_ROWS and any(culprit.left.inputs[0].shape[dim] == part.batch for dim in dims)
     simple = {
-        "roll": ("torch.roll wraps around: it brings the end of the sequence to its start", "shift with padding instead of rolling"),
-        "flip": ("it reverses a dimension that holds the sequence", "do not flip along the sequence"),
+        "roll": ("torch.roll moves along the batch: a row gets what belongs to another", "roll along no dimension that holds rows")
+        if along_batch
+        else ("torch.roll wraps around: it brings the end of the sequence to its start", "shift with padding instead of rolling"),
+        "flip": ("it reverses a dimension that holds the rows of the batch", "do not flip along the batch")
+        if along_batch
+        else ("it reverses a dimension that holds the sequence", "do not flip along the sequence"),
         "convolution": (
             f"the convolution reads {hidden}"
             + (
@@ -120,6 +131,37 @@ def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording 
     return Diagnosis()
 
 
+def _late_window(culprit: Culprit) -> Diagnosis | None:
+    """A convolution that is padded on both sides, and whose output is not cut to what the past alone gives."""
+    if culprit.source is None or culprit.run is None or culprit.left is None:
+        return None
+    made, cut = culprit.run.kept[culprit.source.index].arguments, culprit.left.arguments
+    if cut.get("dim") != 2 or made["weight"].ndim != 3:
+        return None
+    width, padding = (made["weight"].shape[-1] - 1) * made["dilation"][0], made["padding"][0]
+    start = cut.get("start") or 0
+    reach = width - padding + start
+    if reach < 1:
+        return None
+    return Diagnosis(
+        cause=f"the convolution pads {padding} on both sides, and its output is read from {start} on: every position sees the next {reach}",
+        fix=f"read it from {padding - width}" if padding > width else f"pad {width} on the left, and read the output from 0 on",
+    )
+
+
+def _shifted_back(culprit: Culprit, part: Part) -> Diagnosis | None:
+    """A padding that takes from the start of the sequence and adds at its end."""
+    assert culprit.left is not None
+    pad, shape = culprit.left.arguments.get("pad") or (), culprit.left.inputs[0].shape
+    for k, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), start=1):
+        if shape[-k] == part.seq and before < 0 < after:
+            return Diagnosis(
+                cause=f"the padding takes {-before} from the start and adds {after} at the end: position t holds what stands at t + {-before}",
+                fix="pad at the start, and cut the end off: the first number is positive",
+            )
+    return None
+
+
 def attention_pattern(weights: Tensor, part: Part) -> Tensor | None:
     """Which key each query attends to in any row or head, `[T, T]` of bool, from weights `[..., T, T]`; None else."""
     if weights.ndim < 2 or weights.shape[-1] != part.seq or weights.shape[-2] != part.seq:
@@ -133,6 +175,11 @@ def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     weights = culprit.left.outputs[0]
     tree = expressions(culprit.spot)
     call = _call(tree, culprit, ("softmax",))
+    if weights.ndim >= 2 and dim != weights.ndim - 1 and weights.shape[-1] != part.seq:
+        return Diagnosis(
+            cause=f"softmax runs over dimension {dim} of {tuple(weights.shape)}, which holds tokens: what one of them gets depends on the others",
+            fix="normalise what belongs to one token: dim=-1",
+        )
     if weights.ndim >= 2 and dim == weights.ndim - 2:
         edits = _set_dimension(tree, call) if tree and call else ()
         return Diagnosis(
@@ -257,6 +304,7 @@ def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
             )
         return Diagnosis()
     visible = mask if mask.dtype == torch.bool else mask > -1e30
+    visible = visible[..., : part.seq]  # a cache has room for more
     if visible.shape[-1] != part.seq or visible.shape[-2] not in (part.seq, 1):
         return Diagnosis()
     visible = visible.expand(*visible.shape[:-2], part.seq, part.seq) if visible.shape[-2] == 1 else visible
@@ -309,7 +357,7 @@ def _pattern(pattern: Tensor, hidden: str) -> Diagnosis:
     evidence: dict[str, Scalar] = {"query-key pairs that see the future": f"{int(seen.sum())} of {int(future.sum())}"}
     if not bool(seen.any()):
         return Diagnosis()
-    sees_past = bool((pattern & past).any())
+    sees_past = bool((pattern & past)[:-1].any())  # under an inverted mask the last query sees nothing, or all alike
     if bool(seen.sum() == future.sum()):
         if not sees_past:
             return Diagnosis(

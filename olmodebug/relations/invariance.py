@@ -4,6 +4,7 @@ A relation that holds costs two plain forwards. One that is broken is traced, pl
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compare import difference, roundings_limit
+from ..double import KeepDouble
 from ..explain import explain_run, source_lines
 from ..load import SubjectCodeError
 from ..records import Case, Difference
@@ -97,6 +99,37 @@ def violation(twin: Subject, pair: Pair, *, limit: float, place: bool = True) ->
         )
         result.diagnoses = [diagnose(culprit, pair.part, hidden=pair.hidden) for culprit in result.culprits]
     return result
+
+
+def below_rounding(twin: Subject, pair: Pair) -> Violation | None:
+    """How a pair disagrees by less than float32 shows, where the forward casts to it: a fresh model's own small weights can
+    make a leak that small. Every cast is kept in float64 here; None where it agrees, or does not run so."""
+    if twin.dtype != torch.float64 or limit_of(twin) <= roundings_limit({"float64"}):
+        return None
+    limit = roundings_limit({"float64"})
+    with suppress(Exception):
+        left, right, again = (run_in_double(twin, case) for case in (pair.left, pair.right, pair.left))
+        found = _disagreement(left, right, pair.part, limit)
+        if found is None or _disagreement(left, again, pair.part, 0.0) is not None:
+            return None
+        result = Violation(pair=pair, difference=found, limit=limit, twin=twin)
+        result.culprits = localise(
+            twin.model,
+            lambda: run_in_double(twin, pair.left),
+            lambda: run_in_double(twin, pair.right),
+            part=pair.part,
+            limit=limit,
+            violated=lambda a, b: _disagreement(a, b, pair.part, limit) is not None,
+        )
+        result.diagnoses = [diagnose(culprit, pair.part, hidden=pair.hidden) for culprit in result.culprits]
+        return result
+    return None
+
+
+def run_in_double(twin: Subject, case: Case) -> Tensor:
+    """Logits of one run in which casts to float32 stay in float64."""
+    with KeepDouble():
+        return run(twin, case)
 
 
 def _finite_twin(twin: Subject, pair: Pair) -> Subject:

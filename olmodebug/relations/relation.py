@@ -22,6 +22,7 @@ from ..sources import Sources, Spot, short_path
 from ..tracing.tracer import Kept, Recording, record
 
 MOST_CULPRITS = 4
+WRITES = ("index_put_", "_index_put_impl_", "index_copy_", "copy_", "scatter_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +189,8 @@ def first_break(left: Recording, right: Recording, *, part: Part, limit: float) 
             elif state != "pending":
                 pending.pop(info.storage, None)
         if inputs_agree and "differs" in outputs:
+            if source is not None and left.events[source].op in WRITES and _sees_later(event, mine, part):
+                source = None  # to write into a cache is right; who reads it must not see all of it
             blamed = left.events[source] if source is not None else None
             return Culprit(
                 where=blamed.where if blamed else event.where,
@@ -199,6 +202,17 @@ def first_break(left: Recording, right: Recording, *, part: Part, limit: float) 
                 run=left,
             )
     return _smallest_module(left, right, part, limit)
+
+
+def _sees_later(event: Event, kept: Kept, part: Part) -> bool:
+    """Whether a fused attention over a cache is given a mask that lets queries see later keys."""
+    mask = kept.arguments.get("attn_mask")
+    if part.columns is None or not event.op.startswith("_scaled_dot_product") or not isinstance(mask, Tensor):
+        return False
+    if mask.ndim < 2 or mask.shape[-2] != part.seq or mask.shape[-1] < part.seq:
+        return False
+    visible = (mask if mask.dtype == torch.bool else mask > -1e30)[..., : part.seq]
+    return bool(visible.triu(1).any())
 
 
 def _smallest_module(left: Recording, right: Recording, part: Part, limit: float) -> Culprit | None:

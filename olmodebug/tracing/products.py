@@ -36,13 +36,14 @@ def product_at(recording: Recording, index: int, seq: int) -> Product | None:
     query, key = kept.inputs[0], kept.inputs[1].transpose(-1, -2)
     if query.shape[-1] == seq:
         return None  # weights meeting values
-    if key.shape[-2] != seq and query.shape[-2] == seq:
+    turned = key.shape[-2] != seq and query.shape[-2] == seq
+    if turned:
         query, key = key, query
     if key.shape[-2] != seq or query.shape[-2] % seq:
         return None
     if query.shape[-2] != seq:
         groups = query.shape[-2] // seq
-        order = _row_order(recording, index, rows=query.shape[-2], columns=seq, seq=seq)
+        order = _row_order(recording, index, rows=query.shape[-2], columns=seq, seq=seq, turned=turned)
         if order is None:
             return None
         parted = query.unflatten(-2, (seq, groups)).transpose(-2, -3) if order == "tokens first" else query.unflatten(-2, (groups, seq))
@@ -97,8 +98,9 @@ def _behind(recording: Recording, index: int, storages: set[int], names: Contain
     return found
 
 
-def _row_order(recording: Recording, index: int, *, rows: int, columns: int, seq: int) -> str | None:
-    """How several heads and the tokens share the rows of a product, by the shape it is viewed as next."""
+def _row_order(recording: Recording, index: int, *, rows: int, columns: int, seq: int, turned: bool) -> str | None:
+    """How several heads and the tokens share the rows of a product, by the shape it is viewed as next; `turned`: they are its
+    columns, and the keys its rows."""
     written = {info.storage for info in recording.events[index].outputs}
     for event in recording.events[index + 1 : index + 1 + LOOK_AHEAD]:
         if event.op not in VIEWS or not event.inputs or event.inputs[0].storage not in written or not event.outputs:
@@ -107,6 +109,7 @@ def _row_order(recording: Recording, index: int, *, rows: int, columns: int, seq
         for end in range(len(sizes), 0, -1):
             for start in range(end):
                 part = sizes[start:end]
-                if prod(part) == rows and seq in part and len(part) > 1 and columns in sizes[:start] + sizes[end:]:
+                others = sizes[:start] if turned else sizes[end:]
+                if prod(part) == rows and seq in part and len(part) > 1 and columns in others:
                     return "tokens first" if part[0] == seq else "heads first" if part[-1] == seq else None
     return None

@@ -22,6 +22,7 @@ from .tracer import Recording, record
 # Tables are known by the names that people give their buffers.
 TABLE = re.compile(r"cos|sin|freqs|rope|rotary", re.IGNORECASE)
 SEQ_LENS = (47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7)
+OF_LENGTH_1 = 2e-2  # cosines and sines may have been rounded to 8 bits
 # Ops that only move values: behind them stands the op that made the values.
 MOVES = ("expand", "view", "_unsafe_view", "transpose", "permute", "clone", "unsqueeze", "squeeze", "alias", "slice", "reshape", "t", "_to_copy",
          "contiguous", "select", "index", "copy_", "cat", "stack", "unflatten", "split", "detach", "view_as_real", "as_strided", "repeat")  # fmt: skip
@@ -81,7 +82,7 @@ def trace_case(twin: Subject, case: Case) -> Recording:
     """A recording of one run with its tensors."""
     with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]), own_code(twin, case):
         set_seed(twin.seed)
-        return record(twin.model, lambda: twin.call(case), keep=True)
+        return record(twin.model, lambda: twin.at_once.call(case), keep=True)
 
 
 def attentions(recording: Recording, seq: int) -> list[Scores]:
@@ -95,6 +96,8 @@ def attentions(recording: Recording, seq: int) -> list[Scores]:
             if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.ndim != 4 or len(query) != 1:
                 continue
             query, key, value = query[0], key[0], value[0] if isinstance(value, Tensor) else None
+            if query.shape[-2] == seq < key.shape[-2]:  # a cache with room for more: the first places are these tokens'
+                key, value = key[:, :seq], None if value is None else value[:, :seq]
         elif (product := product_at(recording, index, seq)) is not None:
             query, key = product.query, product.key
             place = _values(recording, index, seq)
@@ -160,7 +163,38 @@ def angle_tables(recording: Recording, seq: int) -> list[Angles]:
             _add(found, rows.real.double(), rows.imag.double(), recording, index, name)
         elif "cos" in name and (partner := tables.get(name.replace("cos", "sin"))) is not None and partner[1].shape == rows.shape:
             _add(found, rows.double(), partner[1].double(), recording, index, name)
+    if not found:
+        _multiplied(found, recording, seq)
     return found
+
+
+def _multiplied(found: list[Angles], recording: Recording, seq: int) -> None:
+    """Adds the tables that states are multiplied with and whose values are what they are known by: complex numbers of length
+    1, matrices that turn, or two tables whose squares add up to 1."""
+    plain: list[tuple[int, Tensor]] = []
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        if event.op not in ("mul", "mul_") or len(kept.inputs) < 2:
+            continue
+        small, large = sorted(kept.inputs[:2], key=lambda t: t.numel())
+        flat = small.squeeze()
+        if small.numel() == large.numel() or large.ndim < 3 or flat.ndim < 2 or flat.shape[0] != seq:
+            continue
+        if flat.is_complex() and (rows := _rows(flat, seq)) is not None:
+            _turning(found, rows.real, rows.imag, recording, index)
+        elif flat.is_floating_point() and flat.ndim == 4 and flat.shape[2:] == (2, 2):
+            _turning(found, flat[..., 0, 0], flat[..., 1, 0], recording, index)
+        elif (rows := _rows(flat, seq)) is not None:
+            for _, other in plain:
+                if other.shape == rows.shape:
+                    cos, sin = (other, rows) if float(other[0].abs().min()) > float(rows[0].abs().max()) else (rows, other)
+                    _turning(found, cos, sin, recording, index)
+            plain.append((index, rows))
+
+
+def _turning(found: list[Angles], cos: Tensor, sin: Tensor, recording: Recording, index: int) -> None:
+    cos, sin = cos.double(), sin.double()
+    if float((cos.square() + sin.square() - 1).abs().max()) < OF_LENGTH_1 and float((cos - cos[:1]).abs().max()) > OF_LENGTH_1:
+        _add(found, cos, sin, recording, index, None)
 
 
 def table_factor(recording: Recording, table: Angles, seq: int) -> float | None:
@@ -217,7 +251,7 @@ def projected(recording: Recording, index: int, operand: int) -> Tensor | None:
 
 def _values(recording: Recording, index: int, seq: int) -> tuple[int, int] | None:
     """The op in which the weights of eager attention meet the values next, and which operand these are."""
-    for later in range(index + 1, min(index + 40, len(recording.events))):
+    for later in range(index + 1, min(index + 80, len(recording.events))):
         event, inputs = recording.events[later], recording.kept[later].inputs
         if event.op == "bmm" and inputs[0].shape[-1] == seq and inputs[0].shape[-2] % seq == 0 and inputs[1].shape[-2] == seq:
             return later, 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from ..composites import in_parts
 from ..records import Event, ModuleCall, TensorInfo
 from ..sources import Sources, Spot
 from .copies import Copies, info, on_host
@@ -169,6 +170,8 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.copying:
             return func(*args, **kwargs)
+        if (parts := in_parts(self, func, args, kwargs)) is not NotImplemented:
+            return parts
         recording, storages = self.recording, self.storages
         tensors = _operands(args, kwargs)
         op = func.__name__.partition(".")[0] if hasattr(func, "__name__") else str(func)

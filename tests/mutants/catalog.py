@@ -58,6 +58,7 @@ _BASES = {
     "heads": "heads_style",
     "course": "course_style",
     "torchnn": "torchnn_style",
+    "serving": "serving_style",
 }
 
 
