@@ -188,3 +188,31 @@ def test_experts_are_mapped_however_they_are_stored(matrices: tuple[tuple[str, s
     report = compare(subject, reference_of("transformers:MixtralForCausalLM", subject))
     assert report.findings == ()
     assert report.sections["implementations"]["gradients"]["compared"] >= 50
+
+
+@pytest.mark.parametrize(
+    ("edit", "function", "cause"),
+    [
+        (("return xq_out, xk_out", "return xq_out, xk"), "attention", "k is not turned by the angles of RoPE"),
+        (
+            (
+                "xk_out_r = xk_r * cos - xk_i * sin\n    xk_out_i = xk_r * sin + xk_i * cos",
+                "xk_out_r = xk_r * cos + xk_i * sin\n    xk_out_i = xk_i * cos - xk_r * sin",
+            ),
+            "apply_rotary_emb",
+            "k is turned the other way",
+        ),
+        (
+            ("normed = rms_norm(h, self.ffn_norm, self.norm_eps)", "normed = h"),
+            "TransformerBlock.forward",
+            "layers.0.ffn_norm is never read",
+        ),
+    ],
+    ids=["k not turned", "k turned the other way", "norm left out"],
+)
+def test_what_the_reference_does_and_the_subject_does_not(edit: tuple[str, str], function: str, cause: str, tmp_path: Path) -> None:
+    base = subject_of(CLEAN / "llama_style.py", "build")
+    report = compare(subject_of(_edited(tmp_path, edit), "build"), reference_of("transformers:LlamaForCausalLM", base))
+    (finding,) = report.findings
+    assert finding.where.function == function
+    assert cause in (finding.cause or "")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +222,86 @@ def norm_of_queries(parting: Parting) -> Cause | None:
     )
 
 
+# What multiplies queries with keys.
+SCORES = ("bmm", "matmul", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "baddbmm")
+
+
+def turned_at_all(parting: Parting) -> Cause | None:
+    """q or k that goes into the scores as it was projected, or is turned the other way, where the reference turns both."""
+    left, right = parting.left, parting.right
+    tables = angle_tables(right.recording, right.seq)
+    layer = next((s.partition(".")[0] for s in parting.aligned.weights if s.endswith(".q.weight")), None)
+    if not tables or layer is None or f"{layer}.k.weight" not in parting.aligned.weights:
+        return None
+    table = tables[0]
+    back = replace(table, sin=-table.sin)
+    states: dict[str, str] = {}
+    for kind in ("q", "k"):
+        if not any(
+            _goes_on(right, rope(x, table), parting.limit) for x in _projected(parting, right, layer, kind) for rope in (_halves, _pairs)
+        ):
+            return None
+        mine = list(_projected(parting, left, layer, kind))
+        if any(_goes_on(left, rope(x, table), parting.limit) for x in mine for rope in (_halves, _pairs)):
+            states[kind] = "turned"
+        elif any(_goes_on(left, rope(x, back), parting.limit) for x in mine for rope in (_halves, _pairs)):
+            states[kind] = "turned the other way"
+        elif any(_scored(left, x) for x in mine):
+            states[kind] = "not turned"
+        else:
+            return None
+    wrong = {kind: state for kind, state in states.items() if state != "turned"}
+    if not wrong:
+        return None
+    both = set(states.values()) != {"turned"} and len(set(states.values())) == 1
+    words = f"q and k are {states['q']}" if both else " and ".join(f"{kind} is {state}" for kind, state in wrong.items())
+    missing = "not turned" in wrong.values()
+    return Cause(
+        name="RoPE missing" if missing else "RoPE direction",
+        text=f"{words} by the angles of RoPE where the reference turns both forward; seen on the captured projections",
+        fix="apply RoPE to q and to k" if missing else "x * cos + rotate_half(x) * sin, where rotate_half gives (-x2, x1)",
+        spot=parting.spot(parting.node),
+        module=left.event(parting.node).where.module,
+    )
+
+
+def _goes_on(graph: Graph, value: Tensor, limit: float) -> bool:
+    """Whether the logits are made of this tensor."""
+    columns = columns_of(value, batch=graph.batch, seq=graph.seq)
+    return columns is not None and any(n.leads and n.columns is not None and same(columns, n.columns, limit) for n in graph.nodes)
+
+
+def _projected(parting: Parting, graph: Graph, layer: str, kind: str) -> Iterator[Tensor]:
+    """What the projection to q or to k gave, and what became of it while it had no heads yet, `[batch, seq, heads, width]`."""
+    aligned = parting.aligned
+    layout = (aligned.left if graph is parting.left else aligned.right).layout
+    heads = layout.heads
+    query = aligned.weights[f"{layer}.q.weight"]
+    slot = f"{layer}.{kind}.weight"
+    if not heads or query.shape[0] % heads or layout.slots[slot].rows is not None:
+        return
+    width = query.shape[0] // heads
+    size = graph.batch * graph.seq * aligned.weights[slot].shape[0]
+    for use in [i for i, read in weights_read(graph, layout) if read == slot][:1]:
+        for node in graph.nodes[use : use + 4]:
+            if node.data and node.tensor.numel() == size:
+                rows = positions_first(node.tensor, batch=graph.batch, seq=graph.seq)
+                if rows is not None and rows.shape[0] == graph.batch * graph.seq:
+                    yield rows.double().reshape(graph.batch, graph.seq, -1, width)
+
+
+def _scored(graph: Graph, value: Tensor) -> bool:
+    """Whether a product of queries with keys reads this tensor, or a multiple of it."""
+    columns = columns_of(value, batch=graph.batch, seq=graph.seq)
+    read = {source for i, node in enumerate(graph.nodes) if graph.event(i).op in SCORES for source in node.inputs}
+    for held in (graph.nodes[source].columns for source in read):
+        if columns is not None and held is not None and columns.matrix.shape == held.matrix.shape:
+            scaled = columns_of(value * (held.scale / columns.scale), batch=graph.batch, seq=graph.seq)
+            if scaled is not None and same(scaled, held, TABLE_LIMIT):
+                return True
+    return False
+
+
 def _wide(graph: Graph, index: int, aligned: Aligned) -> bool:
     node = graph.nodes[index]
     width = next(t.shape[0] for s, t in aligned.weights.items() if s.endswith(".q.weight"))
@@ -269,5 +350,6 @@ def _pairs(x: Tensor, table: Angles) -> Tensor:
 ON_ROTATION: dict[str, Callable[[Parting], Cause | None]] = {
     "theta, exponent or scaling of RoPE": angles,
     "how much of a head RoPE turns (partial rotary)": rotated_width,
+    "whether RoPE turns q and k, and which way": turned_at_all,
     "norm of q and k before or after RoPE, over a head or over all": norm_of_queries,
 }

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sources import Spot, code_of
 from .anchors import Graph, same
@@ -77,14 +77,17 @@ def _user(parting: Parting, node: int, parameter: str) -> tuple[Spot | None, str
     owner = model.get_submodule(module)
     if not any(True for _ in owner.children()):
         return caller(graph, graph.nodes[node].event)
+    spot = _line_naming(owner, parameter.removeprefix(f"{module}.").split(".")[0])
+    return spot or graph.recording.spots[graph.nodes[node].event], module
+
+
+def _line_naming(owner: nn.Module, name: str) -> Spot | None:
+    """The last line of a module's forward that names one of its attributes, its first line where none does."""
     code = code_of(type(owner).forward)
     if code is None:
-        return graph.recording.spots[graph.nodes[node].event], module
-    leaf = parameter.removeprefix(f"{module}.").split(".")[0]
-    lines = inspect.getsourcelines(code)[0]
-    named = [number for number, text in enumerate(lines) if re.search(rf"\b{re.escape(leaf)}\b", text)]
-    line = code.co_firstlineno + (named[-1] if named else 0)
-    return Spot(code, 0, line), module
+        return None
+    named = [number for number, text in enumerate(inspect.getsourcelines(code)[0]) if re.search(rf"\b{re.escape(name)}\b", text)]
+    return Spot(code, 0, code.co_firstlineno + (named[-1] if named else 0))
 
 
 def _bias(parting: Parting, slot: str) -> Tensor | float:
@@ -108,7 +111,7 @@ def missing_norm(parting: Parting) -> Cause | None:
             name="final norm missing" if slot.startswith("norm.") else "norm missing",
             text=f"{what} is left out: {name} is never read, and what the reference normalises goes on as it is",
             fix=f"apply the norm of {name} before the next projection",
-            spot=_function_that_should(parting, source),
+            spot=_call_inside(parting, source, name) or _function_that_should(parting, source),
             module=parting.left.event(source).where.module,
         )
     return None
@@ -139,6 +142,18 @@ def _consumer_reads_input(parting: Parting, norm: int) -> int | None:
 def _equal(graph: Graph, one: int, other: int, limit: float) -> bool:
     a, b = graph.nodes[one].columns, graph.nodes[other].columns
     return one == other or (a is not None and b is not None and same(a, b, limit))
+
+
+def _call_inside(parting: Parting, node: int, norm: str) -> Spot | None:
+    """The line that calls the child in which an op runs, in the forward of the module that holds a norm: where the norm belongs."""
+    model = parting.aligned.left.subject.model
+    holder = norm.rpartition(".")[0]
+    if not any(True for _ in model.get_submodule(holder).children()):  # a module of its own, not a parameter of the block
+        holder = holder.rpartition(".")[0]
+    module = parting.left.event(node).where.module
+    if not holder or not module.startswith(f"{holder}."):
+        return None
+    return _line_naming(model.get_submodule(holder), module.removeprefix(f"{holder}.").partition(".")[0])
 
 
 def _function_that_should(parting: Parting, node: int) -> Spot | None:
