@@ -101,6 +101,16 @@ def test_a_subject_that_fails_in_a_step_is_a_finding(tmp_path: Path, texts: Path
     assert len(body["sections"]["training"]["runs"][0]["steps"]) >= 2
 
 
+def test_a_subject_that_fails_while_it_is_evaluated_is_a_finding(tmp_path: Path, texts: Path) -> None:
+    longest = "hidden = self.embed(input_ids if input_ids.shape[1] < 16 else input_ids[:, 0, 0])"
+    (tmp_path / "m.py").write_text(textwrap.dedent(MODEL.format(what="pass")).replace("hidden = self.embed(input_ids)", longest))
+    done = run(tmp_path, "m.py:Tiny", "--data", texts, "--steps", "2", "--json", tmp_path / "r.json", *SMALL)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = next(f for f in report_of(tmp_path / "r.json")["findings"] if f["severity"] == "error")
+    assert found["probe"] == "train.runs" and found["message"].startswith("validation perplexity before training raises")
+    assert found["where"]["file"].endswith("m.py")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -87,11 +87,11 @@ def _holders(holders: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
     yield line("")
     yield line(("the largest at the peak", "dim"))
     for holder in holders[:MOST_HOLDERS]:
-        shape = f"{holder['dtype']}[{','.join(map(str, holder['shape']))}]" if holder["shape"] else ""
+        shape = f" {holder['dtype']}[{','.join(map(str, holder['shape']))}]" if holder["shape"] else ""
         count = f"{holder['count']} x " if holder["count"] > 1 else ""
         place = f", {holder['file']}:{holder['line']}" if holder["file"] else ""
         module = f" in {holder['module']}" if holder["module"] and holder["module"] != "(model)" else ""
-        text = f"{count}{holder['op']} {shape}{module}, {holder['born']}{place}"
+        text = f"{count}{holder['op']}{shape}{module}, {holder['born']}{place}"
         yield line(text, head=f"  {bytes_text(holder['bytes']):>10}  ", indent=14)
 
 

@@ -8,6 +8,8 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ SAMPLE_TEMPERATURE = 0.8
 def run(order: dict[str, Any], tell: Tell) -> None:
     """Train one subject as ordered."""
     from ..errors import OlmodebugError
+    from ..load import SubjectCodeError
+    from ..report import plain
 
     if order["world"]["size"] > 1:
         import torch
@@ -29,6 +33,34 @@ def run(order: dict[str, Any], tell: Tell) -> None:
         _run(order, tell)
     except OlmodebugError as error:
         tell("unusable", text=str(error))
+    except SubjectCodeError as error:
+        tell("failed", finding=plain(_raising(error, error.stage)), stopped="raised")
+
+
+@contextmanager
+def _of_the_subject(subject: Any, what: str) -> Iterator[None]:
+    """What the subject's own code raises inside is SubjectCodeError; anything else is a fault of ours and goes on."""
+    from ..errors import OlmodebugError
+    from ..load import SubjectCodeError
+
+    try:
+        yield
+    except OlmodebugError:
+        raise
+    except Exception as error:
+        if subject.sources.spot_of(error) is None:
+            raise
+        raise SubjectCodeError(what, subject=subject) from error
+
+
+def _raising(error: Any, what: str) -> Any:
+    """The finding on what the subject's code raised."""
+    from ..explain import explain
+    from ..report import Finding
+
+    finding = explain(error).finding()
+    values = {name: getattr(finding, name) for name in Finding.__dataclass_fields__}
+    return Finding(**{**values, "probe": "train.runs", "message": f"{what} raises: {finding.message}"})
 
 
 def _run(order: dict[str, Any], tell: Tell) -> None:
@@ -129,10 +161,9 @@ def _must_fit(subject: Any, dataset: Any) -> None:
 
 
 def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe: Any, dtype: str, head: Any, started: float) -> None:
-    from ..explain import explain
     from ..group import lost_a_peer
     from ..load import SubjectCodeError
-    from ..report import Finding, plain
+    from ..report import plain
     from ..spec import Job, resolve
     from .diagnose_step import diagnose
     from .head import as_case, find_head
@@ -149,11 +180,16 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
 
     def evaluate(part: str, when: str) -> None:
         tell("start", step=f"{part} perplexity {when}")
-        tell("evaluated", part=part, when=when, value=_evaluated(subject, dataset, part, head, recipe.seq_len))
+        with _of_the_subject(subject, f"{part} perplexity {when} training"):
+            tell("evaluated", part=part, when=when, value=_evaluated(subject, dataset, part, head, recipe.seq_len))
+
+    def sample(when: str) -> None:
+        with _of_the_subject(subject, f"writing a sample {when} training"):
+            tell("sample", when=when, value=_sample(subject, dataset))
 
     if leads:
         evaluate("validation", "before")
-        tell("sample", when="before", value=_sample(subject, dataset))
+        sample("before")
     tell("start", step="meeting the other ranks" if order["world"]["size"] > 1 else "train.runs")
     world = join_world({**order, "dtype": dtype})
     options = Options(
@@ -180,10 +216,7 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
             return
         error = SubjectCodeError("training step", subject=subject, case=as_case(failed.batch[:2]))
         error.__cause__ = cause
-        finding = explain(error).finding()
-        values = {name: getattr(finding, name) for name in Finding.__dataclass_fields__}
-        values |= {"probe": "train.runs", "message": f"step {failed.step + 1} raises: {finding.message}"}
-        tell("failed", finding=plain(Finding(**values)), stopped="raised")
+        tell("failed", finding=plain(_raising(error, f"step {failed.step + 1}")), stopped="raised")
         _raised(tell, failed, cause)
         return
     ended = _ended(ending, subject, head, recipe, dtype)
@@ -208,7 +241,7 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
         return
     for part in ("validation", "test"):
         evaluate(part, "after")
-    tell("sample", when="after", value=_sample(subject, dataset))
+    sample("after")
     tell("start", step="train.checkpoint")
     _checkpoint(tell, subject, dataset, folder / "checkpoint")
 
