@@ -43,6 +43,7 @@ class Notes:
 
     def watch(self, guarded: Callable[[Callable[..., None]], Callable[..., None]] = lambda hook: hook) -> list[Any]:
         """Hooks on every module, as handles that remove them; `guarded` may wrap each hook."""
+        self._trial = is_trial()  # of a call that has begun already
         handles: list[Any] = [self.model.register_forward_pre_hook(guarded(self._begun), prepend=True, with_kwargs=True)]
         for name, module in self.model.named_modules():
             if (plain_name(name) or module is self.model) and not isinstance(module, LeftOut):
