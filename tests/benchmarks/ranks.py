@@ -13,15 +13,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from olmodebug.errors import UsageError
 from olmodebug.ranks.calls import Collective
+from olmodebug.ranks.parallel import STRATEGIES
 from olmodebug.ranks.record import RankWriter, read_records
 from olmodebug.ranks.replicas import first_unlike_collectives, unlike_replicas
-from tests.mutants import parallel
-from tests.test_ranks import MODEL, step_on
+from olmodebug.report import Report
+from tests.mutants import mixed, parallel, pipeline
+from tests.test_ranks import MODEL, mingled, piped, step_on
 
 SPECS = (
     "olmo1-tiny",
@@ -35,14 +41,21 @@ RANKS = (2, 8, 32, 128, 512, 1024)
 TENSORS = 300  # about the weights of a 32-layer model
 
 
+KINDS: tuple[tuple[Any, Callable[[str], Report]], ...] = (
+    (parallel, lambda wrap: step_on(MODEL, wrap=wrap)),
+    (pipeline, piped),
+    (mixed, mingled),
+)
+
+
 def matrix(only: str) -> None:
     found = placed = explained = total = alarms = clean = 0
     print("| step | row | found | place | cause | seconds |\n|---|---|---|---|---|---|")
-    for mutant in parallel.MUTANTS:
+    for mutant, run in ((mutant, run) for kind, run in KINDS for mutant in kind.MUTANTS):
         if not re.search(only, mutant.wrap):
             continue
         started = time.perf_counter()
-        errors = step_on(MODEL, wrap=mutant.wrap).of("error")
+        errors = run(mutant.wrap).of("error")
         first = errors[0] if errors else None
         is_found = first is not None and first.probe == mutant.probe
         is_placed = is_found and first is not None and mutant.place in f"{first.where.module} {first.where.function} {first.where.op}"
@@ -50,16 +63,23 @@ def matrix(only: str) -> None:
         found, placed, explained, total = found + is_found, placed + is_placed, explained + is_explained, total + 1
         words = ["yes" if mark else "no" for mark in (is_found, is_placed, is_explained)]
         print(f"| {mutant.wrap} | {mutant.row} | {' | '.join(words)} | {time.perf_counter() - started:.1f} |", flush=True)
-    rows = [(f"{spec} {strategy}", spec, strategy, None) for spec in SPECS for strategy in ("ddp", "fsdp", "tp")]
-    rows += [(f"nanoGPT style {wrap}", MODEL, "ddp", wrap) for wrap in parallel.CLEAN]
-    for name, spec, strategy, wrap in rows:
+    print("\n| clean step | finding | seconds |\n|---|---|---|")
+    rows: list[tuple[str, Callable[[], Report]]] = [
+        (f"{spec} {strategy}", partial(step_on, spec, strategy=strategy)) for spec in SPECS for strategy in STRATEGIES
+    ]
+    rows += [(wrap, partial(run, wrap)) for kind, run in KINDS for wrap in kind.CLEAN]
+    for name, step in rows:
         if not re.search(only, name):
             continue
         started = time.perf_counter()
-        findings = step_on(spec, strategy=strategy, wrap=wrap).findings
+        try:
+            findings = step().findings
+        except UsageError as error:
+            print(f"| {name} | refused: {error} | {time.perf_counter() - started:.1f} |", flush=True)
+            continue
         clean, alarms = clean + 1, alarms + bool(findings)
         words_ = "; ".join(finding.message for finding in findings) or "clean"
-        print(f"| {name} | - | {words_} | - | - | {time.perf_counter() - started:.1f} |", flush=True)
+        print(f"| {name} | {words_} | {time.perf_counter() - started:.1f} |", flush=True)
     print(f"\nbroken: {found} of {total} found, {placed} at the right place, {explained} with the right words")
     print(f"clean: {alarms} of {clean} with a finding")
 
