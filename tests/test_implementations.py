@@ -216,3 +216,27 @@ def test_what_the_reference_does_and_the_subject_does_not(edit: tuple[str, str],
     (finding,) = report.findings
     assert finding.where.function == function
     assert cause in (finding.cause or "")
+
+
+def test_a_forward_without_gradients_is_compared_in_its_logits_alone(tmp_path: Path) -> None:
+    base = subject_of(CLEAN / "llama_style.py", "build")
+    path = _edited(tmp_path, ("    def forward(self, tokens):", "    @torch.inference_mode()\n    def forward(self, tokens):"))
+    report = compare(subject_of(path, "build"), reference_of("transformers:LlamaForCausalLM", base))
+    assert report.findings == ()
+    reasons = {outcome.probe: outcome.reason for outcome in report.outcomes if outcome.status == "skipped"}
+    assert "inference_mode" in (reasons["parity.gradients"] or "")
+
+
+def test_a_fused_projection_in_metas_manner_is_divided(tmp_path: Path) -> None:
+    base = subject_of(CLEAN / "llama_style.py", "build")
+    fused = (
+        ("self.wq = nn.Linear(args.dim, args.n_heads * self.head_dim, bias=False)", "kv = args.n_kv_heads * self.head_dim"),
+        ("self.wk = nn.Linear(args.dim, args.n_kv_heads * self.head_dim, bias=False)", "self.sizes = (args.dim, kv, kv)"),
+        (
+            "self.wv = nn.Linear(args.dim, args.n_kv_heads * self.head_dim, bias=False)",
+            "self.wqkv = nn.Linear(args.dim, args.dim + 2 * kv, bias=False)",
+        ),
+        ("xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)", "xq, xk, xv = self.wqkv(x).split(self.sizes, dim=-1)"),
+    )
+    report = compare(subject_of(_edited(tmp_path, *fused), "build"), reference_of("transformers:LlamaForCausalLM", base))
+    assert report.findings == ()

@@ -36,8 +36,12 @@ class GradientGap:
     module: str = ""
 
 
+class NoGradients(Exception):
+    """A forward whose logits no gradient flows back from: it runs under no_grad or inference_mode. The text names the side."""
+
+
 def gradient_gap(aligned: Aligned) -> GradientGap:
-    """Compare the losses and all gradients of both sides."""
+    """Compare the losses and all gradients of both sides; NoGradients where one has none."""
     mine, theirs = _run(aligned, aligned.left), _run(aligned, aligned.right)
     differing, largest = _differing(aligned, mine[1], theirs[1])
     gap = GradientGap(
@@ -63,6 +67,9 @@ def _run(aligned: Aligned, side: Side, mode: "_LetThrough | None" = None) -> tup
     with settled(subject.model, seed=subject.seed), quiet(), torch.enable_grad(), own_code(subject, case, stage="backward"):
         subject.model.eval()
         output = _call(lambda: subject.call(case if needs else replace(case, labels=None)), mode)
+        if not output.logits.requires_grad:
+            which = "subject" if side is aligned.left else "reference"
+            raise NoGradients(f"no gradient flows through the forward of the {which}: it runs under no_grad or inference_mode")
         loss = _shifted(output.logits, case.input_ids)
         loss.backward()
         once = [s for s in aligned.left.layout.slots if not (s in aligned.left.layout.tied and s in aligned.right.layout.tied)]

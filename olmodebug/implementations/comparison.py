@@ -25,7 +25,7 @@ from ..subject import Subject
 from .aligned import Aligned, Side, align
 from .alone import script_of
 from .anchors import Graph, first_bad, last_leading, positions_first
-from .backward import GradientGap, gradient_gap
+from .backward import GradientGap, NoGradients, gradient_gap
 from .captured import ON_TENSORS, Parting, differing_eps, eps_cause
 from .casts import cast_order
 from .hypotheses import ON_WEIGHTS, Cause
@@ -64,21 +64,25 @@ def compare(
     gap = aligned.gap()
     tried: list[tuple[str, bool]] = []
     gradients: GradientGap | None = None
+    unasked = "the outputs differ already"
     if gap is not None:
         verdict = locate(aligned, gap)
         tried = verdict.tried
         findings.append(_output_finding(aligned, verdict, scripts))
     else:
         findings += _argument_findings(aligned)
-        gradients = gradient_gap(aligned)
-        findings += _gradient_findings(aligned, gradients, findings)
-    probes = (WEIGHTS, OUTPUTS) + ((ARGUMENTS, GRADIENTS) if gap is None else ())
+        try:
+            gradients = gradient_gap(aligned)
+            findings += _gradient_findings(aligned, gradients, findings)
+        except NoGradients as error:
+            unasked = str(error)
+    probes = (WEIGHTS, OUTPUTS) + ((ARGUMENTS,) if gap is None else ()) + ((GRADIENTS,) if gradients is not None else ())
     failed = {f.probe for f in findings if f.severity == "error"}
     return Report(
         subject=left.info(),
         environment=environment(seed=seed, command=command),
         outcomes=tuple(Outcome(probe=name, status="failed" if name in failed else "passed") for name in probes)
-        + (() if gap is None else (Outcome(probe=GRADIENTS, status="skipped", reason="the outputs differ already"),)),
+        + (() if gradients is not None else (Outcome(probe=GRADIENTS, status="skipped", reason=unasked),)),
         findings=merge_by_root(findings),
         sections={"implementations": _section(aligned, gap, gradients, tried)},
         seconds=time.perf_counter() - began,
