@@ -3,18 +3,20 @@
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch.utils.data import DataLoader
 
 from olmodebug.guards.journal import Journal
 from olmodebug.guards.settings import GUARDS
 from olmodebug.guards.watch import Watch
+from olmodebug.report import Finding
 
 VOCAB = 31
 
@@ -438,7 +440,143 @@ def updates_by_hand(*, reset: str) -> None:
                     p.grad.mul_(0.9)  # type: ignore[union-attr]
 
 
-MET_IN_SCRIPTS = (a_padded_batch_through_the_fast_path_of_an_encoder, gradients_that_are_distributed_tensors, wrapper_in_eval_mode_around_a_model_in_train_mode, two_tasks_of_different_sizes, monte_carlo_dropout, hard_examples_chosen_without_gradients,
+def scaler_that_comes_down_from_far() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-40)
+    scaling = torch.amp.GradScaler("cpu", init_scale=2.0**64)
+    for _ in range(50):
+        scaling.scale(loss_of(model, ids()) * 1e30).backward()
+        scaling.step(optimizer)
+        scaling.update()
+        optimizer.zero_grad()
+    assert 1 < scaling.get_scale() < 2.0**34
+
+
+def _grouped(decayed: Callable[[str], bool], *, tied: bool = False) -> list[Finding]:
+    """What is said of weight decay on the parameters of a model with two tables, by their names."""
+    model = Model()
+    model.positions = nn.Embedding(11, 16)
+    tables = nn.ModuleDict({"model": model, "norm": nn.LayerNorm(16)})
+    if tied:
+        model.head.weight = model.embed.weight
+    on = [p for n, p in tables.named_parameters() if decayed(n)]
+    off = [p for n, p in tables.named_parameters() if not decayed(n)]
+    optimizer = torch.optim.AdamW([{"params": on, "weight_decay": 0.1}, {"params": off, "weight_decay": 0.0}])
+    journal = Journal(None)
+    with Watch(GUARDS, journal) as watch:
+        x = model.positions(torch.arange(11)) + model.embed(ids())
+        F.cross_entropy(model.head(model.body(tables["norm"](x))).flatten(0, 1), ids().flatten()).backward()
+        optimizer.step()
+    assert not watch.faults
+    return journal.findings
+
+
+def test_one_table_with_decay_beside_another_without_is_a_note() -> None:
+    (finding,) = _grouped(lambda name: name.endswith("weight") and "positions" not in name and "norm" not in name)
+    assert (finding.probe, finding.severity) == ("loop.norms-undecayed", "note")
+    assert finding.message.startswith("1 embedding table in a group with weight decay, beside a group without: model.embed.weight")
+    (both,) = _grouped(lambda name: name.endswith("weight") and "positions" not in name)
+    assert both.message.startswith("1 norm weight and 1 embedding table in a group")
+
+
+def test_tables_that_are_all_decayed_or_tied_to_the_head_are_silent() -> None:
+    assert not _grouped(lambda name: name.endswith("weight") and "norm" not in name)
+    assert not _grouped(lambda name: name.endswith("weight") and "positions" not in name and "norm" not in name, tied=True)
+    assert not _grouped(lambda name: name.endswith("weight") and not any(n in name for n in ("positions", "embed", "norm")))
+
+
+def _scaled(steps: int, guards: tuple[str, ...]) -> list[Finding]:
+    """A loss whose gradient is infinite at any scale, under a loss scaler."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    journal = Journal(None)
+    with Watch(guards, journal) as watch:
+        for _ in range(steps):
+            distance = model.embed.weight - model.embed.weight.detach()
+            loss = loss_of(model, ids()) + distance.pow(2).sum().sqrt()
+            scaling.scale(loss).backward()
+            scaling.step(optimizer)
+            scaling.update()
+            optimizer.zero_grad()
+    assert not watch.faults
+    return journal.findings
+
+
+def test_a_scaler_that_never_recovers_is_told_with_the_birth_behind_it() -> None:
+    assert not _scaled(20, GUARDS)
+    (finding,) = _scaled(26, GUARDS)
+    assert (finding.probe, finding.severity) == ("loop.scaler-recovers", "error")
+    assert finding.source and "scaling.step(optimizer)" in str(finding.source)
+    line = next(n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "distance.pow(2).sum().sqrt()" in text)
+    assert finding.cause is not None and f"test_guard_controls.py:{line} (SqrtBackward0)" in finding.cause
+    assert finding.cause.endswith("the derivative of sqrt at 0 is infinite")
+    (without,) = _scaled(26, ("loop",))
+    assert without.cause is None
+
+
+class Checkpointed(nn.Module):
+    """A frozen embedding before a block that is run through `run`, which may see the module, the block, or a list."""
+
+    def __init__(self, run: Callable[["Checkpointed", Tensor], Tensor], *, frozen: bool = True) -> None:
+        super().__init__()
+        self.embed, self.block, self.head, self.spare = nn.Embedding(VOCAB, 16), nn.Linear(16, 16), nn.Linear(16, VOCAB), nn.Linear(16, 16)
+        self.blocks = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        self.scale = 0.5
+        self.run = run
+        self.embed.requires_grad_(not frozen)
+        self.spare.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.run(self, self.embed(tokens)))
+
+
+def _calls(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return module(x)
+
+    return forward
+
+
+REENTRANT: dict[str, Callable[[Checkpointed, Tensor], Tensor]] = {
+    "named": lambda model, x: torch.utils.checkpoint.checkpoint(lambda y: model.block(y), x, use_reentrant=True),
+    "closure": lambda model, x: torch.utils.checkpoint.checkpoint(_calls(model.block), x, use_reentrant=True),
+    "method": lambda model, x: torch.utils.checkpoint.checkpoint(model.block.forward, x, use_reentrant=True),
+    "partial": lambda model, x: torch.utils.checkpoint.checkpoint(functools.partial(model.block), x, use_reentrant=True),
+    "sequential": lambda model, x: checkpoint_sequential(model.blocks, 2, x, use_reentrant=True),
+}
+UNTOUCHED: dict[str, Callable[[Checkpointed, Tensor], Tensor]] = {
+    "no-weights": lambda model, x: model.block(torch.utils.checkpoint.checkpoint(lambda y: F.gelu(y) * model.scale, x, use_reentrant=True)),
+    "frozen-block": lambda model, x: model.block(torch.utils.checkpoint.checkpoint(lambda y: model.spare(y), x, use_reentrant=True)),
+    "not-reentrant": lambda model, x: torch.utils.checkpoint.checkpoint(lambda y: model.block(y), x, use_reentrant=False),
+}
+
+
+def _checkpointed(run: Callable[[Checkpointed, Tensor], Tensor], *, frozen: bool) -> list[Finding]:
+    model, journal = Checkpointed(run, frozen=frozen), Journal(None)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    with Watch(GUARDS, journal) as watch:
+        train(model, optimizer, 4)
+    assert not watch.faults
+    return journal.findings
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("way", REENTRANT)
+def test_reentrant_checkpointing_over_frozen_inputs_is_told_however_the_block_is_called(way: str) -> None:
+    (finding,) = _checkpointed(REENTRANT[way], frozen=True)
+    assert (finding.probe, finding.severity) == ("loop.checkpoint-reaches-weights", "error")
+    assert "2 parameters of Linear get no gradient" in finding.message or way == "sequential"
+    assert not _checkpointed(REENTRANT[way], frozen=False)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("way", UNTOUCHED)
+def test_checkpointing_that_loses_no_gradient_is_silent(way: str) -> None:
+    assert not _checkpointed(UNTOUCHED[way], frozen=True)
+
+
+MET_IN_SCRIPTS = (scaler_that_comes_down_from_far, a_padded_batch_through_the_fast_path_of_an_encoder, gradients_that_are_distributed_tensors, wrapper_in_eval_mode_around_a_model_in_train_mode, two_tasks_of_different_sizes, monte_carlo_dropout, hard_examples_chosen_without_gradients,
        bfloat16_weights_with_compensation, one_part_updated_by_hand, one_scaler_for_two_optimizers, loss_scaled_by_hand,
        low_precision_copy_and_master_weights, rolled_by_a_negative_index)  # fmt: skip
 

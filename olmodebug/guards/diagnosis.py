@@ -137,8 +137,9 @@ def _same_data(journals: list[list[Event]]) -> list[Finding]:
     for events in journals:
         start = next((e for e in events if e["event"] == "start"), {})
         batches = next((e for e in events if e["event"] == "batches" and e["replicated"]), None)
-        if batches is not None and start.get("rank") is not None and len({str(s) for s in batches["steps"]}) == len(batches["steps"]):
-            seen.setdefault(str(batches["steps"]), []).append(start["rank"])
+        rank = start.get("rank") if batches is None else batches.get("rank", start.get("rank"))
+        if batches is not None and rank is not None and len({str(s) for s in batches["steps"]}) == len(batches["steps"]):
+            seen.setdefault(str(batches["steps"]), []).append(rank)
     found = []
     for ranks in seen.values():
         if len(ranks) < 2:

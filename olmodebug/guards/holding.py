@@ -111,22 +111,32 @@ class Holding:
         if len(decays) < 2 or 0.0 not in decays:
             return
         names = {id(p): n for root in self.watch.models.roots() for n, p in root.named_parameters()}
-        wrong = [
-            names.get(id(p), "?")
-            for group in optimizer.param_groups
-            if float(group.get("weight_decay", 0.0)) > 0
-            for p in group["params"]
-            if p.ndim == 1 and "norm" in names.get(id(p), "").lower()
-        ]
+        tables = _lookup_tables(self.watch.models.roots())
+        decayed = [(p, float(g.get("weight_decay", 0.0)) > 0) for g in optimizer.param_groups for p in g["params"]]
+        norms = [names.get(id(p), "?") for p, on in decayed if on and p.ndim == 1 and "norm" in names.get(id(p), "").lower()]
+        some = any(not on and id(p) in tables for p, on in decayed)  # one table without decay shows that tables were meant
+        embeddings = [names.get(id(p), "?") for p, on in decayed if some and on and id(p) in tables]
+        wrong = [*norms, *embeddings]
+        counts = [plural(len(group), what) for group, what in ((norms, "norm weight"), (embeddings, "embedding table")) if group]
         if wrong:
             where = where_of(self.made.get(optimizer))
             self.watch.find(
                 Finding(
                     probe=NORMS,
                     severity="note",
-                    message=f"{plural(len(wrong), 'norm weight')} in a group with weight decay, beside a group without: {', '.join(wrong[:NAMES_SHOWN])}",
-                    fix="put one-dimensional parameters into the group with weight_decay 0",
+                    message=f"{' and '.join(counts)} in a group with weight decay, beside a group without: {', '.join(wrong[:NAMES_SHOWN])}",
+                    fix=f"put {'one-dimensional parameters' if norms else 'every embedding table'} into the group with weight_decay 0",
                     where=where,
                     source=lines_at(where),
                 )
             )
+
+
+def _lookup_tables(roots: list[nn.Module]) -> set[int]:
+    """Embeddings that are nothing else: a table that is tied to an output head is a matrix too, and is decayed as one."""
+    places: dict[int, list[bool]] = {}
+    for root in roots:
+        for module in root.modules():
+            for p in module.parameters(recurse=False):
+                places.setdefault(id(p), []).append(isinstance(module, nn.Embedding))
+    return {key for key, kinds in places.items() if all(kinds)}

@@ -21,7 +21,7 @@ from ..report import Finding
 from ..sources import Spot
 from . import place
 from .excerpts import lines_at
-from .gradients import has_plain_gradient
+from .gradients import has_plain_gradient, parameters
 from .origins import Origin, describe, explain_origin, first_birth
 from .undefined import cause_of
 
@@ -267,17 +267,28 @@ class NonFinite:
         """A gradient that is not finite is about to be applied; a loss scaler would not have come here."""
         self.flush()
         self._tell_waiting()
-        if self.origins:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if not has_plain_gradient(parameter):
-                        continue
-                    grad = parameter.grad
-                    origin = self.origins.get(_pointer(grad))
-                    if origin is not None and any(_has(grad)):
-                        self._tell(origin, f"the gradient of {self.watch.name_of_tensor(parameter) or 'a parameter'}")
-                        break
+        origin, parameter = self._of_gradients(optimizer)
+        if origin is not None:
+            self._tell(origin, f"the gradient of {self.watch.name_of_tensor(parameter) or 'a parameter'}")
         self.places.clear()
+
+    def _of_gradients(self, optimizer: Any) -> tuple[Origin | None, Any]:
+        """Where the first gradient that is not finite came from, and its parameter."""
+        for parameter in parameters(optimizer) if self.origins else ():
+            if has_plain_gradient(parameter):
+                origin = self.origins.get(_pointer(parameter.grad))  # type: ignore[arg-type]
+                if origin is not None and any(_has(parameter.grad)):  # type: ignore[arg-type]
+                    return origin, parameter
+        return None, None
+
+    def birth(self, optimizer: Any) -> Origin | None:
+        """The birth behind the gradients of an optimizer, where they are not finite."""
+        self.flush()
+        origin, _ = self._of_gradients(optimizer)
+        if origin is not None:
+            origin = first_birth(origin)
+            self._settle(origin)
+        return origin
 
     def stepped(self, optimizer: Any, spot: Spot | None) -> None:
         self.origins.clear()

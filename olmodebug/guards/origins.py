@@ -42,6 +42,21 @@ def first_birth(origin: Origin) -> Origin:
     return origin
 
 
+def words_of(origin: Origin) -> str:
+    """`inf is born in mul, in the backward of train.py:33 (MulBackward0)`, and its cause where that is established."""
+    where = place.where_of(origin.spot)
+    at = f"{where.file}:{where.line}" if where.file else "an unknown line"
+    if origin.kind == "weights":
+        words = f"`{origin.name}` holds {origin.what}, which {origin.op} reads at {at}"
+    elif origin.kind == "data":
+        words = f"a tensor that no op of this run made holds {origin.what}, which {origin.op} reads at {at}"
+    elif origin.phase == "backward":
+        words = f"{origin.what} is born in {origin.op}, in the backward of {at} ({origin.node})"
+    else:
+        words = f"{origin.what} is born in {origin.op} at {at}"
+    return f"{words}: {origin.cause}" if origin.cause else words
+
+
 def explain_origin(last: Origin, reached: str, *, module: str, step: int, before: int) -> Finding:
     """The finding on an origin that reached the loss or a gradient of a step; `before` optimizer steps had run."""
     origin = first_birth(last)

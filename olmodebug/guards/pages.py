@@ -90,9 +90,10 @@ PAGES: dict[str, str] = {
         A fault it catches: to_empty() without tying again.
         """,
     "loop.norms-undecayed": """
-        Where weight decay is split by groups, norm weights are in the group without.
+        Where weight decay is split by groups, norm weights are in the group without, and embedding tables are all in one kind of group.
 
-        What must hold: no weight called norm stands in a group with decay beside a group without. One group for all is legal and silent.
+        What must hold: no weight called norm stands in a group with decay beside a group without, and no embedding table beside another
+        that is without. One group for all is legal and silent; so is decay on every table, or on one that is tied to the output head.
 
         Why it matters: norm scales drift towards 0.
 

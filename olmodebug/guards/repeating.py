@@ -53,7 +53,8 @@ class Repeating:
         if len(steps) == SAME_BATCHES and not self.told_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
             self.told_ranks = True
             replicated = any(type(root).__name__ == "DistributedDataParallel" for root in self.watch.models.roots())
-            self.watch.journal.tell("batches", steps=[list(step) for step in steps], replicated=replicated)
+            rank = torch.distributed.get_rank()  # mp.spawn sets no RANK before the process starts
+            self.watch.journal.tell("batches", steps=[list(step) for step in steps], replicated=replicated, rank=rank)
         if len(steps) >= SAME_BATCHES:
             self._started_anew()
             self._every_worker_alike()

@@ -1,19 +1,24 @@
 """Silent faults in the order of a training loop: scaling and clipping, schedules, autocast, checkpointing, graphs kept alive."""
 
 import ast
+import dis
 import functools
+import itertools
 import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..sources import OWN, Spot, short_path
+from ..units import plural
+from .gradients import parameters
+from .origins import words_of
 from .place import rank
 
 UNSCALE = "loop.unscale-before-clip"
@@ -55,6 +60,8 @@ class Scheduling:
         self.fast: dict[int, int] = {}
         self.graphs: deque[tuple[int, Any]] = deque(maxlen=256)
         self.skips = 0
+        self.told: set[str] = set()
+        self.checkpointed: list[tuple[Spot | None, Any, list[tuple[str, Any]]]] = []
         self.stepped_in_scaler = False
 
     def listen(self) -> None:
@@ -109,16 +116,28 @@ class Scheduling:
         if not scaler.is_enabled():
             return
         self.skips = 0 if self.stepped_in_scaler else self.skips + 1
-        if self.skips == SKIPS:
-            self.watch.tell(
-                SCALE,
-                "error",
-                spot,
-                f"the loss scaler has skipped {SKIPS} steps in a row: no weight has changed in them",
-                fix="the gradients are not finite at any scale: run with --guard nan, and look at the loss and the data",
-                op="step",
-                evidence={"scale": float(scaler.get_scale())},
-            )
+        if self.skips < SKIPS or SCALE in self.told:
+            return
+        scale = float(scaler.get_scale())
+        if scale > 1:
+            return  # it began far higher than it does by default, and is still coming down
+        self.told.add(SCALE)
+        origin = self.watch.birth(args[0]) if args else None
+        self.watch.tell(
+            SCALE,
+            "error",
+            spot,
+            f"the loss scaler has skipped {self.skips} steps in a row: no weight has changed in them, and the scale of {scale:.3g} is not too high",
+            cause=words_of(origin) if origin is not None else None,
+            fix=(origin.fix if origin is not None else None)
+            or (
+                "mend that line; the scale is not to blame"
+                if origin is not None
+                else "run with --guard nan,loop, and look at the loss and the data"
+            ),
+            op="step",
+            evidence={"scale": scale},
+        )
 
     def finish(self) -> None:
         """Nothing waits for the end."""
@@ -135,6 +154,7 @@ class Scheduling:
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
         self.stepped_in_scaler = True
+        self._look_at_checkpointed(optimizer)
         window = self.windows.get(optimizer)
         if window is None:
             return
@@ -230,20 +250,63 @@ class Scheduling:
         while isinstance(function, functools.partial):
             function = function.func
         owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-        if not isinstance(owner, nn.Module):
+        if isinstance(owner, nn.Module):
+            self._tell_checkpoint(spot, owner, [name for name, p in owner.named_parameters() if p.requires_grad])
             return
-        weights = [name for name, p in owner.named_parameters() if p.requires_grad]
-        if weights:
-            self.watch.tell(
-                CHECKPOINT,
-                "error",
-                spot,
-                f"{len(weights)} parameters of {type(owner).__name__} get no gradient: reentrant checkpointing over inputs that need none",
-                cause="with use_reentrant=True the block runs without a graph, and none of its inputs requires a gradient (frozen embeddings)",
-                fix="use_reentrant=False, or model.enable_input_require_grads()",
-                op="checkpoint",
-                observed=", ".join(weights[:4]),
-            )
+        for taken in _taken(function):
+            weights = [(name, weakref.ref(p)) for name, p in taken.named_parameters() if p.requires_grad]
+            self.checkpointed.append((spot, weakref.ref(taken), weights))
+
+    def _look_at_checkpointed(self, optimizer: Any) -> None:
+        """What a function takes from around it, it may use in part: told of those weights of an optimizer that have no gradient."""
+        waiting, self.checkpointed = self.checkpointed, []
+        held = {id(p) for p in parameters(optimizer)} if waiting else set()
+        for spot, reference, weights in waiting:
+            module = reference()
+            missing = [name for name, weight in weights if (p := weight()) is not None and id(p) in held and p.grad is None]
+            if module is not None:
+                self._tell_checkpoint(spot, module, missing)
+
+    def _tell_checkpoint(self, spot: Spot | None, owner: nn.Module, weights: list[str]) -> None:
+        if not weights:
+            return
+        self.watch.tell(
+            CHECKPOINT,
+            "error",
+            spot,
+            f"{plural(len(weights), 'parameter')} of {type(owner).__name__} get no gradient: reentrant checkpointing over inputs that need none",
+            cause="with use_reentrant=True the block runs without a graph, and none of its inputs requires a gradient (frozen embeddings)",
+            fix="use_reentrant=False, or model.enable_input_require_grads()",
+            op="checkpoint",
+            observed=", ".join(weights[:4]),
+        )
+
+
+def _taken(function: Any) -> list[nn.Module]:
+    """The modules that a function takes from the function around it and calls; of one whose children its code names, those children."""
+    if not isinstance(function, FunctionType):
+        return []
+    code = function.__code__
+    found: list[nn.Module] = []
+    for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        for module in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(module, nn.Module):
+                named = [child for name, child in module.named_children() if name in code.co_names]
+                found += named or ([module] if _is_used_whole(code, variable) else [])
+    return list(dict.fromkeys(found))
+
+
+def _is_used_whole(code: CodeType, variable: str) -> bool:
+    """Whether the code reads a variable for itself, and not only for an attribute of it."""
+    steps = list(dis.get_instructions(code))
+    return any(
+        s.argval == variable and s.opname == "LOAD_DEREF" and "ATTR" not in n.opname and "METHOD" not in n.opname
+        for s, n in itertools.pairwise(steps)
+    )
 
 
 def _keeper(frame: FrameType | None) -> tuple[str | None, Spot | None]:

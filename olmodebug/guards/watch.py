@@ -33,7 +33,7 @@ from .labels import Labels
 from .memory import Memory
 from .models import Models
 from .nonfinite import NonFinite
-from .origins import FINITE
+from .origins import FINITE, Origin
 from .place import Place
 from .repeating import Repeating
 from .resetting import Resetting
@@ -68,8 +68,9 @@ class Watch:
         self.models = Models()
         self.parts: list[Any] = []
         self.looks: dict[Any, list[Callable[[Any, Any], None]]] = {}
-        if "nan" in guards:
-            self.parts.append(NonFinite(self))
+        self.nonfinite = NonFinite(self) if "nan" in guards else None
+        if self.nonfinite is not None:
+            self.parts.append(self.nonfinite)
         if "loop" in guards:
             self.parts += [part(self) for part in LOOP]
             self.observers.append(self._show)
@@ -106,6 +107,10 @@ class Watch:
     def name_of_tensor(self, tensor: Tensor) -> str | None:
         """The path of a parameter or buffer in the models that are alive."""
         return self.models.tensor(tensor)
+
+    def birth(self, optimizer: Any) -> Origin | None:
+        """Where the gradients of an optimizer stopped being finite, if they did and the nan guard saw it."""
+        return self.nonfinite.birth(optimizer) if self.nonfinite is not None else None
 
     def name_of_module(self, module: nn.Module | None) -> str:
         """The path of a module in the model that holds it."""
