@@ -107,7 +107,7 @@ def test_a_subject_that_fails_while_it_is_evaluated_is_a_finding(tmp_path: Path,
     done = run(tmp_path, "m.py:Tiny", "--data", texts, "--steps", "2", "--json", tmp_path / "r.json", *SMALL)
     assert done.returncode == 1, done.stdout + done.stderr
     found = next(f for f in report_of(tmp_path / "r.json")["findings"] if f["severity"] == "error")
-    assert found["probe"] == "train.runs" and found["message"].startswith("validation perplexity before training raises")
+    assert found["probe"] == "train.runs" and found["message"].count("validation perplexity before training raises") == 1
     assert found["where"]["file"].endswith("m.py")
 
 

@@ -60,7 +60,8 @@ def _raising(error: Any, what: str) -> Any:
 
     finding = explain(error).finding()
     values = {name: getattr(finding, name) for name in Finding.__dataclass_fields__}
-    return Finding(**{**values, "probe": "train.runs", "message": f"{what} raises: {finding.message}"})
+    message = finding.message if finding.message.startswith(what) else f"{what} raises: {finding.message}"
+    return Finding(**{**values, "probe": "train.runs", "message": message})
 
 
 def _run(order: dict[str, Any], tell: Tell) -> None:
