@@ -103,7 +103,7 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
         where = _reader(recording, dropped[0])
         yield replace(found, where=where, source=source_lines(where))
     if unused:
-        yield _finding(recording, twin, unused, "warning", "no gradient", UNUSED, USE_IT)
+        yield _at_the_caller(_finding(recording, twin, unused, "warning", "no gradient", UNUSED, USE_IT), recording, twin, unused)
     if zero and not any("expert" in name for name in zero):
         yield _finding(recording, twin, zero, "warning", "a gradient of exactly zero", None, None)
     yield from _dead_slices(recording, twin, {name: p for name, p in trainable.items() if p.grad is not None and name not in zero + bad})
@@ -247,6 +247,24 @@ def _first_steps(twin: Subject, case: Case) -> Iterator[dict[str, Tensor]]:
         with torch.no_grad():
             for name, grad in gradients.items():
                 parameters[name].sub_(grad / grad.abs().max().clamp(min=torch.finfo(grad.dtype).tiny), alpha=FIRST_STEP_SIZE)
+
+
+def _at_the_caller(found: Found, recording: Recording, twin: Subject, unused: list[str]) -> Found:
+    """The finding where the module should have been called, where a whole one never is."""
+    called = {call.module for call in recording.calls}
+    parameters = [name for name, _ in twin.model.named_parameters()]
+    left_out, path = "", unused[0].rpartition(".")[0]
+    while path and not any(name == path or name.startswith(path + ".") for name in called):
+        if any(name.startswith(path + ".") and name not in unused for name in parameters):
+            break
+        left_out, path = path, path.rpartition(".")[0]
+    if not left_out:
+        return found
+    owner = left_out.rpartition(".")[0]
+    while owner and owner not in called:  # a list or a dict of modules has no forward that could call them
+        owner = owner.rpartition(".")[0]
+    where = _forward_of(twin, owner)
+    return replace(found, where=where, source=source_lines(where), cause=f"{left_out} is never called: {found.cause}")
 
 
 def _dead_slices(recording: Recording, twin: Subject, parameters: dict[str, nn.Parameter]) -> Iterator[Found]:

@@ -381,3 +381,24 @@ def test_a_condition_for_other_configurations_is_no_slip_and_a_lost_tie_is_place
 TIED_AT = next(
     n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line.strip() == "self.head.weight = self.embed.weight"
 )
+
+
+class OneForAll(nn.Module):
+    """Three layers, of which the first is called each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(41, 12), nn.Linear(12, 41)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)) for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for _ in self.layers:
+            x = x + self.layers[0](x)
+        return self.head(x)
+
+
+def test_a_module_that_is_never_called_is_told_where_it_should_have_been() -> None:
+    torch.manual_seed(0)
+    (finding,) = run_probe(PROBES["gradients.reach-every-parameter"], from_model(OneForAll())).findings
+    assert (finding.where.function, finding.cause) == ("OneForAll.forward", "layers.1 is never called: no op of forward computes with it")
