@@ -426,8 +426,8 @@ def _shifted(runs: Runs, parting: Parting) -> Diagnosis | None:
     if not parting.good or parting.kept is None or parting.event is None or not parting.kept.outputs:
         return None
     good, bad = parting.good[0], parting.kept.outputs[0]
-    if bad.is_complex():
-        return _table_shifted(runs, good, bad)
+    if (told := _table_shifted(runs, good, bad)) is not None or bad.is_complex():
+        return told
     if bad.is_floating_point() and not bool((bad == bad.round()).all()) or good.shape != bad.shape or good.dtype == torch.bool:
         return None
     gaps = (good - bad).unique()
@@ -456,16 +456,22 @@ def _shifted(runs: Runs, parting: Parting) -> Diagnosis | None:
 
 def _table_shifted(runs: Runs, good: Tensor, bad: Tensor) -> Diagnosis | None:
     """Rotations cut out of a table: the chunk has the first of them, and the full forward those of its own positions."""
-    full = next(
-        (k.outputs[0] for k in runs.full.kept if k.outputs and k.outputs[0].is_complex() and k.outputs[0].shape[:1] == (runs.chunk.seq,)),
-        None,
-    )
-    if full is None or good.shape != bad.shape or not runs.chunk.start or full.shape[1:] != bad.shape[1:]:
+    chunk = runs.chunk
+    if good.shape != bad.shape or not chunk.start or not (good.is_complex() or good.is_floating_point()) or torch.equal(good, bad):
         return None
-    if not torch.equal(full[: runs.chunk.queries], bad) or not torch.equal(full[runs.chunk.start : runs.chunk.stop], good):
+
+    def is_the_table(full: Tensor) -> bool:
+        if full.ndim != bad.ndim or full.dtype != bad.dtype:
+            return False
+        for dim, size in enumerate(full.shape):
+            if size == chunk.seq and torch.equal(full.narrow(dim, 0, chunk.queries), bad):
+                return torch.equal(full.narrow(dim, chunk.start, chunk.queries), good)
+        return False
+
+    if not any(is_the_table(k.outputs[0]) for k in runs.full.kept if k.outputs):
         return None
     return Diagnosis(
-        cause=f"positions restart at 0 in each chunk: the chunk at {runs.chunk} gets the rotations of positions 0..{runs.chunk.queries - 1}",
+        cause=f"positions restart at 0 in each chunk: the chunk at {runs.chunk} gets the rows of positions 0..{runs.chunk.queries - 1} of a table",
         fix="cut the table at the positions of the new tokens: freqs_cis[input_pos], or [start : start + seq_len]",
     )
 

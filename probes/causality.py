@@ -190,7 +190,8 @@ def _text(broken: Violation) -> str:
 
 
 def pairs(twin: Subject) -> Iterator[Pair]:
-    """Sequences that part after a cut: early, in the middle, before the last token; with and without a mask of ones."""
+    """Sequences that part after a cut: early, in the middle, before the last token; with and without a mask of ones, and
+    with the last token of a row padded, for which many models take another path."""
     batch, seq = twin.sizes()
     if seq < 2:
         skip("the model takes one token only")
@@ -198,12 +199,20 @@ def pairs(twin: Subject) -> Iterator[Pair]:
     for mask in (None, ones) if twin.convention.attention_mask else (None,):
         for cut in sorted({seq // 2 + 1, seq - 1, 1}, key=lambda c: abs(c - seq // 2 - 1)):
             yield _pair(twin, batch, seq, cut, mask)
+    if twin.convention.attention_mask and seq > 3:
+        yield _pair(twin, batch, seq, seq // 2 + 1, (_last_padded(seq), *ones[1:]))
 
 
 def small_pairs(twin: Subject) -> Iterator[Pair]:
     """The same question with one row and as few tokens as possible."""
     for seq in range(2, twin.sizes()[1] + 1):
         yield _pair(twin, 1, seq, seq - 1, None)
+        if twin.convention.attention_mask and seq > 2:
+            yield _pair(twin, 1, seq, seq - 2, (_last_padded(seq),))
+
+
+def _last_padded(seq: int) -> tuple[int, ...]:
+    return (*(1,) * (seq - 1), 0)
 
 
 def _pair(twin: Subject, batch: int, seq: int, cut: int, mask: Rows | None) -> Pair:

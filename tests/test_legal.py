@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -402,3 +403,57 @@ def test_a_module_that_is_never_called_is_told_where_it_should_have_been() -> No
     torch.manual_seed(0)
     (finding,) = run_probe(PROBES["gradients.reach-every-parameter"], from_model(OneForAll())).findings
     assert (finding.where.function, finding.cause) == ("OneForAll.forward", "layers.1 is never called: no op of forward computes with it")
+
+
+class TwoPaths(nn.Module):
+    """Fused attention where nothing is padded, written out where something is; rows of a table by the place of a chunk.
+
+    `broken`: "mask", the path for padding is not causal; "table", every chunk reads the table from its first row on.
+    """
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__()
+        self.broken = broken
+        self.embed, self.head = nn.Embedding(41, 12), nn.Linear(12, 41)
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.register_buffer("scale", 1 + torch.arange(40.0)[:, None] * 0.05, persistent=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        x = self.embed(input_ids)
+        start = past_key_values[0].shape[1] if past_key_values is not None else 0
+        first = 0 if self.broken == "table" else start
+        q, k, v = (self.qkv(x) * self.scale[first : first + x.shape[1]]).chunk(3, -1)
+        if past_key_values is not None:
+            k, v = torch.cat((past_key_values[0], k), 1), torch.cat((past_key_values[1], v), 1)
+        if start == 0 and (attention_mask is None or bool(attention_mask.all())):
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            scores = q @ k.mT / 12**0.5
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(start + 1)
+            if self.broken != "mask":
+                scores = scores.masked_fill(later, torch.finfo(scores.dtype).min)
+            if attention_mask is not None:
+                scores = scores.masked_fill(attention_mask[:, None, :] == 0, torch.finfo(scores.dtype).min)
+            mixed = scores.softmax(-1) @ v
+        return {"logits": self.head(x + self.out(mixed)), "past_key_values": (k, v) if use_cache else None}
+
+
+def told_of(broken: str, probe: str) -> list[tuple[str | None, str | None]]:
+    torch.manual_seed(0)
+    return [(f.where.function, f.cause) for f in run_probe(PROBES[probe], from_model(TwoPaths(broken))).findings]
+
+
+def test_causality_holds_on_the_path_for_padding_too() -> None:
+    assert told_of("", "causality.no-future") == []
+    ((function, cause),) = told_of("mask", "causality.no-future")
+    assert function == "TwoPaths.forward" and cause is not None and "no causal mask" in cause
+
+
+def test_a_table_read_from_its_first_row_in_each_chunk_is_told_and_the_copy_stays_as_it_was() -> None:
+    assert told_of("", "cache.matches-full-forward") == []
+    ((function, cause),) = told_of("table", "cache.matches-full-forward")
+    assert function == "TwoPaths.forward" and cause is not None and cause.startswith("positions restart at 0 in each chunk")
+    torch.manual_seed(0)
+    subject = from_model(TwoPaths("table"))
+    run_probe(PROBES["cache.matches-full-forward"], subject)
+    assert torch.equal(subject.twin().model.scale, subject.model.scale.double())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..compare import difference
+from ..deep_copies import deep_copy
 from ..records import Case, Event, Where
 from ..settle import set_seed
 from ..sources import Sources, Spot, short_path
@@ -158,9 +159,10 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, firs
     logits = full.result.logits
     for place, chunk in enumerate(chunks):
 
-        def go(replace: Any = None, keep: bool = False, place: int = place, chunk: Chunk = chunk) -> Recording:
-            cache = run_chunks(twin, case, chunks[:place])[1]
-            return record(twin.model, lambda: call_chunk(twin, case, chunk, cache), keep=keep, sources=sources, replace=replace, catch=True)
+        def go(write: Any = None, keep: bool = False, place: int = place, chunk: Chunk = chunk) -> Recording:
+            mine = twin if write is None else _copy_of(twin)
+            cache = run_chunks(mine, case, chunks[:place])[1]
+            return record(mine.model, lambda: call_chunk(mine, case, chunk, cache), keep=keep, sources=sources, replace=write, catch=True)
 
         def wrong(recording: Recording, chunk: Chunk = chunk) -> bool:
             if recording.error is not None:
@@ -208,9 +210,10 @@ def locate_prefix(twin: Subject, case: Case, length: int, *, limit: float) -> Ru
     with torch.no_grad(), quiet():
         full = record(twin.model, lambda: twin.call(case), keep=True, sources=sources)
 
-    def go(replace: Any = None) -> Recording:
-        run = lambda: call_chunk(twin, case, chunk, None, use_cache=False)  # noqa: E731
-        return record(twin.model, run, keep=True, sources=sources, replace=replace, catch=True)
+    def go(write: Any = None) -> Recording:
+        mine = twin if write is None else _copy_of(twin)
+        run = lambda: call_chunk(mine, case, chunk, None, use_cache=False)  # noqa: E731
+        return record(mine.model, run, keep=True, sources=sources, replace=write, catch=True)
 
     def wrong(recording: Recording) -> bool:
         if recording.error is not None:
@@ -220,6 +223,11 @@ def locate_prefix(twin: Subject, case: Case, length: int, *, limit: float) -> Ru
     runs = Runs(full=full, part=go(), chunk=chunk)
     runs.parting = _parting(runs, go, wrong, limit)
     return runs
+
+
+def _copy_of(twin: Subject) -> Subject:
+    """A copy to write into: what an op gives back may be a view of a table that the model keeps."""
+    return replace(twin, model=deep_copy(twin.model), _twins={}, _last=[])
 
 
 def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recording], bool], limit: float) -> Parting | None:
@@ -239,7 +247,7 @@ def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recordin
             own |= values if parting.own else {}
         if len(tried) > MOST_TRIALS:
             break
-        if not wrong(go(replace=_writer(values))):
+        if not wrong(go(write=_writer(values))):
             parting.confirmed = True
             return parting
         if alone is None and parting.inputs_agree and parting.good and parting.good[0].is_floating_point():
