@@ -801,7 +801,10 @@ def _with_handed_cache(subject: Subject, form: Convention) -> Convention:
     trial = replace(subject, convention=replace(form, cache=name, hands_cache=True), _last=[], _twins={})
     with suppress(Exception):  # another kind of cache: what it wants is not known, so nothing is asked of it
         output = trial.call(case, use_cache=True)
-        output = trial.call(case, use_cache=True, cache=output.cache)
+        try:
+            output = trial.call(case, use_cache=True, cache=output.cache)
+        except RuntimeError:  # a cache of its own class that sizes do not fit in is one all the same, and cache.* says what is wrong
+            return without if type(output.cache) in (dict, list, tuple) else trial.convention
         return trial.convention if output.logits.shape[1] == case.seq_len else without
     return without
 

@@ -457,3 +457,36 @@ def test_a_table_read_from_its_first_row_in_each_chunk_is_told_and_the_copy_stay
     subject = from_model(TwoPaths("table"))
     run_probe(PROBES["cache.matches-full-forward"], subject)
     assert torch.equal(subject.twin().model.scale, subject.model.scale.double())
+
+
+class KVCache:
+    """What the caller of Handed makes."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+
+class Handed(nn.Module):
+    """A cache that is handed in; one key of what it holds is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(41, 12), nn.Linear(12, 41)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        keys = values = x
+        if cache is not None and cache.keys is not None and cache.values is not None:
+            keys, values = torch.cat((cache.keys[:, 1:], x), 1), torch.cat((cache.values, x), 1)
+        if cache is not None:
+            cache.keys, cache.values = keys, values
+        later = torch.ones(x.shape[1], keys.shape[1], dtype=torch.bool, device=x.device).triu(1 + keys.shape[1] - x.shape[1])
+        return self.head(x + (x @ keys.mT).masked_fill(later, float("-inf")).softmax(-1) @ values)
+
+
+def test_a_handed_cache_whose_sizes_do_not_fit_is_a_broken_one_and_not_none() -> None:
+    torch.manual_seed(0)
+    subject = from_model(Handed())
+    assert subject.convention.hands_cache
+    assert run_probe(PROBES["cache.matches-full-forward"], subject).outcome.status == "failed"
