@@ -137,7 +137,8 @@ def run_probe(
     except Exception as error:
         if is_lost(error):
             return _device_lost(probe, subject, error, outcome("failed"))
-        if is_ours(error) or Sources(subject.model).spot_of(error) is None:
+        spot = Sources(subject.model).spot_of(error)
+        if is_ours(error) or spot is None or spot.code.co_filename == probe.function.__code__.co_filename:  # the probe's own
             return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
         raised = SubjectCodeError("a forward under the instruments of this probe")
         raised.__cause__ = error

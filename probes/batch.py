@@ -62,7 +62,8 @@ def rows_independent(subject: Subject) -> Iterator[Finding]:
             break
     twin = subject.twin()
     change = "masks" if twin.convention.attention_mask else "positions" if twin.convention.position_ids else "tokens"
-    if not seen and (broken := below_rounding(twin, next(pairs(twin)))) is not None:
+    first = next(pairs(twin), None)
+    if not seen and first is not None and (broken := below_rounding(twin, first)) is not None:
         yield from findings_of(broken, message=_text(broken))
         return
     make = lambda s: _pair(twin, s.batch, s.seq, change if s.masked else "tokens")  # noqa: E731

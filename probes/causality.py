@@ -81,7 +81,8 @@ def no_future(subject: Subject) -> Iterator[Finding]:
                     yield finding
             break
     twin = subject.twin()
-    if not seen and (broken := below_rounding(twin, next(pairs(twin)))) is not None:
+    first = next(pairs(twin), None)
+    if not seen and first is not None and (broken := below_rounding(twin, first)) is not None:
         yield from findings_of(broken, message=_text(broken))
         return
     if not seen and (broken := drawn(twin, lambda s: _pair(twin, s.batch, s.seq, s.cut, _ones(s, twin)), limit=limit_of(twin))) is not None:
