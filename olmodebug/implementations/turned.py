@@ -258,7 +258,7 @@ def turned_at_all(parting: Parting) -> Cause | None:
     missing = "not turned" in wrong.values()
     return Cause(
         name="RoPE missing" if missing else "RoPE direction",
-        text=f"{words} by the angles of RoPE where the reference turns both forward; seen on the captured projections",
+        text=f"{words} by the angles of RoPE where the reference turns both{'' if missing else ' forward'}; seen on the captured projections",
         fix="apply RoPE to q and to k" if missing else "x * cos + rotate_half(x) * sin, where rotate_half gives (-x2, x1)",
         spot=parting.spot(parting.node),
         module=left.event(parting.node).where.module,
