@@ -24,7 +24,7 @@ from .relations.repair import Found, RepairedSource
 from .relations.stored import draws_record
 from .report import Finding, Outcome
 from .settle import settled
-from .sources import Sources, is_ours
+from .sources import Sources, Spot, is_ours, traceback_frames
 from .spec import Job, device_named, resolve
 from .subject import Subject, own_refusal
 
@@ -138,7 +138,7 @@ def run_probe(
         if is_lost(error):
             return _device_lost(probe, subject, error, outcome("failed"))
         spot = Sources(subject.model).spot_of(error)
-        if is_ours(error) or spot is None or spot.code.co_filename == probe.function.__code__.co_filename:  # the probe's own
+        if is_ours(error) or spot is None or _of_the_probe(error, spot, probe):
             return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
         raised = SubjectCodeError("a forward under the instruments of this probe")
         raised.__cause__ = error
@@ -156,6 +156,13 @@ def run_probe(
         unexpected = Finding(probe=probe.name, severity="error", message=message)
         return Result(outcome=outcome("failed", "it was expected to fail and passes"), findings=(unexpected, *plain))
     return Result(outcome=outcome("failed" if wrong else "passed"), findings=plain, found=tuple(findings))
+
+
+def _of_the_probe(error: Exception, spot: Spot, probe: Probe) -> bool:
+    """Whether the probe's own file raised it, outside of any call of a module: a probe may stand beside the model."""
+    if spot.code.co_filename != probe.function.__code__.co_filename:
+        return False
+    return all(frame.f_code.co_name != "_call_impl" for frame, _, _ in traceback_frames(error.__traceback__))
 
 
 def _in_own_dtype(probe: Probe, subject: Subject) -> tuple[str, str] | None:
