@@ -187,10 +187,10 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None, othe
     layout = Layout(subject=subject, slots={}, heads=heads, key_value_heads=key_value)
     roles = {name: role_of(name) for name, _ in model.named_parameters()}
     _settle_norms(roles)
-    unfused = _settle_feed_forward(roles, parameters_of(model), orders or {})
+    width = _residual_width(roles, parameters_of(model))
+    unfused = _settle_feed_forward(roles, parameters_of(model), width, orders or {})
     conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     widths = _output_widths(model, roles, conv1d)
-    width = _residual_width(roles, parameters_of(model))
     fused: dict[str, tuple[str, ...]] = {}
     for name, parameter in model.named_parameters():
         role = roles[name]
@@ -275,11 +275,10 @@ def _settle_norms(roles: dict[str, tuple[str | None, str, str]]) -> None:
 
 
 def _settle_feed_forward(
-    roles: dict[str, tuple[str | None, str, str]], parameters: Mapping[str, Tensor], orders: Mapping[str, str]
+    roles: dict[str, tuple[str | None, str, str]], parameters: Mapping[str, Tensor], width: int | None, orders: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
     """The three matrices of a gated feed-forward whose names do not say which is which: the one that leads back to the
     residual's width is `down`, and the order of the other two is a choice, which is given back under the two names."""
-    width = _residual_width(roles, parameters)
     holders: dict[tuple[str, ...], list[str]] = {}
     for name, (layer, kind, suffix) in roles.items():
         if layer is not None and suffix == "weight" and parameters[name].ndim == 2:

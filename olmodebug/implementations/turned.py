@@ -175,9 +175,11 @@ def rotated_width(parting: Parting) -> Cause | None:
     return None
 
 
-def _holds(graph: Graph, value: Tensor, limit: float) -> bool:
+def _holds(graph: Graph, value: Tensor, limit: float, *, leads: bool = False) -> bool:
+    """Whether a tensor made of the tokens has these numbers, one that the logits are made of where `leads` is asked."""
     columns = columns_of(value, batch=graph.batch, seq=graph.seq)
-    return columns is not None and any(n.data and n.columns is not None and same(columns, n.columns, limit) for n in graph.nodes)
+    nodes = [n for n in graph.nodes if n.data and (n.leads or not leads)]
+    return columns is not None and any(n.columns is not None and same(columns, n.columns, limit) for n in nodes)
 
 
 def norm_of_queries(parting: Parting) -> Cause | None:
@@ -222,8 +224,8 @@ def norm_of_queries(parting: Parting) -> Cause | None:
     )
 
 
-# What multiplies queries with keys.
-SCORES = ("bmm", "matmul", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "baddbmm")
+# What multiplies queries with keys; fused attention is taken apart in these runs.
+SCORES = ("bmm", "baddbmm")
 
 
 def turned_at_all(parting: Parting) -> Cause | None:
@@ -238,15 +240,17 @@ def turned_at_all(parting: Parting) -> Cause | None:
     states: dict[str, str] = {}
     for kind in ("q", "k"):
         if not any(
-            _goes_on(right, rope(x, table), parting.limit) for x in _projected(parting, right, layer, kind) for rope in (_halves, _pairs)
+            _holds(right, rope(x, table), parting.limit, leads=True)
+            for x in _projected(parting, right, layer, kind)
+            for rope in (_halves, _pairs)
         ):
             return None
         mine = list(_projected(parting, left, layer, kind))
-        if any(_goes_on(left, rope(x, table), parting.limit) for x in mine for rope in (_halves, _pairs)):
+        if any(_holds(left, rope(x, table), parting.limit, leads=True) for x in mine for rope in (_halves, _pairs)):
             states[kind] = "turned"
-        elif any(_goes_on(left, rope(x, back), parting.limit) for x in mine for rope in (_halves, _pairs)):
+        elif any(_holds(left, rope(x, back), parting.limit, leads=True) for x in mine for rope in (_halves, _pairs)):
             states[kind] = "turned the other way"
-        elif any(_scored(left, x) for x in mine):
+        elif any(_scored(left, x, parting.limit) for x in mine):
             states[kind] = "not turned"
         else:
             return None
@@ -263,12 +267,6 @@ def turned_at_all(parting: Parting) -> Cause | None:
         spot=parting.spot(parting.node),
         module=left.event(parting.node).where.module,
     )
-
-
-def _goes_on(graph: Graph, value: Tensor, limit: float) -> bool:
-    """Whether the logits are made of this tensor."""
-    columns = columns_of(value, batch=graph.batch, seq=graph.seq)
-    return columns is not None and any(n.leads and n.columns is not None and same(columns, n.columns, limit) for n in graph.nodes)
 
 
 def _projected(parting: Parting, graph: Graph, layer: str, kind: str) -> Iterator[Tensor]:
@@ -290,14 +288,14 @@ def _projected(parting: Parting, graph: Graph, layer: str, kind: str) -> Iterato
                     yield rows.double().reshape(graph.batch, graph.seq, -1, width)
 
 
-def _scored(graph: Graph, value: Tensor) -> bool:
+def _scored(graph: Graph, value: Tensor, limit: float) -> bool:
     """Whether a product of queries with keys reads this tensor, or a multiple of it."""
     columns = columns_of(value, batch=graph.batch, seq=graph.seq)
     read = {source for i, node in enumerate(graph.nodes) if graph.event(i).op in SCORES for source in node.inputs}
     for held in (graph.nodes[source].columns for source in read):
         if columns is not None and held is not None and columns.matrix.shape == held.matrix.shape:
             scaled = columns_of(value * (held.scale / columns.scale), batch=graph.batch, seq=graph.seq)
-            if scaled is not None and same(scaled, held, TABLE_LIMIT):
+            if scaled is not None and same(scaled, held, limit):
                 return True
     return False
 

@@ -4,7 +4,6 @@ A relation that holds costs two plain forwards. One that is broken is traced, pl
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,42 +87,38 @@ def violation(twin: Subject, pair: Pair, *, limit: float, place: bool = True) ->
     if floor is not None and found.max_abs <= 32 * floor.max_abs:
         return None  # the model does not repeat itself this closely: the determinism probes say so
     result = Violation(pair=pair, difference=found, limit=limit, twin=twin)
-    if place:
-        result.culprits = localise(
-            twin.model,
-            lambda: run(twin, pair.left),
-            lambda: run(twin, pair.right),
-            part=pair.part,
-            limit=limit,
-            violated=lambda a, b: _disagreement(a, b, pair.part, limit) is not None,
-        )
-        result.diagnoses = [diagnose(culprit, pair.part, hidden=pair.hidden) for culprit in result.culprits]
+    return _placed(twin, result, run) if place else result
+
+
+def _placed(twin: Subject, result: Violation, runs: Callable[[Subject, Case], Tensor]) -> Violation:
+    """The violation with the ops where its two runs part, and why."""
+    pair, limit = result.pair, result.limit
+    result.culprits = localise(
+        twin.model,
+        lambda: runs(twin, pair.left),
+        lambda: runs(twin, pair.right),
+        part=pair.part,
+        limit=limit,
+        violated=lambda a, b: _disagreement(a, b, pair.part, limit) is not None,
+    )
+    result.diagnoses = [diagnose(culprit, pair.part, hidden=pair.hidden) for culprit in result.culprits]
     return result
 
 
 def below_rounding(twin: Subject, pair: Pair) -> Violation | None:
     """How a pair disagrees by less than float32 shows, where the forward casts to it: a fresh model's own small weights can
     make a leak that small. Every cast is kept in float64 here; None where it agrees, or does not run so."""
-    if twin.dtype != torch.float64 or limit_of(twin) <= roundings_limit({"float64"}):
-        return None
     limit = roundings_limit({"float64"})
-    with suppress(Exception):
+    if twin.dtype != torch.float64 or limit_of(twin) <= limit:
+        return None
+    try:
         left, right, again = (run_in_double(twin, case) for case in (pair.left, pair.right, pair.left))
-        found = _disagreement(left, right, pair.part, limit)
-        if found is None or _disagreement(left, again, pair.part, 0.0) is not None:
-            return None
-        result = Violation(pair=pair, difference=found, limit=limit, twin=twin)
-        result.culprits = localise(
-            twin.model,
-            lambda: run_in_double(twin, pair.left),
-            lambda: run_in_double(twin, pair.right),
-            part=pair.part,
-            limit=limit,
-            violated=lambda a, b: _disagreement(a, b, pair.part, limit) is not None,
-        )
-        result.diagnoses = [diagnose(culprit, pair.part, hidden=pair.hidden) for culprit in result.culprits]
-        return result
-    return None
+    except SubjectCodeError:  # code that insists on float32
+        return None
+    found = _disagreement(left, right, pair.part, limit)
+    if found is None or _disagreement(left, again, pair.part, 0.0) is not None:
+        return None
+    return _placed(twin, Violation(pair=pair, difference=found, limit=limit, twin=twin), run_in_double)
 
 
 def run_in_double(twin: Subject, case: Case) -> Tensor:
