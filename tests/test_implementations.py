@@ -9,6 +9,7 @@ from olmodebug.errors import SubjectError
 from olmodebug.implementations.aligned import align
 from olmodebug.implementations.comparison import compare
 from olmodebug.implementations.mapping import heads_of
+from olmodebug.implementations.wiring import weights_read
 from olmodebug.spec import Job, resolve
 from tests.benchmarks.implementations import PRESETS, judged, reference_of, subject_of
 from tests.mutants.catalog import CLEAN
@@ -122,13 +123,24 @@ def test_a_subject_that_states_no_heads_takes_those_of_the_reference(tmp_path: P
     assert report.findings == ()
 
 
-def test_a_weight_that_is_cast_before_it_is_used_is_no_weight_left_out(tmp_path: Path) -> None:
+DISTANT = (
+    "scores = scores + mask",
+    "scores = scores + mask + torch.randn(seqlen, seqlen, generator=torch.Generator().manual_seed(1)).type_as(scores)",
+)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param(("return y.type_as(x) * weight", "return (y * weight.float()).type_as(x)"), id="cast before it is used"),
+        pytest.param(("normed = rms_norm(h, self.ffn_norm, self.norm_eps)", "normed = h"), id="left out behind another fault"),
+    ],
+)
+def test_a_norm_is_no_cause_of_what_parts_before_it(beside: tuple[str, str], tmp_path: Path) -> None:
     base = subject_of(CLEAN / "llama_style.py", "build")
-    cast = (("return y.type_as(x) * weight", "return (y * weight.float()).type_as(x)"), ("/ math.sqrt(head_dim)", "/ head_dim"))
-    report = compare(subject_of(_edited(tmp_path, *cast), "build"), reference_of("transformers:LlamaForCausalLM", base))
+    report = compare(subject_of(_edited(tmp_path, DISTANT, beside), "build"), reference_of("transformers:LlamaForCausalLM", base))
     (finding,) = (f for f in report.findings if f.probe == "parity.outputs")
-    assert finding.where.function == "attention"
-    assert "norm" not in (finding.cause or "")
+    assert (finding.where.function, finding.cause) == ("attention", None)
 
 
 @pytest.mark.parametrize("names", ["fc1 fc2 fc3", "fc2 fc1 fc3", "linear_v linear linear_out"])
@@ -205,7 +217,7 @@ def test_experts_are_mapped_however_they_are_stored(matrices: tuple[tuple[str, s
         (
             ("normed = rms_norm(h, self.ffn_norm, self.norm_eps)", "normed = h"),
             "TransformerBlock.forward",
-            "layers.0.ffn_norm is never read",
+            "layers.0.ffn_norm is used for no logit",
         ),
     ],
     ids=["k not turned", "k turned the other way", "norm left out"],
@@ -240,3 +252,12 @@ def test_a_fused_projection_in_metas_manner_is_divided(tmp_path: Path) -> None:
     )
     report = compare(subject_of(_edited(tmp_path, *fused), "build"), reference_of("transformers:LlamaForCausalLM", base))
     assert report.findings == ()
+
+
+def test_a_weight_that_is_cast_or_viewed_is_read_where_the_tokens_meet_it(tmp_path: Path) -> None:
+    path = _edited(tmp_path, ("return y.type_as(x) * weight", "return (y * weight.float().view(1, 1, -1)).type_as(x)"))
+    subject = subject_of(path, "build")
+    aligned = align(subject, subject)
+    graph = aligned.graphs()[0]
+    read = [slot for index, slot in weights_read(graph, aligned.left.layout) if graph.event(index).op == "mul"]
+    assert read == [f"{layer}.{norm}.weight" for layer in range(3) for norm in ("norm1", "norm2")] + ["norm.weight"]

@@ -33,12 +33,6 @@ def weights_read(graph: Graph, layout: Layout) -> list[tuple[int, str]]:
     return found
 
 
-def weights_touched(graph: Graph, layout: Layout) -> set[str]:
-    """The slots whose weight any op takes, a cast or a view of it too."""
-    taken = {name for event in graph.recording.events for name in event.parameters}
-    return {slot for slot, piece in layout.slots.items() if piece.parameter in taken}
-
-
 def other_weight(parting: Parting) -> Cause | None:
     """The same input, another weight: a norm used twice, a projection in another's place."""
     aligned = parting.aligned
@@ -57,9 +51,9 @@ def other_weight(parting: Parting) -> Cause | None:
     one, two = _columns(parting.left, (left - bias_a) / a), _columns(parting.right, (right - bias_b) / b)
     if one is None or two is None or not same(one, two, 100 * parting.limit / float(min(a.abs().min(), b.abs().min()))):
         return None
-    never = wanted not in weights_touched(parting.left, aligned.left.layout)
+    never = wanted not in {slot for _, slot in weights_read(parting.left, aligned.left.layout)}
     name, used = aligned.left.layout.slots[wanted].parameter, aligned.left.layout.slots[slot].parameter
-    tail = f"; {name} is never read" if never else ""
+    tail = f"; {name} is used for no logit" if never else ""
     spot, module = _user(parting, index, used)
     return Cause(
         name="weight used twice" if never else "another weight",
@@ -96,9 +90,9 @@ def _bias(parting: Parting, slot: str) -> Tensor | float:
 
 
 def missing_norm(parting: Parting) -> Cause | None:
-    """A norm whose weight is never read: its consumer takes the tensor before it."""
+    """A norm whose weight no logit is made with: its consumer takes the tensor before it."""
     aligned = parting.aligned
-    read = weights_touched(parting.left, aligned.left.layout)
+    read = {slot for _, slot in weights_read(parting.left, aligned.left.layout)}
     wanted = weights_read(parting.right, aligned.right.layout)
     skipped = [(i, s) for i, s in wanted if s not in read and aligned.weights[s].ndim == 1 and "norm" in s]
     for node, slot in skipped:
@@ -109,7 +103,7 @@ def missing_norm(parting: Parting) -> Cause | None:
         what = "the final norm" if slot.startswith("norm.") else f"the norm of {name}"
         return Cause(
             name="final norm missing" if slot.startswith("norm.") else "norm missing",
-            text=f"{what} is left out: {name} is never read, and what the reference normalises goes on as it is",
+            text=f"{what} is left out: {name} is used for no logit, and what the reference normalises goes on as it is",
             fix=f"apply the norm of {name} before the next projection",
             spot=_call_inside(parting, source, name) or _function_that_should(parting, source),
             module=parting.left.event(source).where.module,
@@ -129,12 +123,14 @@ def _consumer_reads_input(parting: Parting, norm: int) -> int | None:
             continue
         seen.add(index)
         if right.nodes[index].anchor is not None and index != norm:
-            origins.add(index)
+            if right.nodes[index].data:
+                origins.add(index)
             continue
         queue += right.nodes[index].inputs
     for source in parting.left.nodes[parting.node].inputs:
         anchor = parting.left.nodes[source].anchor
-        if anchor is not None and any(_equal(right, anchor, o, parting.limit) for o in origins):
+        # Where an earlier fault changed what the norm starts from, its origins are many tensors, and nothing is said of the norm.
+        if anchor is not None and origins and all(_equal(right, anchor, o, parting.limit) for o in origins):
             return parting.node
     return None
 
