@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..convention import first_embedding
 from ..errors import UsageError
 from .recipe import Recipe
-from .world import dealt
+from .world import dealt, replicated
 
 Kind = Literal["matrix", "embedding", "vector"]
 
@@ -79,8 +79,19 @@ def make_optimizers(model: nn.Module, recipe: Recipe, *, head: nn.Module | None 
         made.append(torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.epsilon, weight_decay=recipe.weight_decay))
     if with_muon:
         matrices = [{"params": by_kind["matrix"], "lr": rates["matrix"], "peak": rates["matrix"]}]
-        made.append(torch.optim.Muon(matrices, momentum=recipe.momentum, weight_decay=recipe.weight_decay))
+        muon = torch.optim.Muon(matrices, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        muon.register_step_pre_hook(_with_whole_gradients)
+        made.append(muon)
     return Optimizers(made)
+
+
+def _with_whole_gradients(muon: torch.optim.Optimizer, *_: Any) -> None:
+    """Gradients and momenta of sharded matrices, whole on every rank. Muon's iteration is in bfloat16: over shards its products are
+    added up in bfloat16 too, and the update is another one than in one process."""
+    for parameter in (p for group in muon.param_groups for p in group["params"]):
+        parameter.grad = replicated(parameter.grad)
+    for state in muon.state.values():
+        state.update({name: replicated(value) for name, value in state.items()})
 
 
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "dense", "dense_4h_to_h")  # in the reference model, and in GPT-NeoX of transformers

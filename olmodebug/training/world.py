@@ -113,6 +113,15 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def replicated(value: Any) -> Any:
+    """A sharded tensor laid out whole on every rank; anything else as it is."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import Replicate
+
+    return value.redistribute(placements=[Replicate()] * value.device_mesh.ndim)
+
+
 def gathered(tree: Any) -> Any:
     """A state (nested dicts and lists) with every sharded tensor whole, on the CPU."""
     return _mapped(tree, lambda value: whole(value).detach().cpu() if isinstance(value, Tensor) else value)
