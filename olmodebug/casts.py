@@ -23,7 +23,9 @@ def cast(model: nn.Module, dtype: torch.dtype | None, *, device: torch.device | 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Casting complex values to real")
         try:
-            model.to(device=device, dtype=dtype)
+            for where in (device, dtype):  # one at a time and by place: a model's own to() may know no keywords
+                if where is not None:
+                    model.to(where)
         except RuntimeError as error:
             if device is None or not is_out_of_memory(error):
                 raise

@@ -13,7 +13,7 @@ from .errors import SubjectError
 IDS_NAMES = ("input_ids", "idx", "tokens", "token_ids", "ids", "x", "input", "inputs", "src")
 MASK_NAMES = ("attention_mask", "padding_mask", "pad_mask", "attn_mask", "mask")
 HIDING_NAMES = ("src_key_padding_mask", "key_padding_mask")  # torch.nn's: True hides
-POSITION_NAMES = ("position_ids", "positions", "pos_ids", "position")
+POSITION_NAMES = ("position_ids", "positions", "pos_ids", "position", "segment_pos")
 CACHE_NAMES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache_params", "cache")  # the last from transformers 5.24 on
 # Where the model keeps the cache itself, the caller says where the new tokens stand: their positions as a tensor
 # (lit-gpt, gpt-fast), or the first of them as a number (Meta's llama).
@@ -120,10 +120,10 @@ def read_signature(forward: Callable[..., object]) -> Convention:
     def first(wanted: tuple[str, ...]) -> str | None:
         return next((name for name in wanted if name in names), None)
 
-    ids = first(IDS_NAMES) or names[0]
+    without_default = {p.name for p in parameters if p.default is p.empty}
+    ids = next((name for name in IDS_NAMES if name in without_default), None) or first(IDS_NAMES) or names[0]
     labels = first(SHIFTED_LABELS) or first(ALIGNED_LABELS)
     hiding = first(HIDING_NAMES)
-    without_default = {p.name for p in parameters if p.default is p.empty}
     convention = Convention(
         ids=ids,
         by_name=signature.parameters[ids].kind is inspect.Parameter.KEYWORD_ONLY,

@@ -7,6 +7,7 @@ tensor and one from the CPU is the op that raises on a GPU.
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,9 @@ def first_stray(model: nn.Module, run: Callable[[], Any]) -> Stray | None:
     """
     watch = _Watch(model)
     watch.move(model)
+    with suppress(Exception), torch.no_grad(), watch:
+        model.to("meta")  # its tensors are there; a to() or an _apply of its own moves what else it keeps
+    watch.stray = None
     handles = [
         handle
         for name, module in model.named_modules()

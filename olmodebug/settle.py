@@ -1,8 +1,10 @@
 """Whatever a run may disturb in torch or in the model, put back as it was, also after an exception."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor  # a fake tensor has no values to put back, and no public name
@@ -10,7 +12,7 @@ from torch._subclasses import FakeTensor  # a fake tensor has no values to put b
 
 @contextmanager
 def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Iterator[None]:
-    """Restore the random state, default dtype, grad mode and flags of torch, and the model's modes, gradients and
+    """Restore the random state, the default dtype, grad mode and flags of torch, and the model's modes, gradients and
     buffers.
 
     With `seed` the block starts from that random state.
@@ -28,7 +30,7 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
         for buffer in known.values()
         if buffer is not None and buffer.device.type != "meta" and not isinstance(buffer, FakeTensor)
     ]
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         if seed is not None:
             set_seed(seed)
         try:
@@ -50,9 +52,26 @@ def settled(model: nn.Module | None = None, *, seed: int | None = None) -> Itera
                     buffer.data.copy_(value)
 
 
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The random state of torch on the CPU, of numpy and of Python is afterwards what it was."""
+    plain, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
+
+
 def set_seed(seed: int) -> None:
-    """Seed every generator that this machine has. Without an accelerator that is the CPU's alone, and torch.manual_seed
-    would spend most of its time on a stack trace for the devices that are not there."""
+    """Seed every global generator of torch, numpy and Python: models draw from any of them.
+
+    Without an accelerator torch's is the CPU's alone, and torch.manual_seed would spend most of its time on a stack trace
+    for the devices that are not there.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
     else:

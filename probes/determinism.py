@@ -13,6 +13,7 @@ from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.settle import random_state_kept, set_seed
 from olmodebug.subject import Subject, attention_choices, own_code, quiet
 from olmodebug.switches import set_dropout
 from olmodebug.tracing.tracer import record
@@ -64,8 +65,8 @@ def eval_repeats(subject: Subject) -> Iterator[Finding]:
 
 
 def _seeded(twin: Subject, case: Case, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]), quiet(), own_code(twin, case):
-        torch.manual_seed(seed)
+    with random_state_kept(), quiet(), own_code(twin, case):
+        set_seed(seed)
         return twin.logits(case)
 
 

@@ -127,15 +127,14 @@ def deepcopy_equal(subject: Subject) -> Iterator[Finding]:
             evidence={"condition": "the model is deep-copied, as for EMA"},
         )
         return
-    twin.eval()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-    if not any(bool(p.any()) for p in subject.model.parameters()):
+    storages = {p.untyped_storage().data_ptr() for p in subject.model.parameters() if p.numel()}
+    kept = [n for n, p in twin.named_parameters() if p.requires_grad and p.numel() and p.untyped_storage().data_ptr() in storages]
+    if kept:
         yield Found(
             probe="",
             severity="error",
-            message="a deep copy shares its weights with the model it was made from",
+            message=f"a deep copy shares {kept[0]} with the model it was made from"
+            + (f", and {len(kept) - 1} more" if len(kept) > 1 else ""),
             expected="weights of its own",
         )
         return
@@ -153,8 +152,7 @@ def deepcopy_equal(subject: Subject) -> Iterator[Finding]:
             evidence={"condition": "the model is deep-copied, as for EMA"},
         )
         return
-    twin = copy.deepcopy(subject.model).eval()
-    case, apart = _compare(subject, twin)
+    case, apart = _compare(subject, twin.eval())
     if apart is not None:
         yield _differs(apart, case, "copy.deepcopy", "error")
 
@@ -245,7 +243,7 @@ def meta_build(subject: Subject) -> Iterator[Finding]:
     usual = dict(subject.model.named_buffers())
     other = [n for n, b in buffers.items() if n in usual and n not in lost and b.shape == usual[n].shape and not equal(b, usual[n])]
     # What is zero before the first call may be a cache, written before it is read: then the logits are right all the same.
-    lost = [name for name in lost if name not in usual or bool(usual[name].any())]
+    lost, other = ([name for name in names if name not in usual or bool(usual[name].any())] for names in (lost, other))
     if lost or other:
         yield _lost(subject, lost, other)
         return
@@ -399,23 +397,30 @@ def _differs(apart: Difference, case: Case, step: str, severity: str) -> Found:
 
 
 def _pretrained(subject: Subject) -> Iterator[Finding]:
+    from transformers import PreTrainedModel
+
     model = subject.model
     with tempfile.TemporaryDirectory(prefix="olmodebug-") as folder, quiet():
-        copied = copy.deepcopy(model)
+        copied, step = copy.deepcopy(model), "save_pretrained"
+        # A transformers model takes its dtype here; huggingface_hub's mixin would hand it on to the model's __init__.
+        wanted = {"dtype": subject.dtype} if isinstance(model, PreTrainedModel) else {}
         try:
             with _without_progress_bar():
                 copied.save_pretrained(folder)  # type: ignore[operator]
-        except RuntimeError as error:
+                step = "from_pretrained"
+                loaded = type(model).from_pretrained(folder, **wanted)  # type: ignore[attr-defined]
+        except Exception as error:
+            first = str(error).partition(chr(10))[0][:200]
             yield Found(
                 probe="",
                 severity="warning",
-                message=f"save_pretrained fails: {str(error).partition(chr(10))[0][:200]}",
-                fix="declare what is tied in _tied_weights_keys",
-                evidence={"condition": "saved with save_pretrained"},
+                message=f"{step} fails: {first if isinstance(error, RuntimeError) else f'{type(error).__name__}: {first}'}",
+                fix="declare what is tied in _tied_weights_keys" if isinstance(error, RuntimeError) and step == "save_pretrained" else None,
+                evidence={
+                    "condition": f"saved with {'save_pretrained' if step == 'save_pretrained' else 'save_pretrained and loaded again'}"
+                },
             )
             return
-        with _without_progress_bar():
-            loaded = type(model).from_pretrained(folder, dtype=subject.dtype)  # type: ignore[attr-defined]
     case, apart = _compare(subject, loaded)
     if apart is None:
         return

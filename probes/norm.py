@@ -358,6 +358,8 @@ def large_inputs_in_float16(subject: Subject) -> Iterator[Finding]:
         not_applicable("no embedding table to make the activations large with")
     with torch.no_grad():
         largest = float(table.abs().max())
+        if largest == 0:
+            not_applicable("its embedding table is all zeros, which nothing makes large")
         table.copy_((table.double() * (BIG_ACTIVATION / largest)).clamp(-BIG_ACTIVATION, BIG_ACTIVATION))
     recording = _recorded(twin, case)
     seen: set[tuple[str | None, int | None]] = set()

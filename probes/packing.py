@@ -17,6 +17,7 @@ from olmodebug.relations.invariance import limit_of
 from olmodebug.relations.relation import Part, localise, model_sizes
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.settle import random_state_kept, set_seed
 from olmodebug.subject import Subject, quiet
 
 # What a forward calls the argument that says which document a token belongs to, [batch, seq_len].
@@ -67,8 +68,8 @@ def _leak(twin: Subject, name: str, documents: Tensor, row: int, cuts: list[int]
     changed = tuple(tuple(other[i][:cut] + ids[cut:]) if i == row else ids for i, ids in enumerate(first))
 
     def run(ids: Any, told: Tensor | None = documents) -> Tensor:
-        with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(twin.seed)
+        with torch.no_grad(), quiet(), random_state_kept():
+            set_seed(twin.seed)
             given = {} if told is None else {name: told.to(twin.device)}
             result = twin.forward({twin.convention.ids: torch.tensor(ids, device=twin.device), **given})
             logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)

@@ -16,7 +16,7 @@ from olmodebug.relations.invariance import Pair, Violation, base_part, crash, fi
 from olmodebug.relations.relation import Culprit
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.settle import settled
+from olmodebug.settle import random_state_kept, set_seed, settled
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject, quiet
 from olmodebug.tracing.tracer import Recording, record
@@ -252,8 +252,8 @@ def same_in_every_dtype(subject: Subject) -> Iterator[Finding]:
     for dtype in (torch.bool, torch.float32):
         name = str(dtype).removeprefix("torch.")
         try:
-            with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(twin.seed)
+            with torch.no_grad(), quiet(), random_state_kept():
+                set_seed(twin.seed)
                 observed = twin.call(case, attention_mask=real.to(twin.device, dtype)).logits.cpu()[real]
         except Exception:
             continue  # refusing a dtype loudly is a choice; giving another result is not

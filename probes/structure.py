@@ -151,20 +151,25 @@ def _setting_names(config: object) -> list[str]:
 def _shared_memory(model: nn.Module) -> Iterator[Found]:
     """Two parameters on one piece of memory: tied for reading, and not for the optimizer."""
     seen: dict[int, str] = {}
+    pairs = []
     for name, parameter in model.named_parameters():
         other = seen.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
         if other != name and parameter.device.type != "meta":
-            where = _tying(model)
-            yield Found(
-                probe="",
-                severity="warning",
-                message=f"{name} and {other} are two parameters on one storage",
-                where=where,
-                source=source_lines(where),
-                cause="the tie was made through .data: the memory is shared, the parameter is not; each gets a part of the gradient, "
-                "an optimizer steps twice, and a cast or to_empty separates them",
-                fix="share the parameter itself: head.weight = embedding.weight",
-            )
+            pairs.append((name, other))
+    if not pairs:
+        return
+    where = _tying(model)
+    yield Found(
+        probe="",
+        severity="warning",
+        message="{} and {} are two parameters on one storage".format(*pairs[0])
+        + (f", and {len(pairs) - 1} more pairs" if len(pairs) > 1 else ""),
+        where=where,
+        source=source_lines(where),
+        cause="the tie was made through .data: the memory is shared, the parameter is not; each gets a part of the gradient, "
+        "an optimizer steps twice, and a cast or to_empty separates them",
+        fix="share the parameter itself: head.weight = embedding.weight",
+    )
 
 
 def _inside(value: Any, kind: type) -> list[Any]:

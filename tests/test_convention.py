@@ -55,6 +55,10 @@ def test_the_first_argument_is_the_ids_where_no_name_is_known() -> None:
     assert read_signature(plain).ids == "tokens"
 
 
+def test_what_must_be_given_is_the_ids_before_what_may_be() -> None:
+    assert read_signature(lambda input, return_type="logits", tokens=None: None).ids == "input"
+
+
 def test_a_cache_that_cannot_be_asked_for_is_no_cache() -> None:
     assert read_signature(cache_without_switch).cache is None
 

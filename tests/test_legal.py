@@ -50,6 +50,9 @@ def asked(build: str, probes: str) -> Report:
         ("wrapped_style:build_from_batch", "loss or no-future"),
         ("wrapped_style:build_autocast", "no-hidden-downcast"),
         ("wrapped_style:build_bfloat16", "meta-build"),
+        ("library_style:build", "device or lifecycle or init or no-future"),  # a to() and an _apply of its own
+        ("library_style:build_table", "deepcopy-equal or float16 or loss"),  # weights of zeros
+        ("library_style:build_hub", "safetensors"),
     ],
 )
 def test_a_legal_design_draws_neither_error_nor_warning(build: str, probes: str) -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from olmodebug.examine import run_probe
 from olmodebug.probe import select, shipped_probes
 from olmodebug.spec import Job, resolve
+from olmodebug.subject import from_model
 from tests.mutants.catalog import CLEAN, MUTANTS
 from tests.scoreboard import findings_on, judge
 
@@ -84,3 +86,33 @@ def test_train_mode_that_is_another_model_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(text.replace(old, old + "        h = h * 1.01 if self.training else h\n"), encoding="utf-8")
     (finding,) = findings_on(f"{tmp_path / 'model.py'}:build", "lifecycle.train")
     assert finding["severity"] == "warning" and "train mode differs" in finding["message"]
+
+
+class Kept(nn.Module):
+    """Two ways out of the usual: a table that copies hold together, and a save_pretrained that cannot save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(31, 8), nn.Linear(8, 31)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Kept":
+        twin = Kept()
+        twin.load_state_dict(self.state_dict())
+        twin.embed = self.embed
+        return twin
+
+    def save_pretrained(self, folder: str) -> None:
+        raise TypeError("a function is not JSON serializable")
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(input_ids))
+
+
+def test_a_copy_that_shares_some_weights_names_them() -> None:
+    (finding,) = run_probe(next(iter(select(shipped_probes(), "deepcopy-equal"))), from_model(Kept())).findings
+    assert (finding.severity, finding.message) == ("error", "a deep copy shares embed.weight with the model it was made from")
+
+
+def test_a_save_pretrained_that_fails_is_told_in_its_own_words() -> None:
+    (finding,) = run_probe(next(iter(select(shipped_probes(), "safetensors-round-trip"))), from_model(Kept())).findings
+    assert (finding.severity, finding.message) == ("warning", "save_pretrained fails: TypeError: a function is not JSON serializable")

@@ -1,5 +1,8 @@
 """What a block may disturb is as it was when the block ends, also by an exception."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,7 +46,7 @@ def test_everything_is_restored_also_after_an_exception(raising: bool) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     torch.manual_seed(5)
-    random = torch.get_rng_state()
+    drawn = torch.get_rng_state()
     try:
         with settled(model, seed=1):
             disturb(model)
@@ -51,7 +54,7 @@ def test_everything_is_restored_also_after_an_exception(raising: bool) -> None:
                 raise RuntimeError("in the middle")
     except RuntimeError:
         assert raising
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
     assert [module.training for module in model.modules()] == modes
@@ -75,10 +78,12 @@ def test_a_gradient_that_was_there_keeps_its_values() -> None:
 def test_the_block_starts_from_its_seed_each_time() -> None:
     draws = []
     for _ in range(2):
+        before = random.getstate(), np.random.get_state()[1].tolist()
         with settled(seed=3):
-            draws.append(torch.rand(2))
-        torch.rand(1)
-    assert torch.equal(*draws)
+            draws.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before, "the caller's own draws would change"
+        torch.rand(1), random.random(), np.random.rand()
+    assert draws[0] == draws[1]
 
 
 def test_deterministic_mode_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..compare import difference
 from ..deep_copies import deep_copy
 from ..records import Case, Event, Where
-from ..settle import set_seed
+from ..settle import random_state_kept, set_seed
 from ..sources import Sources, Spot, short_path
 from ..subject import Subject, quiet
 from ..tracing.tracer import Kept, KeptCall, Recording, record
@@ -115,7 +115,7 @@ def _soil(twin: Subject, case: Case) -> None:
     """Run other tokens through a model that never empties its cache: what it leaves there must not be read, and what one full
     forward left, which holds the very values that a chunk forgets to write, would hide that."""
     other = tuple(tuple((token + 1) % twin.vocab_size for token in row) for row in case.input_ids)
-    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]), suppress(Exception):  # the chunks' own run tells of it
+    with torch.no_grad(), quiet(), random_state_kept(), suppress(Exception):  # the chunks' own run tells of it
         twin.call(Case(name="other tokens", input_ids=other))
 
 
@@ -131,7 +131,7 @@ def call_chunk(twin: Subject, case: Case, chunk: Chunk, cache: Any, *, use_cache
         attention_mask=cut(case.attention_mask, 0),
         position_ids=cut(case.position_ids, chunk.start),
     )
-    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), quiet(), random_state_kept():
         set_seed(twin.seed)
         return twin.call(piece, cache=cache, use_cache=use_cache, start=chunk.start if use_cache else None)
 

@@ -16,7 +16,7 @@ from ..explain import explain_run, source_lines
 from ..load import SubjectCodeError
 from ..records import Case, Difference
 from ..report import Severity
-from ..settle import set_seed, settled
+from ..settle import random_state_kept, set_seed, settled
 from ..subject import Subject, attention_choices, own_code, quiet
 from ..tracing.tracer import record
 from .cases import Sizes, sizes, smallest_breaking
@@ -141,7 +141,7 @@ def _finite_twin(twin: Subject, pair: Pair) -> Subject:
 
 def run(twin: Subject, case: Case) -> Tensor:
     """Logits `[batch, seq_len, vocab]` of one run from the twin's seed; an exception of the model is a SubjectCodeError."""
-    with torch.random.fork_rng(devices=[]), quiet():
+    with random_state_kept(), quiet():
         set_seed(twin.seed)
         with own_code(twin, case):
             return twin.logits(case).cpu()

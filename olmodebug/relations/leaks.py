@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..compare import difference
 from ..records import Case
-from ..settle import set_seed
+from ..settle import random_state_kept, set_seed
 from ..subject import Subject, own_code, quiet
 from ..tracing.tracer import KeptCall, Recording, record
 from .invariance import run
@@ -84,7 +84,7 @@ def _changed(twin: Subject, ids: tuple[int, ...], start: int, stop: int) -> tupl
 
 def _modules(twin: Subject, left: Case, right: Case, cut: int, limit: float) -> tuple[ModuleLeak, ...]:
     """Every module call whose output moves before the cut, in the order they end."""
-    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), quiet(), random_state_kept():
         recordings: list[Recording] = []
         for case in (left, right):
             set_seed(twin.seed)

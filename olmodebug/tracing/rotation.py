@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..records import Case, Where
 from ..relations.diagnose import is_fused_attention
-from ..settle import set_seed
+from ..settle import random_state_kept, set_seed
 from ..sources import Spot
 from ..subject import Subject, own_code, quiet
 from .products import product_at
@@ -80,7 +80,7 @@ def constant_case(twin: Subject, *, start: int = 0) -> Case:
 
 def trace_case(twin: Subject, case: Case) -> Recording:
     """A recording of one run with its tensors."""
-    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=[]), own_code(twin, case):
+    with torch.no_grad(), quiet(), random_state_kept(), own_code(twin, case):
         set_seed(twin.seed)
         return record(twin.model, lambda: twin.at_once.call(case), keep=True)
 
