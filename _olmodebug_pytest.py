@@ -160,10 +160,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(scope="session")
 def subject(pytestconfig: pytest.Config) -> Any:
     """The subject that --olmodebug or the ini value olmodebug_subject names, as olmodebug sees it; `.model` is the module."""
-    from olmodebug.testing import bench_of_options
+    from olmodebug.testing import subject_of_options
 
-    bench, _ = bench_of_options(pytestconfig)
-    return bench.ready()
+    return subject_of_options(pytestconfig)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,13 @@ Results go to standard output, progress and notices to standard error. Nothing h
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from .commands import ALL
 from .commands.shared import say
@@ -75,7 +78,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="olmodebug",
         description="The doctor for language-model code: is this implementation right, and where it is not, which line, why, and how to mend it.",
         epilog="exit codes: 0 no error finding, 1 at least one, 2 could not run, 3 a fault of olmodebug's own, 5 nothing was checked",
@@ -84,7 +87,39 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in ALL:
         command.declare(commands)
+    parser.commands = commands.choices
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line, with what is nearest to the word that it does not know."""
+
+    commands: dict[str, "_Parser"] = {}
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As usual, but an option that is not known is looked for among those of the command."""
+        arguments, rest = self.parse_known_args(args, namespace)
+        if rest:
+            of = self.commands.get(getattr(arguments, "command", None) or "", self)
+            known = set(re.findall(r"--?[\w-]+", of.format_usage()))
+            near = [
+                close for word in rest if word.startswith("-") for close in difflib.get_close_matches(word.partition("=")[0], known, n=1)
+            ]
+            of.error(f"unrecognized arguments: {' '.join(rest)}{_meant(near)}")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '(?P<word>[^']*)' \(choose from (?P<known>[^)]*)\)", message)
+        if found:
+            near = difflib.get_close_matches(found["word"], re.findall(r"[\w.-]+", found["known"]), n=3)
+            if near:
+                message = message[: found.start()] + f"invalid choice: {found['word']!r}{_meant(near)}" + message[found.end() :]
+        say(f"{self.prog}: {message}; {self.prog} --help tells what there is")
+        raise SystemExit(EXIT_COULD_NOT_RUN)
+
+
+def _meant(near: Sequence[str]) -> str:
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 class _Version(argparse.Action):

@@ -29,8 +29,9 @@ def names() -> tuple[str, ...]:
 def preset(name: str) -> OlmoConfig:
     """The configuration of that name; a ValueError with the nearest names where there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3) or list(PRESETS)
-        raise ValueError(f"preset: expected a known name such as {', '.join(near)}; observed {name!r}")
+        near = difflib.get_close_matches(name, PRESETS, n=3)
+        told = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
+        raise ValueError(f"no preset is called {name!r}; {told}")
     return PRESETS[name].config
 
 

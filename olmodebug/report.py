@@ -233,8 +233,12 @@ def read(path: Path) -> Report:
     """The report in a file."""
     try:
         return from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"cannot read {path}: {error}") from None
+    except ReportError as error:
+        raise ReportError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ReportError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ReportError(f"{path}: not a report: no text in UTF-8") from None
 
 
 def finding_from(body: Mapping[str, Any]) -> Finding:

@@ -162,7 +162,8 @@ def _from_preset(name: str, job: Job) -> _Built:
     try:
         config = preset(name)
     except ValueError as error:
-        raise SubjectError(f"{name!r} is no subject: expected {FORMS}; {error}") from None
+        beside = f"{name}.py:NAME, for {name}.py is here" if Path(f"{name}.py").is_file() else None
+        raise SubjectError(f"{name!r} is no subject: expected {FORMS}; {f'perhaps {beside}' if beside else error}") from None
     known = {item.name for item in dataclasses.fields(config)}
     for key in job.config:
         if key not in known:

@@ -342,6 +342,14 @@ def bench_of_options(config: pytest.Config) -> tuple[Bench, set[str]]:
     return config.stash[BENCH]
 
 
+def subject_of_options(config: pytest.Config) -> "Subject":
+    """The subject for the fixture: what stands in its way is told in a line, without a traceback through this plugin."""
+    try:
+        return bench_of_options(config)[0].ready()
+    except (pytest.UsageError, OlmodebugError) as error:
+        pytest.fail(str(error), pytrace=False)
+
+
 def checked_expectations(expected: Mapping[str, str], known: Sequence[Declared]) -> dict[str, str]:
     """Expected failures of which every name is a probe and every reason a text; UsageError with near names otherwise."""
     import difflib

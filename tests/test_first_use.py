@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -62,6 +63,16 @@ AT_ONCE = {
     "a folder that is not there": Turn(["check", "--html", "no/such/page.html"], 2, ("--html no/such/page.html", "cannot write")),
     "a folder as a file": Turn(["report", "good.json", "--md", "."], 2, ("--md .", "cannot write")),
     "a read-only place": Turn(["report", "good.json", "--json", "/proc/report.json"], 2, ("--json /proc/report.json", "cannot")),
+    "no report but a model": Turn(["memory", "models.py", "good.json"], 2, ("models.py: not a report",)),
+    "an unknown command": Turn(["chekc"], 2, ("invalid choice: 'chekc'; did you mean check?",)),
+    "an unknown option": Turn(["check", "--devcie", "cpu"], 2, ("olmodebug check: ", "--devcie; did you mean --device?")),
+    "an unknown option of none": Turn(["--verison"], 2, ("--verison; did you mean --version?",)),
+    "an unknown choice": Turn(["memory", "--dtype", "float61"], 2, ("--dtype: invalid choice: 'float61'; did you mean float16,",)),
+    "a choice that is like none": Turn(["memory", "--dtype", "x"], 2, ("choose from", "float16", "memory --help")),
+    "a number that is none": Turn(["train", "--steps", "x"], 2, ("--steps: expected a whole number of at least 1, observed x",)),
+    "a batch of nothing": Turn(["memory", "--confirm-batch-size", "0"], 2, ("at least 1, observed 0",)),
+    "no time at all": Turn(["check", "--timeout", "0"], 2, ("--timeout: expected a number of seconds above 0",)),
+    "an unknown card": Turn(["memory", "--gpu", "H10"], 2, ("did you mean H100, ", "give --budget")),
     "a full disk": Turn(["report", "good.json", "--html", "/dev/full"], 2, ("--html /dev/full", "No space left on device")),
 }
 
@@ -72,7 +83,8 @@ IN_THE_CHILD = {
     "a class that needs arguments": Turn(["check", "models.py:Tiny"], 2, ("needs arguments (width, layers)", "--config name=value")),
     "a number is no model": Turn(["check", "models.py:number"], 2, ("is a int", "expected a model")),
     "no attribute given": Turn(["check", "models.py"], 2, ("models.py:NAME", "Tiny, build")),
-    "no such preset": Turn(["check", "olmo9-1B"], 2, ("'olmo9-1B' is no subject",)),
+    "no such preset": Turn(["check", "olmo9-1B"], 2, ("'olmo9-1B' is no subject", "did you mean olmo")),
+    "a file without its ending": Turn(["check", "models"], 2, ("'models' is no subject", "perhaps models.py:NAME")),
 }
 
 
@@ -89,11 +101,14 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def one_line(turn: Turn, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(turn.arguments)
+    try:
+        code = main(turn.arguments)
+    except SystemExit as left:  # as argparse leaves
+        code = int(str(left.code))
     out, err = capsys.readouterr()
     err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("loading torch"))
     assert (code, out) == (turn.code, ""), err
-    assert err.startswith("olmodebug: ")
+    assert re.match(r"olmodebug( \w+)?: ", err)
     assert err.count("\n") == 1, err
     assert all(word in err for word in turn.words), err
 

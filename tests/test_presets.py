@@ -134,9 +134,9 @@ def test_tiny_presets_cover_every_choice() -> None:
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest_names() -> None:
-    with pytest.raises(ValueError, match=r"such as olmo2-7B, .*observed 'olmo2-7b'"):
+    with pytest.raises(ValueError, match=r"called 'olmo2-7b'; did you mean olmo2-7B, "):
         preset("olmo2-7b")
-    with pytest.raises(ValueError, match=r"such as datadecide-4M, .*olmo3-tiny; observed 'xyz'"):
+    with pytest.raises(ValueError, match=r"called 'xyz'; there are datadecide-4M, .*olmo3-tiny"):
         preset("xyz")
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from olmodebug.probes.kernels import compile_agrees, embeddings_as_input_agree
+from olmodebug.probes.kernels import checkpointing_agrees, compile_agrees, embeddings_as_input_agree
 from torch import nn
 
 from olmodebug.spec import Job, resolve
@@ -101,3 +101,27 @@ def test_the_reference_really_runs_the_attention_that_a_twin_is_switched_to(spec
         used[name] = {event.op for event in events if "softmax" in event.op or "scaled_dot_product" in event.op}
     assert used["eager"] == {"_softmax"}
     assert not used["eager"] & used["sdpa"]
+
+
+@pytest.mark.parametrize(("factor", "loud"), [(1.0, False), (1.01, True)])
+def test_a_gradient_that_is_zero_but_for_rounding_is_the_same_with_checkpointing(factor: float, loud: bool) -> None:
+    class Keyed(nn.Module):
+        """One head whose keys have a bias: it moves all scores of a row alike, so its gradient is zero."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gradient_checkpointing = False
+            self.embed, self.q, self.k, self.head = nn.Embedding(97, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 97)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            q, k = self.q(x), self.k(x)
+            scores = q @ k.mT
+            if self.gradient_checkpointing:  # the same sums in another order, as a kernel may take them
+                scores = factor * (q @ nn.functional.linear(x, self.k.weight).mT + (q @ self.k.bias)[..., None])
+            seq = input_ids.shape[1]
+            scores = scores.masked_fill(torch.ones(seq, seq, dtype=torch.bool).triu(1), float("-inf"))
+            return self.head(x + scores.softmax(-1) @ x)
+
+    findings = list(checkpointing_agrees(from_model(Keyed())))
+    assert [(f.severity, "another gradient" in f.message) for f in findings] == [("error", True)] * loud

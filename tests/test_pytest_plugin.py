@@ -154,6 +154,21 @@ def test_the_users_own_tests_run_too_when_their_path_is_given_and_markers_choose
     result.assert_outcomes(passed=2, failed=1, skipped=3, deselected=len(olmodebug_names()) + 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "the fixture `subject` needs pytest --olmodebug SUBJECT, or olmodebug_subject in the ini file"),
+        (("-o", "olmodebug_subject=nowhere.py:build"), "no such file: nowhere.py"),
+    ],
+)
+def test_a_subject_that_the_fixture_cannot_give_is_told_in_a_line(options: tuple[str, ...], words: str, folder: pytest.Pytester) -> None:
+    path = folder.makepyfile(test_users="def test_own(subject): pass")
+    result = run(folder, *options, str(path))
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([words])
+    result.stdout.no_fnmatch_line("*testing.py*")
+
+
 def test_an_expected_failure_is_strict_and_needs_a_name_and_a_reason(folder: pytest.Pytester) -> None:
     result = run(folder, *OWN, "-k", "mine.broken", "--olmodebug-expect-failure", "mine.broken=not yet", "-rx")
     result.assert_outcomes(xfailed=1, deselected=len(olmodebug_names()) + 5)

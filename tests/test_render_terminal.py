@@ -387,6 +387,14 @@ next         olmodebug probes
     )
 
 
+def test_many_probes_that_are_skipped_for_one_reason_are_counted_and_not_listed() -> None:
+    many = [replace(SKIPPED, probe=f"topic.rule-{i}", reason="the model does not build or run") for i in range(70)]
+    text = drawn(report_view(report(*many)), 100)
+    assert "skipped      70 probes: the model does not build or run\n" in text
+    assert "topic.rule-1" not in text
+    assert "topic.rule-69" in drawn(report_view(report(*many), verbose=True), 100)
+
+
 def test_a_probe_that_broke_shows_its_traceback_and_an_expected_failure_its_reason() -> None:
     text = drawn(report_view(report(PASSED, EXPECTED, BROKE, found=(replace(NOTE, probe="causality.no-future"),))), 120)
     same(

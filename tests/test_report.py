@@ -260,7 +260,7 @@ def test_a_file_that_cannot_be_read_is_a_report_error(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="cannot read"):
         read(tmp_path / "absent.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(ReportError, match="cannot read"):
+    with pytest.raises(ReportError, match="binary.json: not a report"):
         read(tmp_path / "binary.json")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .shared import Commands, Progress, add_command, add_output, add_subject, check_output, deliver, say
+from .shared import Commands, Progress, add_command, add_output, add_subject, check_output, deliver, positive, say, seconds
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -23,12 +23,12 @@ def declare(commands: Commands) -> None:
     one.add_argument(
         "--adapter", metavar="FILE.py:NAME", help="a function (model, input_ids, ...) -> logits, where the call cannot be guessed"
     )
-    one.add_argument("--vocab-size", type=int, metavar="N", help="the number of token ids, where it cannot be found")
+    one.add_argument("--vocab-size", type=positive, metavar="N", help="the number of token ids, where it cannot be found")
     one.add_argument("--seed", type=int, default=0, help="seed of the weights and of every case (default 0)")
     one.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
     one.add_argument("--dtype", help="cast the model first: float32, bfloat16, float16")
     one.add_argument("--quick", action="store_true", help="leave out the slow probes")
-    one.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest any one step may take (default 300)")
+    one.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS", help="the longest any one step may take (default 300)")
     one.add_argument("--probes", action="append", default=[], metavar="FILE.py", help="probes of your own, beside the shipped ones")
     one.add_argument("--expect-failure", action="append", default=[], metavar="PROBE=REASON", help="a failure that is known; strict")
     one.add_argument("--download", action="store_true", help="let hf:org/name use the network")

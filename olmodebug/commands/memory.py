@@ -7,7 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
+from .shared import (
+    DEFAULT_SUBJECT,
+    SUBJECT_HELP,
+    Commands,
+    Progress,
+    add_command,
+    add_output,
+    check_output,
+    deliver,
+    positive,
+    say,
+    seconds,
+)
 
 if TYPE_CHECKING:
     from ..footprint.run import MemoryOrder
@@ -27,8 +39,8 @@ def declare(commands: Commands) -> None:
     )  # fmt: skip
     one.add_argument("--config", action="append", default=[], metavar="KEY=VALUE|FILE", help="what a class that needs a config gets")
     step = one.add_argument_group("the step")
-    step.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of a micro-batch (default 8)")
-    step.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (default 2048, or what the model declares)")
+    step.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences of a micro-batch (default 8)")
+    step.add_argument("--seq-len", type=positive, metavar="N", help="tokens of a sequence (default 2048, or what the model declares)")
     step.add_argument(
         "--dtype", choices=tuple(PRECISIONS), default="float16",
         help="what is computed in: float16 (autocast, GradScaler; the default), bfloat16 (autocast), float32",
@@ -40,9 +52,9 @@ def declare(commands: Commands) -> None:
     )  # fmt: skip
     step.add_argument("--checkpointing", action="store_true", help="each block is recomputed in the backward pass")
     step.add_argument("--loss", choices=("model", "chunked"), default="model", help="chunked: head and cross-entropy over chunks of tokens")
-    step.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
+    step.add_argument("--accumulation", type=positive, default=1, metavar="N", help="micro-batches of a step (default 1)")
     step.add_argument("--inference", action="store_true", help="no training: a prompt of --seq-len, then --new-tokens from the cache")
-    step.add_argument("--new-tokens", type=int, default=2, metavar="N", help="tokens decoded after the prompt (default 2)")
+    step.add_argument("--new-tokens", type=positive, default=2, metavar="N", help="tokens decoded after the prompt (default 2)")
     card = one.add_argument_group("the card")
     card.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the prediction is for (default cuda; needs none)")
     card.add_argument("--gpu", metavar="NAME", help="T4, V100, A10, A100, A100-40GB, L4, L40S, RTX4090, H100, H200, B200 ...")
@@ -52,12 +64,12 @@ def declare(commands: Commands) -> None:
     )
     work = one.add_argument_group("the work")
     work.add_argument("--predict-only", action="store_true", help="no run on real tensors after the prediction")
-    work.add_argument("--confirm-batch-size", type=int, metavar="N", help="sequences of the run on the CPU (default 2)")
-    work.add_argument("--confirm-seq-len", type=int, metavar="N", help="tokens of a sequence of the run on the CPU (default 64)")
+    work.add_argument("--confirm-batch-size", type=positive, metavar="N", help="sequences of the run on the CPU (default 2)")
+    work.add_argument("--confirm-seq-len", type=positive, metavar="N", help="tokens of a sequence of the run on the CPU (default 64)")
     work.add_argument("--no-what-ifs", action="store_true", help="the prediction alone, without changes and largest sizes")
     work.add_argument("--chrome-trace", metavar="FILE", help="also write the timeline for chrome://tracing and Perfetto")
     work.add_argument("--seed", type=int, default=0, help="seed of weights and data (default 0)")
-    work.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest any one step may take (default 300)")
+    work.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS", help="the longest any one step may take (default 300)")
     work.add_argument("--download", action="store_true", help="let hf:org/name use the network")
     add_output(one)
 

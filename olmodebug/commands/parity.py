@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..ranks.calls import ranks_in
 from .ranks import add_ranks, compare_ranks
-from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say
+from .shared import DEFAULT_SUBJECT, SUBJECT_HELP, Commands, Progress, add_command, add_output, check_output, deliver, say, seconds
 
 if TYPE_CHECKING:
     from ..executions.check import Side
@@ -49,7 +49,7 @@ def declare(commands: Commands) -> None:
     one.add_argument("--once", action="store_true", help="do not run a second time to find ops that give other bits")
     one.add_argument("--budget", type=float, default=256.0, metavar="MIB", help="tensors that one bundle may hold (default 256)")
     one.add_argument("--keep", action="store_true", help="leave the bundles in the run's record, to compare them again")
-    one.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest silence of an execution (default 300)")
+    one.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS", help="the longest silence of an execution (default 300)")
     one.add_argument("--download", action="store_true", help="let hf:org/name use the network")
     add_ranks(one)
     add_output(one)

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import UsageError
-from .shared import Progress, deliver, say
+from .shared import Progress, deliver, say, seconds
 
 STRATEGIES = ("ddp", "fsdp", "tp", "pp")  # named here and not taken from parallel, which loads torch; a test holds the two together
 
@@ -18,7 +18,7 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="how the model is spread over them (default ddp)")
     group.add_argument("--launch", metavar="FILE.py:NAME", help="your own wrap(model, mesh): the parallel model, or (model, train_step)")
     group.add_argument("--mesh", metavar="DPxTP", help="two mesh dimensions, dp and tp: with --strategy fsdp both at once, as in 2x2")
-    group.add_argument("--patience", type=float, default=60.0, metavar="SECONDS", help="how long a collective may wait (default 60)")
+    group.add_argument("--patience", type=seconds, default=60.0, metavar="SECONDS", help="how long a collective may wait (default 60)")
 
 
 def compare_ranks(arguments: argparse.Namespace) -> int:

@@ -2,14 +2,14 @@
 
 import argparse
 
-from .shared import Commands, add_command, add_output, add_subject, check_output, deliver, say
+from .shared import Commands, add_command, add_output, add_subject, check_output, deliver, say, seconds
 
 
 def declare(commands: Commands) -> None:
     """The arguments of `shapes`."""
     one = add_command(commands, shapes)
     add_subject(one)
-    one.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest it may take (default 300)")
+    one.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS", help="the longest it may take (default 300)")
     add_output(one)
 
 

@@ -43,6 +43,22 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE|FILE", help="what a class that needs a config gets")
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, observed {text}")
+
+
+def seconds(text: str) -> float:
+    """A time above zero, for argparse."""
+    with contextlib.suppress(ValueError):
+        if (number := float(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, observed {text}")
+
+
 def say(text: str) -> None:
     """A notice on standard error."""
     sys.stderr.write(text + "\n")

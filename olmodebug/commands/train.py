@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .shared import Commands, add_command, add_output, add_subject, check_output, deliver, say
+from .shared import Commands, add_command, add_output, add_subject, check_output, deliver, positive, say, seconds
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
@@ -39,24 +39,24 @@ def declare(commands: Commands) -> None:
     one.add_argument(
         "--recipe", default="olmodebug", metavar="NAME", help="olmodebug (the default), short, datadecide-4M ... datadecide-1B"
     )
-    one.add_argument("--steps", type=_positive, metavar="N", help="steps (default: the recipe's)")
-    one.add_argument("--batch-size", type=_positive, metavar="N", help="windows a step (default: the recipe's)")
-    one.add_argument("--seq-len", type=_positive, metavar="N", help="tokens a window (default: the recipe's)")
+    one.add_argument("--steps", type=positive, metavar="N", help="steps (default: the recipe's)")
+    one.add_argument("--batch-size", type=positive, metavar="N", help="windows a step (default: the recipe's)")
+    one.add_argument("--seq-len", type=positive, metavar="N", help="tokens a window (default: the recipe's)")
     one.add_argument("--learning-rate", type=float, metavar="RATE", help="all rates, scaled so that the matrices' is this")
     one.add_argument("--dtype", choices=DTYPES, help="default: float16 on CUDA, on a CPU bfloat16 where it is not slower than float32")
     one.add_argument("--tf32", action="store_true", help="let float32 products on CUDA use TF32")
     one.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
     one.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of the data (default 0)")
     one.add_argument("--compare", action="store_true", help="train olmo1-4M, GPT-NeoX and GPT-NeoX with SwiGLU, and lay them side by side")
-    one.add_argument("--ranks", type=_positive, metavar="N", help="train on N processes; torchrun's own are used as they are")
+    one.add_argument("--ranks", type=positive, metavar="N", help="train on N processes; torchrun's own are used as they are")
     one.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="how the model is spread over the processes (default ddp)")
     one.add_argument("--output", metavar="DIR", help="where results.json, the checkpoint and the state go (default: the run's record)")
     one.add_argument("--resume", metavar="DIR", help="go on with an interrupted run, from the DIR of its state")
-    one.add_argument("--save-every", type=_positive, default=50, metavar="N", help="steps between saved states (default 50)")
+    one.add_argument("--save-every", type=positive, default=50, metavar="N", help="steps between saved states (default 50)")
     one.add_argument(
         "--adapter", metavar="FILE.py:NAME", help="a function (model, input_ids, ...) -> logits, where the call cannot be guessed"
     )
-    one.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="the longest that a step may take (default 300)")
+    one.add_argument("--timeout", type=seconds, default=300.0, metavar="SECONDS", help="the longest that a step may take (default 300)")
     add_output(one)
 
 
@@ -228,10 +228,3 @@ def _stopping(stop: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, observed {text}")
-    return number

@@ -60,8 +60,9 @@ def gpu_named(name: str) -> Gpu:
     for known, gpu in GPUS.items():
         if known.replace("-", "").lower() == wanted:
             return gpu
-    near = difflib.get_close_matches(name.upper(), GPUS, n=3, cutoff=0.4) or list(GPUS)
-    raise UsageError(f"--gpu {name}: not in the table; known are {', '.join(near)} (or give --budget, the memory of your card)")
+    near = difflib.get_close_matches(name.upper(), GPUS, n=3, cutoff=0.4)
+    told = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(GPUS)}"
+    raise UsageError(f"--gpu {name}: not in the table; {told} Or give --budget, the memory of your card")
 
 
 def bytes_from(text: str) -> int:

@@ -247,7 +247,10 @@ def _cause(bad: Bad, flat: Tensor, value: int, name: str | None, spot: Place) ->
         declared = next((v for v in (getattr(config, n, None) for n in VOCAB_NAMES) if isinstance(v, int)), None)
         if isinstance(declared, int) and declared != bad.bound:
             words.append(f"the config declares a vocabulary of {declared}")
-        fix = f"model.resize_token_embeddings({largest + 1}) after tokens were added, or the tokenizer that the model was made for"
+        fix = (
+            f"where tokens were added, a table of at least {largest + 1} rows (transformers: model.resize_token_embeddings({largest + 1})); "
+            "else the tokenizer that the model was made for"
+        )
         return ": ".join([words[0], " and ".join(words[1:])]) if words[1:] else words[0], fix, ()
     if bad.op == "tensor indexing" and _is_ramp(flat, bad.index):
         cause = f"position {largest} is asked of a table of {bad.bound} rows"

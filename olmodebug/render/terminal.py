@@ -23,6 +23,8 @@ SYMBOLS: dict[Status, tuple[str, str]] = {
 }
 VERDICTS = {"pass": ("✓ pass", "bold green"), "fail": ("✗ fail", "bold red"), "error": ("! error", "bold red")}
 
+MOST_NAMED = 12  # probes that one reason may name: a model that does not build skips them all, and the finding is what counts
+
 Details = Mapping[str, Scalar | Mapping[str, Scalar]]
 
 
@@ -118,7 +120,8 @@ def _reasons(outcomes: Sequence[Outcome], status: Status) -> Iterator[Line]:
             probes.setdefault((outcome.reason or "no reason given").rstrip(), []).append(outcome.probe)
     word = {"error": "broke", "expected-failure": "expected", "not-applicable": "n/a"}.get(status, status)
     for reason, names in probes.items():
-        yield line(f"{', '.join(names)}: {reason}", head=(word, SYMBOLS[status][1]), indent=LABEL)
+        told = ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} probes"
+        yield line(f"{told}: {reason}", head=(word, SYMBOLS[status][1]), indent=LABEL)
 
 
 def _next_command(report: Report, verbose: bool) -> str:
