@@ -49,7 +49,7 @@ def environment(*, seed: int, command: str, device: str = "cpu", nvml: Any = Non
         cuda=_text(_ask(_cuda_build)),
         device=device,
         driver=_text(driver.get("version")) if isinstance(driver, dict) else None,
-        gpu=_text(_ask(lambda: _torch().cuda.get_device_name(device))) if device.startswith("cuda") else None,
+        gpu=_text(_ask(lambda: _card(device))),
         seed=seed,
         command=command,
     )
@@ -99,6 +99,12 @@ def _ask(question: Callable[[], Scalar]) -> Scalar:
 
 def _ask_all(questions: Mapping[str, Callable[[], Scalar]]) -> Facts:
     return {name: _ask(question) for name, question in questions.items()}
+
+
+def _card(device: str) -> str | None:
+    """The name of the card in use; None on another device, and where a card is only predicted for."""
+    cuda = _torch().cuda if device.startswith("cuda") else None
+    return str(cuda.get_device_name(device)) if cuda is not None and cuda.is_available() else None
 
 
 def _text(value: Scalar) -> str | None:

@@ -15,13 +15,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
 from olmodebug.render.formats import FORMATS
 from olmodebug.render.guard import guarded_run_view
 from olmodebug.render.html import html
-from olmodebug.render.memory import memory_view
 from olmodebug.render.plain import plain_text
 from olmodebug.render.terminal import report_view
 from olmodebug.report import Report, read
@@ -40,6 +38,8 @@ SAMPLES = {
     "shapes-olmo2-7B": ["shapes", "olmo2-7B"],
     "memory-olmo1-4M": ["memory", "olmo1-4M", "--budget", "8GiB", "--predict-only"],
     "parity-olmo2-tiny": ["parity", "olmo2-tiny", "--dtype", "bfloat16"],
+    "parity-reference-olmo2": ["parity", "olmo2-tiny", "--reference", "transformers:Olmo2ForCausalLM"],
+    "train-olmo1-tiny": ["train", "olmo1-tiny", "--steps", "60", "--batch-size", "4", "--seq-len", "64"],
     "ranks-ddp-no-sync": [
         "parity",
         "tests/mutants/clean/nanogpt_style.py:build",
@@ -60,7 +60,10 @@ DRAWINGS: dict[str, Callable[[Report], str]] = {
     ".txt": lambda report: terminal(report),
 }
 IN_EVERY_FORMAT = "fail-mask-added"
-AS_A_PAGE = ("memory-olmo1-4M", "parity-olmo2-tiny", "ranks-ddp-no-sync", "shapes-olmo2-7B", "run-short-rope-table")
+AS_A_PAGE = (
+    *("memory-olmo1-4M", "parity-olmo2-tiny", "parity-reference-olmo2", "train-olmo1-tiny", "ranks-ddp-no-sync", "shapes-olmo2-7B"),
+    "run-short-rope-table",
+)
 
 
 def samples(only: str = "") -> None:
@@ -108,8 +111,7 @@ def view(report: Report) -> RenderableType:
     """What the command of a report shows of it."""
     if "guard" in report.sections:
         return guarded_run_view(report)
-    parts = [memory_view(report.sections["memory"]), Text()] if "memory" in report.sections else []
-    return Group(*parts, report_view(report))
+    return report_view(report)
 
 
 if __name__ == "__main__":

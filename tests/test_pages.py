@@ -24,6 +24,7 @@ PAGES = {name: read(REPORTS / f"{name}.json") for name in SAMPLES} | {f"sample-{
 PAGES["large"] = replace(REPORT, sections={"parity": PARITY, "training": TRAINING, "shapes": SHAPES} | PAGES["sample-memory"].sections)
 
 PHONE, DESK = 390, 1200  # CSS pixels
+TALLEST_ROW = 200  # CSS pixels: eight lines of text
 MOST_BYTES = 300 * 1024
 FOCUSABLE = "summary, a[href], button, input, select, [tabindex='0']"
 
@@ -67,6 +68,8 @@ def test_nothing_of_a_page_is_wider_than_a_phone(browser: Browser, page: Path) -
     assert browser.value("document.documentElement.scrollWidth") <= PHONE
     browser.value("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert browser.value("document.documentElement.scrollWidth") <= PHONE
+    tallest = browser.value("Math.max(0, ...[...document.querySelectorAll('table.data tr')].map(row => row.offsetHeight))")
+    assert tallest < TALLEST_ROW, "a column is too narrow for its words"
 
 
 def test_the_keyboard_reaches_whatever_can_be_opened_or_followed(browser: Browser, page: Path) -> None:

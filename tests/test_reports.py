@@ -51,3 +51,8 @@ def test_a_picture_of_the_readme_shows_what_the_report_says_today_and_loads_noth
     urls = set(re.findall(r"https?://[^\s\"'<]+", re.sub(r"<!--.*?-->", "", svg)))
     assert urls == {"http://www.w3.org/2000/svg"}  # the name of the format, which nobody fetches
     assert "url(#" in svg or "url(" not in svg
+
+
+def test_a_drawing_shows_each_section_once() -> None:
+    text = (REPORTS / "memory-olmo1-4M.txt").read_text(encoding="utf-8")
+    assert text.count("at the peak, by category") == 1
