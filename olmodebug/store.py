@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,19 @@ class Run:
     folder: Path | None
     problem: str | None = None
 
-    def save(self, report: Report, job: dict[str, Any]) -> None:
-        if self.folder is not None:
+    def save(self, report: Report, job: dict[str, Any]) -> Report:
+        """Record the report, and give it back: without an id where that cannot be done, for nobody will find it by one."""
+        if self.folder is None:
+            return replace(report, id="")
+        try:
             (self.folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
             report.write(self.folder / "report.json")
+        except OSError:
+            return replace(report, id="")
+        finally:
             if (descriptor := _held.pop(self.folder, None)) is not None:
                 os.close(descriptor)
+        return report
 
 
 def new_run(base: Path, *, name: str | None = None) -> Run:

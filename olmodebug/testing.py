@@ -387,9 +387,8 @@ def save_records(records: Sequence[Mapping[str, Any]], run_id: str, base: Path) 
         line = f"{spec}: {report.counts}"
         if last["order"] is not None:
             run = new_run(base, name=name)
-            if run.folder is not None:
-                select = " or ".join(outcome.probe for outcome in report.outcomes)
-                run.save(report, {**last["order"], "select": select})
+            select = " or ".join(outcome.probe for outcome in report.outcomes)
+            if run.save(report, {**last["order"], "select": select}).id:
                 line += f"; olmodebug report {name}"
         lines.append(line)
     return lines

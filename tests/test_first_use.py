@@ -62,7 +62,6 @@ AT_ONCE = {
     "a config that is no JSON": Turn(["check", "--config", "models.py"], 2, ("models.py", "not valid JSON")),
     "a folder that is not there": Turn(["check", "--html", "no/such/page.html"], 2, ("--html no/such/page.html", "cannot write")),
     "a folder as a file": Turn(["report", "good.json", "--md", "."], 2, ("--md .", "cannot write")),
-    "a read-only place": Turn(["report", "good.json", "--json", "/proc/report.json"], 2, ("--json /proc/report.json", "cannot")),
     "no report but a model": Turn(["memory", "models.py", "good.json"], 2, ("models.py: not a report",)),
     "an unknown command": Turn(["chekc"], 2, ("invalid choice: 'chekc'; did you mean check?",)),
     "an unknown option": Turn(["check", "--devcie", "cpu"], 2, ("olmodebug check: ", "--devcie; did you mean --device?")),
@@ -73,7 +72,6 @@ AT_ONCE = {
     "a batch of nothing": Turn(["memory", "--confirm-batch-size", "0"], 2, ("at least 1, observed 0",)),
     "no time at all": Turn(["check", "--timeout", "0"], 2, ("--timeout: expected a number of seconds above 0",)),
     "an unknown card": Turn(["memory", "--gpu", "H10"], 2, ("did you mean H100, ", "give --budget")),
-    "a full disk": Turn(["report", "good.json", "--html", "/dev/full"], 2, ("--html /dev/full", "No space left on device")),
 }
 
 # What only building the subject shows; each costs a child process.
@@ -115,8 +113,6 @@ def one_line(turn: Turn, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("turn", AT_ONCE.values(), ids=AT_ONCE.keys())
 def test_a_wrong_turn_is_one_clear_line(turn: Turn, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if "/dev/full" in turn.arguments and not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
     one_line(turn, capsys)
     assert sorted(path.name for path in desk.iterdir()) == ["damaged.json", "good.json", "models.py", "newer.json"]
 
@@ -136,6 +132,26 @@ def test_a_probe_that_is_not_there_runs_nothing_and_names_the_near_one(desk: Pat
     out, err = capsys.readouterr()
     assert "did you mean rope.relative-shift" in err
     assert "nothing was checked" in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(("path", "words"), [("/dev/full", "cannot be written (No space left on device)"), ("/proc/report", "cannot")])
+def test_a_file_that_cannot_be_written_in_the_end_is_one_clear_line_and_the_work_is_shown(
+    path: str, words: str, desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "good.json", "--html", path]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"olmodebug: --html {path}: {words}") and err.count("\n") == 1
+    assert "causality.no-future" in out
+
+
+def test_a_script_runs_under_guards_where_nothing_can_be_recorded(desk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path(".olmodebug").write_text("in the way", encoding="utf-8")
+    assert main(["run", "--", sys.executable, "-c", "print('trained')"]) == 5  # no torch in it: nothing was checked
+    out, err = capfd.readouterr()
+    assert out == "trained\n"
+    assert "olmodebug: this run is not recorded" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -32,6 +32,20 @@ def test_a_run_is_kept_with_its_job_and_ignores_itself_in_git(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == [".olmodebug"]
 
 
+def test_a_report_that_cannot_be_recorded_has_no_id_by_which_somebody_would_look_for_it(tmp_path: Path) -> None:
+    (tmp_path / ".olmodebug").write_text("in the way")
+    nowhere = new_run(tmp_path)
+    assert nowhere.problem is not None
+    assert nowhere.save(report(nowhere.id), {}).id == ""
+    (tmp_path / ".olmodebug").unlink()
+    lost = new_run(tmp_path)
+    assert lost.folder is not None
+    (lost.folder / "report.json").mkdir()  # as unwritable as on a full disk
+    assert lost.save(report(lost.id), {}).id == ""
+    kept = new_run(tmp_path)
+    assert kept.save(report(kept.id), {}).id == kept.id
+
+
 def test_a_run_is_found_by_the_end_of_its_id_and_the_newest_without_one(tmp_path: Path) -> None:
     for name in ("20260101-000000-aaaa", "20260102-000000-bbbb", "20260103-000000-aabb"):
         folder = tmp_path / ".olmodebug" / "runs" / name

@@ -1,7 +1,6 @@
 """`olmodebug check`: run the probes on a subject in a child process, and draw what they found."""
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,9 +81,7 @@ def run_check(order: "Order", *, module: str = "olmodebug.child") -> "Report":
         progress.clear()
         raise RuntimeError(f"the checking process failed:\n{fault}") from None
     progress.clear()
-    with contextlib.suppress(OSError):
-        run.save(report, order_record(order))
-    return report
+    return run.save(report, order_record(order))
 
 
 def _known_selection(expression: str | None, own: Sequence[str]) -> None:

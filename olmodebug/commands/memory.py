@@ -1,7 +1,6 @@
 """`olmodebug memory`: will it fit, what is at the peak, what would make it smaller."""
 
 import argparse
-import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,13 +82,7 @@ def memory(arguments: argparse.Namespace) -> int:
 
     check_output(arguments)
     must_be_writable(arguments.chrome_trace, option="--chrome-trace")
-    report = _report(arguments)
-    if arguments.chrome_trace:
-        from ..files import write_whole
-        from ..footprint.chrome_trace import chrome_trace
-
-        write_whole(Path(arguments.chrome_trace), chrome_trace(report.sections["memory"]))
-    return deliver(arguments, report)
+    return deliver(arguments, _report(arguments))
 
 
 def _report(arguments: argparse.Namespace) -> "Report":
@@ -144,9 +137,7 @@ def _read(arguments: argparse.Namespace, probe: str, body: "dict[str, Any]") -> 
         created=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         id=run.id,
     )
-    with contextlib.suppress(OSError):
-        run.save(report, {"command": command})
-    return report
+    return run.save(report, {"command": command})
 
 
 def _predicted(arguments: argparse.Namespace) -> "Report":
@@ -164,9 +155,7 @@ def _predicted(arguments: argparse.Namespace) -> "Report":
         progress.clear()
         raise RuntimeError(f"the memory process failed:\n{fault}") from None
     progress.clear()
-    with contextlib.suppress(OSError):
-        run.save(report, {name: getattr(order, name) for name in type(order).__dataclass_fields__})
-    return report
+    return run.save(report, {name: getattr(order, name) for name in type(order).__dataclass_fields__})
 
 
 def _order(arguments: argparse.Namespace) -> "MemoryOrder":

@@ -1,7 +1,6 @@
 """`olmodebug parity`: two executions of a model, or two bundles, and the first place where they part."""
 
 import argparse
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,9 +92,7 @@ def parity_report(arguments: argparse.Namespace) -> "Report":
         report, job = _held_against(arguments, run, command)
     else:
         report, job = _executed(arguments, run, command)
-    with contextlib.suppress(OSError):
-        run.save(report, job)
-    return report
+    return run.save(report, job)
 
 
 def _recorded(records: list[str], given: list[str], command: str) -> "Report":
@@ -107,9 +104,7 @@ def _recorded(records: list[str], given: list[str], command: str) -> "Report":
         raise UsageError("a recorded run is compared with another one: give two folders that olmodebug run --record wrote")
     run = new_run(Path.cwd())
     report = compare_recorded(Path(records[0]), Path(records[1]), command=command, id=run.id)
-    with contextlib.suppress(OSError):
-        run.save(report, {"records": records})
-    return report
+    return run.save(report, {"records": records})
 
 
 def _executed(arguments: argparse.Namespace, run: Any, command: str) -> "tuple[Report, dict[str, Any]]":

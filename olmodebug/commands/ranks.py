@@ -1,7 +1,6 @@
 """`olmodebug parity --ranks N`: one training step on several processes beside the same step in one."""
 
 import argparse
-import contextlib
 import shlex
 from pathlib import Path
 
@@ -48,8 +47,7 @@ def compare_ranks(arguments: argparse.Namespace) -> int:
         report = compare_step(order, run, lambda step, seconds: progress(0, order.ranks, step, seconds))
     finally:
         progress.clear()
-    with contextlib.suppress(OSError):
-        run.save(report, order_record(order))
+    report = run.save(report, order_record(order))
     return deliver(arguments, report)
 
 

@@ -1,7 +1,6 @@
 """`olmodebug run -- CMD ...`: a training script as it is, under the guards, and what really went wrong in it."""
 
 import argparse
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     The script keeps the terminal, its signals and its exit status; the diagnosis follows on standard error.
     """
+    import tempfile
     import time
 
     from ..guards.diagnosis import diagnose
@@ -43,18 +43,18 @@ def run(arguments: argparse.Namespace) -> int:
     guards = parse_guards(arguments.guard)
     must_be_writable(arguments.json)
     record = new_run(Path.cwd())
-    if record.folder is None:
-        raise UsageError(f"run: {record.problem}, and the guards write what they find there")
+    if record.problem:
+        say(f"olmodebug: {record.problem}")
     noted = _new_folder(arguments.record) if arguments.record else None
-    settings = Settings(guards=guards, folder=record.folder.resolve(), record=noted)
-    started = time.perf_counter()
-    ended = run_guarded(command, settings, os.environ)
-    report = diagnose(command, settings, ended, time.perf_counter() - started)
-    with contextlib.suppress(OSError):
-        record.save(report, {"command": report.subject.spec, "guards": list(guards)})
+    with tempfile.TemporaryDirectory() as spare:  # the guards write what they find, and a script may run where nobody can write
+        settings = Settings(guards=guards, folder=(record.folder or Path(spare)).resolve(), record=noted)
+        started = time.perf_counter()
+        ended = run_guarded(command, settings, os.environ)
+        report = diagnose(command, settings, ended, time.perf_counter() - started)
+    report = record.save(report, {"command": report.subject.spec, "guards": list(guards)})
+    _show(report, verbose=arguments.verbose)
     if arguments.json:
         report.write(Path(arguments.json))
-    _show(report, verbose=arguments.verbose)
     if noted is not None:
         say(_recorded(arguments.record))
     if ended.exit_code != EXIT_PASS:

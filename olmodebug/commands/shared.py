@@ -89,27 +89,32 @@ def must_be_writable(path: str | None, *, option: str = "--json") -> None:
 
 
 def deliver(arguments: argparse.Namespace, report: "Report") -> int:
-    """Write the files that were asked for, show the report on standard output, and give back its exit code."""
-    write_files(arguments, report)
-    if arguments.format == "full":
-        show(report, verbose=arguments.verbose)
-    else:
-        _show_as(arguments.format, report)
+    """Write the files that were asked for, show the report on standard output, and give back its exit code.
+
+    A file that cannot be written is an error, and the work is shown all the same.
+    """
+    try:
+        write_files(arguments, report)
+    finally:
+        if arguments.format == "full":
+            show(report, verbose=arguments.verbose)
+        else:
+            _show_as(arguments.format, report)
     return report.exit_code
 
 
 def write_files(arguments: argparse.Namespace, report: "Report") -> None:
-    """Write the files of `add_output` that were asked for; UsageError where one cannot be written."""
+    """Write the files that were asked for, those of `add_output` and a timeline; UsageError where one cannot be written."""
     from ..files import write_whole
 
-    for name in FILES:
-        path = getattr(arguments, name)
+    for option in (*FILES, "chrome-trace"):
+        path = getattr(arguments, option.replace("-", "_"), None)
         if path is None:
             continue
         try:
-            write_whole(Path(path), _file_text(name, report))
+            write_whole(Path(path), _file_text(option, report))
         except OSError as error:
-            raise UsageError(f"--{name} {path}: cannot be written ({error.strerror})") from None
+            raise UsageError(f"--{option} {path}: cannot be written ({error.strerror})") from None
 
 
 def show(report: "Report", *, verbose: bool) -> None:
@@ -137,6 +142,10 @@ def _file_text(name: str, report: "Report") -> str:
         from ..render.html import html
 
         return html(report)
+    if name == "chrome-trace":
+        from ..footprint.chrome_trace import chrome_trace
+
+        return chrome_trace(report.sections["memory"])
     from ..render.markdown import markdown
 
     return markdown(report)

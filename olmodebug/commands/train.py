@@ -89,8 +89,7 @@ def train(arguments: argparse.Namespace) -> int:
             raise RuntimeError(f"the training process failed:\n{fault}") from None
     stopped = stop.exists()
     stop.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        run.save(report, {"command": order.command})
+    report = run.save(report, {"command": order.command})
     if arguments.output:
         report.write(home / "results.json")
     code = deliver(arguments, report)
