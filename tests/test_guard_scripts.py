@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,7 +125,7 @@ def test_findings_of_two_ranks_are_one_with_both_ranks(tmp_path: Path) -> None:
         events = [
             {"event": "start", "time": rank, "rank": rank, "pid": rank, "torch": "2"},
             {"event": "finding", "finding": {**finding, "source": [], "case": None}},
-            {"event": "batches", "replicated": True, "steps": [[1], [2], [3], [4]]},
+            {"event": "batches", "rank": rank, "replicated": True, "steps": [[1], [2], [3], [4]], "shapes": [], "weights": ""},
             {"event": "end", "ops": 3, "steps": 4, "backwards": 4, "seconds": 1.0, "exception": None},
         ]
         (tmp_path / f"journal-{rank}.jsonl").write_text("\n".join(json.dumps(event) for event in events))
@@ -134,3 +135,33 @@ def test_findings_of_two_ranks_are_one_with_both_ranks(tmp_path: Path) -> None:
         ("loop.ranks-see-different-data", "0, 1"),
     ]
     assert {o.probe: o.status for o in report.outcomes}["guard.loop"] == "failed"
+
+
+def _noted(rank: int, **values: Any) -> dict[str, Any]:
+    """What a rank writes at its fourth step; by default of one that is in order."""
+    common = {"replicated": True, "exchanged": True, "synced": True, "first": "a", "weights": "b", "shapes": [[3]]}
+    where = {"file": "train.py", "line": 7, "function": "main"}
+    return {"event": "batches", "rank": rank, "steps": [[rank, n] for n in range(4)], "where": where, **common, **values}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "cause"),
+    [
+        ({}, {}, ""),
+        ({"synced": False}, {"synced": False, "weights": "c"}, "no backward of these steps"),
+        ({}, {"first": "x", "weights": "c"}, "differed before the first step"),
+        ({"replicated": False, "exchanged": False}, {"replicated": False, "exchanged": False, "weights": "c"}, "exchanged neither"),
+        ({"replicated": False}, {"replicated": False, "weights": "c"}, ""),  # sharded, or averaged every so often
+        ({"replicated": False, "exchanged": False}, {"replicated": False, "exchanged": False, "first": "x", "weights": "c"}, ""),
+        ({"replicated": False, "exchanged": False}, {"replicated": False, "exchanged": False, "shapes": [[4]], "weights": "c"}, ""),
+    ],
+)
+def test_ranks_that_train_apart_are_told_and_those_that_hold_parts_are_not(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], cause: str
+) -> None:
+    for rank, values in enumerate((first, second)):
+        events = [{"event": "start", "time": rank, "rank": rank, "pid": rank, "torch": "2"}, _noted(rank, **values)]
+        (tmp_path / f"journal-{rank}.jsonl").write_text("\n".join(json.dumps(event) for event in events))
+    found = diagnose(["train.py"], Settings(guards=GUARDS, folder=tmp_path), Ended(status=0), 1.0).findings
+    assert [(f.probe, f.where.line) for f in found] == ([("loop.ranks-share-one-model", 7)] if cause else [])
+    assert all(cause in (f.cause or "") for f in found)

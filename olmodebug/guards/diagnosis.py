@@ -10,6 +10,7 @@ from typing import Any
 
 from ..environment import olmodebug_version
 from ..process import innermost
+from ..records import Where
 from ..report import Environment, Finding, Outcome, Report, Severity, SubjectInfo, finding_from, plain
 from .excerpts import lines_at
 from .journal import Event, read_journals, softened
@@ -19,6 +20,7 @@ from .unfinished import unfinished
 
 SURVIVES = "process.survives"
 DIVIDED = "loop.ranks-see-different-data"
+ONE_MODEL = "loop.ranks-share-one-model"
 
 TOPICS = {"index": "index", "numerics": "nan", "shape": "shape", "memory": "oom", "loop": "loop"}
 ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
@@ -35,7 +37,8 @@ def diagnose(command: Sequence[str], settings: Settings, ended: Ended, seconds: 
     processes = [_process(events) for events in journals]
     working = [p for p in processes if p["ops"] or p["findings"]] or processes
     findings = _merged(journals, len(working), ended)
-    findings += _same_data(journals)
+    noted = _noted_batches(journals)
+    findings += _same_data(noted) + _apart(noted)
     findings += _death(settings.folder, ended)
     if ended.exit_code and not findings:
         findings += unfinished(settings.record, journals)
@@ -131,33 +134,74 @@ def _handled(events: list[Event]) -> set[tuple[object, ...]]:
     return {(e["probe"], e["file"], e["line"]) for e in events if e["event"] in words}
 
 
-def _same_data(journals: list[list[Event]]) -> list[Finding]:
+def _noted_batches(journals: list[list[Event]]) -> dict[int, Event]:
+    """What each rank of a parallel training noted of its first steps."""
+    noted = [event for events in journals for event in events if event["event"] == "batches"]
+    found: dict[int, Event] = {batches["rank"]: batches for batches in noted}
+    return dict(sorted(found.items()))
+
+
+def _same_data(noted: dict[int, Event]) -> list[Finding]:
     """Ranks of data-parallel training that saw the same batches, different from step to step: the data is not divided."""
     seen: dict[str, list[int]] = {}
-    for events in journals:
-        start = next((e for e in events if e["event"] == "start"), {})
-        batches = next((e for e in events if e["event"] == "batches" and e["replicated"]), None)
-        rank = start.get("rank") if batches is None else batches.get("rank", start.get("rank"))
-        if batches is not None and rank is not None and len({str(s) for s in batches["steps"]}) == len(batches["steps"]):
+    for rank, batches in noted.items():
+        if batches["replicated"] and len({str(s) for s in batches["steps"]}) == len(batches["steps"]):
             seen.setdefault(str(batches["steps"]), []).append(rank)
-    found = []
-    for ranks in seen.values():
-        if len(ranks) < 2:
-            continue
-        names = " and ".join(map(str, sorted(ranks)))
-        found.append(
-            Finding(
-                probe=DIVIDED,
-                severity="error",
-                message=f"ranks {names} saw the same batches in their first steps",
-                cause="the batches are equal token for token, and DistributedDataParallel averages equal gradients",
-                fix="DistributedSampler(dataset), or split the stream by rank",
-                expected="batches of each rank's own",
-                observed="equal batches",
-                evidence={"ranks": ", ".join(map(str, sorted(ranks)))},
-            )
+    return [
+        Finding(
+            probe=DIVIDED,
+            severity="error",
+            message=f"ranks {_listed(ranks)} saw the same batches in their first steps",
+            cause="the batches are equal token for token, and DistributedDataParallel averages equal gradients",
+            fix="DistributedSampler(dataset), or split the stream by rank",
+            expected="batches of each rank's own",
+            observed="equal batches",
+            evidence={"ranks": ", ".join(map(str, ranks))},
         )
-    return found
+        for ranks in seen.values()
+        if len(ranks) > 1
+    ]
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return " and ".join(map(str, ranks))
+
+
+def _apart(noted: dict[int, Event]) -> list[Finding]:
+    """Replicas of one model that are no longer one after their first steps. Ranks that hold different parts of a model exchange
+    what they compute; only those that began alike and never exchanged anything, or that DDP keeps, are looked at."""
+    every = list(noted.values())
+    if len(every) < 2 or len({str(e["shapes"]) for e in every}) > 1 or not every[0]["shapes"] or len({e["weights"] for e in every}) == 1:
+        return []
+    wrapped = all(e["replicated"] for e in every)
+    began_alike = len({e["first"] for e in every}) == 1
+    if not wrapped and (any(e["replicated"] or e["exchanged"] for e in every) or not began_alike):
+        return []
+    if not wrapped:
+        cause: str | None = "the ranks began with equal weights and exchanged neither gradients nor weights in their first steps"
+        fix = "wrap the model in DistributedDataParallel, or all_reduce the gradients before each step; right only where each rank is to have a model of its own"
+    elif not began_alike:
+        cause = "they differed before the first step: DistributedDataParallel makes them equal only when it is built"
+        fix = "change or load the weights before the model is wrapped"
+    elif not any(e["synced"] for e in every):
+        cause = "no backward of these steps averaged the gradients: require_backward_grad_sync was False, or no_sync() was on, in each"
+        fix = "let the last backward before optimizer.step() run with synchronisation"
+    else:
+        cause, fix = None, "look at what changes weights or gradients on one rank only"
+    return [
+        Finding(
+            probe=ONE_MODEL,
+            severity="warning",
+            message=f"ranks {_listed(list(noted))} train apart: after {len(every[0]['steps']) - 1} steps their weights differ",
+            where=Where(**every[0]["where"], op="step"),
+            source=lines_at(Where(**every[0]["where"])),
+            cause=cause,
+            fix=fix,
+            expected="one model on all ranks",
+            observed="different weights",
+            evidence={"ranks": ", ".join(map(str, noted))},
+        )
+    ]
 
 
 def _death(folder: Path, ended: Ended) -> list[Finding]:

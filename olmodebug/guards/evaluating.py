@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sources import Spot, short_path
+from ..sources import Spot
 from . import place
-from .place import Place
+from .place import Place, text_of
 
 EVAL = "loop.evaluates-in-eval-mode"
 MODE = "loop.trains-in-train-mode"
@@ -38,6 +38,7 @@ class Evaluating:
             self.watch.look(op, self._dropout)
         for op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
             self.watch.look(op, self._loss)
+        self.watch.look(aten.multinomial.default, self._sampled)
         self.watch.events.on("module_eval", self._eval)
         self.watch.events.on("backward", lambda roots, spot: self.losses.clear())
         self.watch.events.on("step", self._step)
@@ -66,15 +67,27 @@ class Evaluating:
         elif args[3] in MEAN_OR_SUM:
             self._tell_dropout(here)
 
-    def _tell_dropout(self, here: Place) -> None:
+    def _sampled(self, args: Any, output: Any) -> None:
+        """Tokens drawn after a forward with dropout and without gradients."""
+        model = self.dropped() if self.dropped is not None else None
+        if model is not None and model.training and not torch.is_grad_enabled():
+            text = "tokens are sampled with dropout: the model is in train mode, and no gradient is recorded"
+            self._tell_dropout(place.here(sys._getframe(3)), text, "multinomial")
+
+    def _tell_dropout(
+        self,
+        here: Place,
+        message: str = "an evaluation runs with dropout: the loss is computed under no_grad, and the model is in train mode",
+        op: str = "cross_entropy",
+    ) -> None:
         self.watch.tell(
             EVAL,
             "warning",
             here,
-            "an evaluation runs with dropout: the loss is computed under no_grad, and the model is in train mode",
-            "cross_entropy",
+            message,
+            op,
             cause="dropout drew random numbers in this forward, and no gradient was recorded",
-            fix="model.eval() before the evaluation, model.train() after it",
+            fix="model.eval() before it, model.train() after it",
         )
 
     def finish(self) -> None:
@@ -117,9 +130,7 @@ class Evaluating:
                     spot,
                     f"{type(root).__name__} {before} in eval mode: its dropout is off",
                     "step",
-                    cause=f"eval() was called for an evaluation at {short_path(left.file)}:{left.line}, and train() was not called after it"
-                    if left
-                    else None,
+                    cause=f"eval() was called for an evaluation at {text_of(left)}, and train() was not called after it" if left else None,
                     fix="model.train() after the evaluation",
                 )
 

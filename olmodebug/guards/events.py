@@ -58,7 +58,7 @@ class Events:
         self.wrap(undo, nn.Module, "zero_grad", self.told("module_zeroed"))
         self.wrap(undo, nn.Module, "eval", self.told("module_eval"))
         for name in ("clip_grad_norm_", "clip_grad_value_"):
-            wrapped = self.wrap(undo, torch.nn.utils.clip_grad, name, self.told("clip", after="clipped"))
+            wrapped = self.wrap(undo, torch.nn.utils.clip_grad, name, self._clipping)
             self._put(undo, torch.nn.utils, name, wrapped)
         for name in ("scale", "unscale_", "step", "update"):
             self.wrap(undo, torch.amp.GradScaler, name, self._scaler(name))
@@ -91,20 +91,28 @@ class Events:
 
         return backward
 
-    def told(self, event: str, *, after: str = "") -> Callable[[Any], Any]:
-        """A wrapper that tells the arguments and the line before the call, and of an event `after` also what it returned."""
+    def told(self, event: str) -> Callable[[Any], Any]:
+        """A wrapper that tells the arguments and the line before the call."""
 
         def make(original: Any) -> Any:
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 self.tell(event, args, kwargs, line_here(sys._getframe(1)))
-                result = original(*args, **kwargs)
-                if after:
-                    self.tell(after, args, kwargs, result)
-                return result
+                return original(*args, **kwargs)
 
             return wrapper
 
         return make
+
+    def _clipping(self, original: Any) -> Any:
+        def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(parameters, (Tensor, list, tuple)):  # a generator can be read once; torch makes a list of it, too
+                parameters = list(parameters) or parameters
+            self.tell("clip", (parameters, *args), kwargs, line_here(sys._getframe(1)))
+            result = original(parameters, *args, **kwargs)
+            self.tell("clipped", (parameters, *args), kwargs, result)
+            return result
+
+        return clip
 
     def _scaler(self, name: str) -> Callable[[Any], Any]:
         def make(original: Any) -> Any:
@@ -112,7 +120,7 @@ class Events:
                 spot = line_here(sys._getframe(1))
                 self.tell(f"scaler_{name}", scaler, args, spot)
                 result = original(scaler, *args, **kwargs)
-                self.tell(f"scaler_{name}_done", scaler, args, spot)
+                self.tell(f"scaler_{name}_done", scaler, args, spot, result)
                 return result
 
             return wrapper

@@ -1,7 +1,10 @@
 """What the gradient guards share: the parameters of an optimizer, and which of them have a gradient of the plain kind."""
 
 import gc
+import heapq
+import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +12,28 @@ from torch import Tensor
 
 SAMPLED = 1024  # elements of a parameter that are compared before and after
 NEAREST = 2000  # graph nodes searched for the parameter next to a loss
+FOLLOWED = 3  # parameters of an optimizer whose gradients are followed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Followed:
+    """A parameter's gradient as it was at one time."""
+
+    parameter: "weakref.ref[Tensor]"
+    gradient: "weakref.ref[Tensor]"
+    version: int
+    values: Tensor | None = None  # under a dispatch mode, ops on lists of tensors leave their versions as they are
+
+    def is_unchanged(self) -> bool:
+        """Whether the very tensor is still the gradient, as it was; the values count where they were kept."""
+        p = self.parameter()
+        if p is None or p.grad is None or p.grad is not self.gradient() or p.grad._version != self.version:
+            return False
+        return self.values is None or torch.equal(sample(p.grad), self.values)
+
+    def is_same(self, other: "Followed") -> bool:
+        """Whether both are one tensor, and nothing was written to it in between."""
+        return self.gradient() is other.gradient() and self.version == other.version
 
 
 def optimizers() -> list[Any]:
@@ -25,6 +50,18 @@ def has_plain_gradient(parameter: Tensor) -> bool:
     """Whether there is a dense gradient that is no subclass (of a sharded parameter)."""
     grad = parameter.grad
     return grad is not None and grad.layout == torch.strided and type(grad) is Tensor
+
+
+def follow(optimizer: Any, *, values: bool = False) -> list[Followed]:
+    """The gradients of the smallest parameters of an optimizer that have one."""
+    smallest = heapq.nsmallest(FOLLOWED, (p for p in parameters(optimizer) if has_plain_gradient(p)), key=Tensor.numel)
+    pairs = [(p, p.grad) for p in smallest if p.grad is not None]
+    return [Followed(weakref.ref(p), weakref.ref(g), g._version, sample(g).clone() if values else None) for p, g in pairs]
+
+
+def written_since(optimizer: Any, before: list[Followed], *, values: bool = False) -> list[Followed]:
+    """The followed gradients that are others than before, or have changed."""
+    return [now for now in follow(optimizer, values=values) if not any(now.is_same(old) for old in before)]
 
 
 def sample(tensor: Tensor) -> Tensor:

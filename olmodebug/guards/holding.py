@@ -113,7 +113,8 @@ class Holding:
         names = {id(p): n for root in self.watch.models.roots() for n, p in root.named_parameters()}
         tables = _lookup_tables(self.watch.models.roots())
         decayed = [(p, float(g.get("weight_decay", 0.0)) > 0) for g in optimizer.param_groups for p in g["params"]]
-        norms = [names.get(id(p), "?") for p, on in decayed if on and p.ndim == 1 and "norm" in names.get(id(p), "").lower()]
+        of_norms = _of_norms(self.watch.models.roots())
+        norms = [names.get(id(p), "?") for p, on in decayed if on and p.ndim == 1 and id(p) in of_norms]
         some = any(not on and id(p) in tables for p, on in decayed)  # one table without decay shows that tables were meant
         embeddings = [names.get(id(p), "?") for p, on in decayed if some and on and id(p) in tables]
         wrong = [*norms, *embeddings]
@@ -130,6 +131,12 @@ class Holding:
                     source=lines_at(where),
                 )
             )
+
+
+def _of_norms(roots: list[nn.Module]) -> set[int]:
+    """The parameters of norms, which say so in the name of their class or of the attribute that holds them."""
+    named = ((name, type(m).__name__, p) for root in roots for name, m in root.named_modules() for p in m.parameters(recurse=False))
+    return {id(p) for name, kind, p in named if "norm" in name.rpartition(".")[2].lower() or "norm" in kind.lower()}
 
 
 def _lookup_tables(roots: list[nn.Module]) -> set[int]:

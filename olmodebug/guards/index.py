@@ -42,6 +42,7 @@ class Bad:
     dim: int
     bound: int
     low: int
+    ignored: int = -100  # the label that the loss leaves out
 
 
 def _advanced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Use]:
@@ -108,7 +109,8 @@ def bad_index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bad |
             continue
         smallest, largest = _range(index)
         if largest >= bound or smallest < low:
-            return Bad(op=words, table=table, index=index, dim=dim, bound=bound, low=low)
+            ignored = args[4] if read is _classes else -100
+            return Bad(op=words, table=table, index=index, dim=dim, bound=bound, low=low, ignored=ignored)
     return None
 
 
@@ -244,6 +246,8 @@ def _cause(bad: Bad, flat: Tensor, value: int, name: str | None, spot: Place) ->
         pad = getattr(config, "pad_token_id", None)
         if pad is not None and value == pad:
             words.append(f"it is config.pad_token_id, {pad}")
+        elif _fills_the_ends(bad.index, value, bad.bound):
+            words.append("it alone is out of range, and it fills the ends of rows, as padding does")
         declared = next((v for v in (getattr(config, n, None) for n in VOCAB_NAMES) if isinstance(v, int)), None)
         if isinstance(declared, int) and declared != bad.bound:
             words.append(f"the config declares a vocabulary of {declared}")
@@ -259,20 +263,32 @@ def _cause(bad: Bad, flat: Tensor, value: int, name: str | None, spot: Place) ->
 
 
 def _label_cause(bad: Bad, value: int, config: object) -> tuple[str | None, str | None, tuple[str, ...]]:
-    pad = getattr(config, "pad_token_id", None)
+    pad, ignored = getattr(config, "pad_token_id", None), bad.ignored
     if value == -100:
         return "-100 marks masked labels, and this loss ignores another number", "ignore_index=-100, the default", ()
     if value < 0:
-        return f"{value} is no class and not the ignored number", "labels are 0 .. vocab - 1, and -100 where nothing is asked", ()
+        return f"{value} is no class and not the ignored number", f"labels are 0 .. vocab - 1, and {ignored} where nothing is asked", ()
     if pad is not None and value == pad:
-        return f"the label is config.pad_token_id, {pad}, which has no class", "give -100 at padded positions", ()
+        return f"the label is config.pad_token_id, {pad}, which has no class", f"give {ignored} at padded positions", ()
     vocab = next((v for v in (getattr(config, name, None) for name in VOCAB_NAMES) if isinstance(v, int)), None)
     if vocab is not None and value < vocab:
         return f"the config declares {vocab} tokens, and the logits have {bad.bound}", f"make the head {vocab} wide", ()
     width = next((v for v in (getattr(config, name, None) for name in WIDTH_NAMES) if isinstance(v, int)), None)
     if width is not None and bad.bound == width:
         return "the loss got hidden states: as many classes as hidden_size", "give the loss the output of the language-model head", ()
-    return f"a label is {value}, and there are {bad.bound} classes", "labels lie in 0 .. vocab - 1; give -100 where nothing is asked", ()
+    return (
+        f"a label is {value}, and there are {bad.bound} classes",
+        f"labels lie in 0 .. vocab - 1; give {ignored} where nothing is asked",
+        (),
+    )
+
+
+def _fills_the_ends(ids: Tensor, value: int, bound: int) -> bool:
+    """Whether one number is all that is beyond a table, more than once, and only at the ends of rows."""
+    wrong = (ids == value).cpu()
+    if ids.ndim != 2 or bool(wrong[:, 0].any()) or int((ids >= bound).sum()) != int(wrong.sum()) or int(wrong.sum(1).max()) < 2:
+        return False
+    return bool((wrong.long().diff(dim=1) >= 0).all())
 
 
 def _is_ramp(flat: Tensor, index: Tensor) -> bool:

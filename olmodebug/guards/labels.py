@@ -21,6 +21,7 @@ EOS = "loop.eos-is-learned"
 
 LABELS_LOOKED_AT = 16  # losses whose labels are compared with the ids; a collator does the same to every batch
 FEWEST = 8  # labels that must agree before a shift is believed
+LONG_RUN = 4  # equal tokens at the end of a row before they are taken for padding
 FEWEST_KINDS = 4  # different tokens among them: a constant sequence agrees under every shift
 
 aten = torch.ops.aten
@@ -75,6 +76,12 @@ class Labels:
             batch.real, batch.known_by = (
                 ~_trailing(ids == padding),
                 f"the embedding's padding_idx is {padding}, and it fills the rows there",
+            )
+        filler = _filler(ids) if batch.real is None else None
+        if filler is not None:
+            batch.real, batch.known_by = (
+                ~_trailing(ids == filler),
+                f"rows end in runs of token {filler} of different lengths, and it stands nowhere else",
             )
 
     def _loss(self, args: Any, output: Any) -> None:
@@ -133,14 +140,15 @@ class Labels:
         if int(wrong.sum(1).max()) < 2 or len(set(values.tolist())) != 1:
             return
         share = int(wrong.sum()) / max(1, int((told != ignore).sum()))
+        marked = batch.known_by.startswith(("attention_mask", "the embedding"))  # else it is only what the rows look like
         self.watch.tell(
             PADDING,
-            "error",
+            "error" if marked else "warning",
             here,
-            f"the loss is computed on padding: {int(wrong.sum())} labels at masked positions are token {int(values[0])}, not {ignore}",
+            f"the loss is computed on padding: {int(wrong.sum())} labels at padded positions are token {int(values[0])}, not {ignore}",
             "cross_entropy",
             cause=f"{batch.known_by}, and {share:.0%} of all labels of this batch are padding",
-            fix=f"labels[attention_mask == 0] = {ignore}",
+            fix=f"labels[attention_mask == 0] = {ignore}" if marked else f"make the labels of the filling {ignore}, and keep one eos",
             expected=f"{ignore} wherever a position is padding",
             observed=f"token {int(values[0])} at {int(wrong.sum())} of {int((~real).sum())} padded positions",
             evidence={"share_of_labels": share},
@@ -183,6 +191,19 @@ def are_tokens(ids: Tensor) -> bool:
 
 def _matching(value: Any, ids: Tensor) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.shape == ids.shape else None
+
+
+def _filler(ids: Tensor) -> int | None:
+    """The one token with which rows are filled up: at the ends of at least two rows, in runs of different lengths, and nowhere else."""
+    last = ids[:, -1]
+    value = int(last.mode().values)
+    filled = _trailing(ids == value)
+    lengths = filled.sum(1)
+    runs = lengths[lengths > 1]
+    elsewhere = bool(((ids == value) & ~filled).any())
+    if elsewhere or len(runs) < 2 or len(runs.unique()) < 2 or int(runs.max()) < LONG_RUN or bool((lengths == ids.shape[1]).any()):
+        return None
+    return value
 
 
 def _trailing(padded: Tensor) -> Tensor:

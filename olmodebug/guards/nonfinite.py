@@ -241,6 +241,16 @@ class NonFinite:
         code, instruction, module = found
         return Spot(code, instruction, _line(code, instruction)), module
 
+    def place_of_node(self, node: Any) -> Spot | None:
+        """The line of the forward op that made a node, or, of a view, the line of the next op."""
+        number = node._sequence_nr()
+        if number not in self.places:
+            number = min((n for n in self.places if n > number), default=None)
+            if number is None:
+                return None
+        code, instruction, _ = self.places[number]
+        return Spot(code, instruction, _line(code, instruction))
+
     # What counts: a loss that is differentiated, a gradient that is applied, a weight that is written
 
     def backward(self, roots: list[Tensor], spot: Spot | None) -> None:
@@ -308,7 +318,8 @@ class NonFinite:
     def _tell(self, origin: Origin, reached: str, step: int | None = None) -> None:
         root = first_birth(origin)
         self._settle(root)
-        if id(root) in self.told or (root.kind == "weights" and self.told):
+        given = root.kind in ("weights", "data")  # gathered from the shards of the ranks, weights have memory of their own
+        if id(root) in self.told or (given and self.told) or self.watch.spoiled:
             return  # weights that the first finding has already spoiled are no second one
         self.told.add(id(root))
         module = self.watch.name_of_module(root.module)

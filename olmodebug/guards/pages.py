@@ -71,6 +71,91 @@ PAGES: dict[str, str] = {
 
         A fault it catches: optimizer.zero_grad() that was lost in a refactoring.
         """,
+    "loop.gradients-reach-the-step": """
+        The gradients that a backward wrote are there when the optimizer steps.
+
+        What must hold: between a backward and the step that is to apply its gradients, nothing resets them.
+
+        Why it matters: a step without gradients changes nothing and says nothing; the loss stays where initialisation put it.
+
+        A fault it catches: zero_grad() between backward and step, or step() before backward.
+        """,
+    "loop.clip-before-step": """
+        Clipping comes before the step that it is to limit.
+
+        What must hold: what clip_grad_norm_ or clip_grad_value_ changes has not been applied yet. Measuring the norm after the
+        step, with a limit of inf, is legal.
+
+        Why it matters: gradients that have been applied are thrown away next; the limit has no effect.
+
+        A fault it catches: optimizer.step() and clip_grad_norm_ the wrong way round.
+        """,
+    "loop.step-unscaled": """
+        No optimizer applies gradients that still carry the loss scale.
+
+        What must hold: after scaler.scale(loss).backward(), every optimizer steps through the scaler, or its gradients are
+        divided by the scale first.
+
+        Why it matters: SGD takes steps 65536 times too large; Adam hides it, but for eps, decay and the first moments.
+
+        A fault it catches: a second optimizer that steps by itself beside scaler.step(first).
+        """,
+    "loop.scaler-in-order": """
+        A gradient scaler is called in its order: scale, unscale_, step, update.
+
+        What must hold: one unscale_ and one step for each optimizer, then one update.
+
+        Why it matters: torch refuses anything else, in words about its own bookkeeping.
+
+        A fault it catches: scaler.update() that is missing, so that the second step is refused.
+        """,
+    "loop.backward-runs": """
+        The graph that a backward needs is there, and its values are those of the forward.
+
+        What must hold: every backward has a graph of its own, and nothing writes to weights or activations in between.
+
+        Why it matters: torch names the op that noticed, not the line that carried a state over or changed a weight.
+
+        A fault it catches: a hidden state that goes from one step into the next without detach().
+        """,
+    "loop.learning-rate": """
+        The learning rate is a number, and is not 0 in every step.
+
+        What must hold: no rate is nan or inf; a schedule leaves 0 within the first eight steps.
+
+        Why it matters: one step at nan makes every weight nan; at 0, nothing is learned and no error is raised.
+
+        A fault it catches: a warm-up in whole numbers, step // warmup.
+        """,
+    "loop.weights-filled": """
+        After to_empty, every weight is initialised or loaded before it is used.
+
+        What must hold: at the first backward no weight holds what lay in its memory.
+
+        Why it matters: to_empty gives memory as it is found. Some of it looks like small numbers, some is huge or nan, and the
+        next run differs.
+
+        A fault it catches: a reset_parameters() that resets the embeddings and forgets the layers.
+        """,
+    "loop.accumulation-divided": """
+        A step over several micro-batches applies their mean.
+
+        What must hold: the mean loss of each of n micro-batches is divided by n, before backward or in the gradients. A sum may be
+        meant, so this is a note.
+
+        Why it matters: the gradient grows with n: so do clipping, eps and the steps of SGD.
+
+        A fault it catches: loss.backward() in the loop where loss / n was meant.
+        """,
+    "loop.ranks-share-one-model": """
+        Ranks of data-parallel training keep one model.
+
+        What must hold: replicas have equal weights after every step: the gradients, or the weights, are exchanged.
+
+        Why it matters: each rank trains a model of its own on its share of the data, and one of them is saved.
+
+        A fault it catches: no_sync() around every backward; a model that was never wrapped.
+        """,
     "loop.updates-survive-rounding": """
         An update is large enough to change the weights in their dtype.
 

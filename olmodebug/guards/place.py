@@ -101,6 +101,11 @@ def where_of(spot: Spot | None, *, module: str = "", op: str | None = None) -> W
     return Where(module=module, function=spot.function, file=short_path(spot.file), line=spot.line, op=op)
 
 
+def text_of(spot: Spot | None) -> str:
+    """`train.py:31`."""
+    return f"{short_path(spot.file)}:{spot.line}" if spot else "an unknown line"
+
+
 def module_path(modules: tuple[nn.Module, ...]) -> str:
     """The innermost open module by its name in the outermost one; the class's name where that is the outermost itself."""
     if not modules:

@@ -1,8 +1,10 @@
-"""Batches that come again and again: a loader started anew for every step, workers that each read everything, equal ranks."""
+"""Batches that come again and again: a loader started anew for every step, an order that every epoch repeats, workers and ranks alike."""
 
+import weakref
 from typing import Any
 
 import torch
+import torch.utils.data
 
 from ..sources import Spot
 from .labels import are_tokens
@@ -10,6 +12,7 @@ from .labels import are_tokens
 FRESH = "loop.fresh-batches"
 
 SAME_BATCHES = 4  # steps in a row
+SAME_ORDER = 2  # first batches of two passes that are compared
 HASHED_TOKENS = 4096
 
 aten = torch.ops.aten
@@ -23,7 +26,10 @@ class Repeating:
         self.now: list[int] = []
         self.steps: list[tuple[int, ...]] = []
         self.loaders: list[tuple[int, Spot | None, int]] = []
-        self.told_ranks = False
+        self.epochs: weakref.WeakKeyDictionary[Any, tuple[int, int]] = (
+            weakref.WeakKeyDictionary()
+        )  # sampler: its epoch, and the first step of it
+        self.again: list[tuple[Spot | None, int, int, int]] = []  # where, the epoch, and the first steps of its two passes
 
     def listen(self) -> None:
         self.watch.look(aten.embedding.default, self._embedding)
@@ -43,6 +49,12 @@ class Repeating:
         endless = workers or isinstance(loader.dataset, torch.utils.data.IterableDataset)
         if endless or len(loader) > 1:  # a data set of one batch gives that batch in every epoch
             self.loaders.append((self.watch.steps, spot, workers))
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, torch.utils.data.DistributedSampler) and sampler.shuffle:
+            epoch, first = self.epochs.get(sampler, (-1, 0))
+            self.epochs[sampler] = (sampler.epoch, len(self.steps))
+            if sampler.epoch == epoch and len(self.steps) - first >= SAME_ORDER:
+                self.again.append((spot, epoch, first, len(self.steps)))
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
         if not self.now:
@@ -50,11 +62,8 @@ class Repeating:
         steps = self.steps
         steps.append(tuple(self.now))
         self.now = []
-        if len(steps) == SAME_BATCHES and not self.told_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.told_ranks = True
-            replicated = any(type(root).__name__ == "DistributedDataParallel" for root in self.watch.models.roots())
-            rank = torch.distributed.get_rank()  # mp.spawn sets no RANK before the process starts
-            self.watch.journal.tell("batches", steps=[list(step) for step in steps], replicated=replicated, rank=rank)
+        if self.again:
+            self._same_order()
         if len(steps) >= SAME_BATCHES:
             self._started_anew()
             self._every_worker_alike()
@@ -71,6 +80,24 @@ class Repeating:
                 "DataLoader.__iter__",
                 cause="each step takes the first batch of a new iterator",
                 fix="loop over the loader, or keep one iterator and call next on it",
+            )
+
+    def _same_order(self) -> None:
+        """Two passes over the same sampler in the same epoch, and their first batches are those of the other."""
+        spot, epoch, first, second = self.again[0]
+        if len(self.steps) < second + SAME_ORDER:
+            return
+        self.again.clear()
+        before, now = self.steps[first : first + SAME_ORDER], self.steps[second : second + SAME_ORDER]
+        if before == now and len(set(now)) == SAME_ORDER:
+            self.watch.tell(
+                FRESH,
+                "warning",
+                spot,
+                "every pass over the data has the same order: DistributedSampler shuffles by its epoch, which stays the same",
+                "DataLoader.__iter__",
+                cause=f"sampler.epoch was {epoch} in both passes, and their first {SAME_ORDER} batches are equal",
+                fix="sampler.set_epoch(epoch) before each pass",
             )
 
     def _every_worker_alike(self) -> None:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ..report import Finding
-from ..sources import Spot, short_path
+from ..sources import Spot
 from .excerpts import lines_at
-from .gradients import has_plain_gradient, nearest_leaf, parameters, sample
-from .place import where_of
+from .gradients import Followed, follow, has_plain_gradient, nearest_leaf, sample
+from .place import text_of, where_of
 
 RESET = "loop.gradients-reset"
 
-WATCHED = 3  # parameters of an optimizer whose gradients are followed from step to step
 BY_HAND = 3  # updates in a row without an optimizer that show the same before it is told
 ALONG = -0.99  # cosine of the change of a weight and its gradient: a step of gradient descent
 
@@ -38,7 +37,7 @@ class Resetting:
     def __init__(self, watch: Any) -> None:
         self.watch = watch
         self.steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self.applied: dict[int, list[tuple[Any, Any, int]]] = {}
+        self.applied: dict[int, list[Followed]] = {}
         self.step_lines: dict[int, Spot | None] = {}
         self.begun: dict[int, Spot | None] = {}  # backward passes that found the applied gradients in place
         self.carried: dict[int, Spot | None] = {}  # and then added to them
@@ -62,7 +61,7 @@ class Resetting:
         if self.left is not None:
             self.left.applied = _applied_by_hand(self.left)
         for key, followed in list(self.applied.items()):
-            states = [_state(*item) for item in followed]
+            states = [_state(item) for item in followed]
             if "gone" in states:
                 self._reset(key)
             elif key in self.carried:
@@ -75,7 +74,7 @@ class Resetting:
     def _done(self, roots: list[Tensor], spot: Spot | None) -> None:
         """After it: only gradients that this backward wrote to were carried over; another model's are replaced later."""
         for key, line in list(self.begun.items()):
-            if any(_state(*item) == "changed" for item in self.applied.get(key, ())):
+            if any(_state(item) == "changed" for item in self.applied.get(key, ())):
                 self.carried[key] = line
         self.begun.clear()
         if not self.watch.steps:
@@ -104,7 +103,7 @@ class Resetting:
     def _module_zeroed(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
         owned = {id(parameter) for parameter in args[0].parameters()}
         for key, followed in list(self.applied.items()):
-            if any((parameter := reference()) is None or id(parameter) in owned for reference, _, _ in followed):
+            if any((parameter := item.parameter()) is None or id(parameter) in owned for item in followed):
                 self._reset(key)
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
@@ -116,12 +115,11 @@ class Resetting:
 
     def _stepped(self, optimizer: Any, spot: Spot | None) -> None:
         key = id(optimizer)
-        followed = sorted((p for p in parameters(optimizer) if has_plain_gradient(p)), key=lambda p: p.numel())[:WATCHED]
-        self.applied[key] = [(weakref.ref(p), weakref.ref(p.grad), p.grad._version) for p in followed]  # type: ignore[union-attr]
+        self.applied[key] = follow(optimizer)
         self.step_lines[key] = spot
 
     def _tell_carried(self, key: int, spot: Spot | None, before: Spot | None, number: int) -> None:
-        line = f" at {short_path(before.file)}:{before.line}" if before else ""
+        line = f" at {text_of(before)}" if before else ""
         self._tell(
             spot, f"optimizer.step(){line}", "optimizer.zero_grad() after optimizer.step(), or before the first backward of a step", number
         )
@@ -146,12 +144,12 @@ class Resetting:
         )
 
 
-def _state(parameter: Any, gradient: Any, version: int) -> str:
+def _state(followed: Followed) -> str:
     """`same` where the very tensor that was applied is still the gradient, unchanged and not zero; `gone`, `changed`."""
-    p = parameter()
+    p = followed.parameter()
     if p is None or p.grad is None or not bool(p.grad.any()):
         return "gone"
-    return "same" if p.grad is gradient() and p.grad._version == version else "changed"
+    return "same" if followed.is_unchanged() else "changed"
 
 
 def _applied_by_hand(left: _Left) -> bool:

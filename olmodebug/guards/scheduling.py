@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sources import OWN, Spot, short_path
+from ..sources import OWN, Spot
 from ..units import plural
 from .gradients import parameters
 from .origins import words_of
@@ -59,6 +59,7 @@ class Scheduling:
         self.early: dict[int, int] = {}
         self.fast: dict[int, int] = {}
         self.graphs: deque[tuple[int, Any]] = deque(maxlen=256)
+        self.by_hand = True  # no optimizer has been made
         self.skips = 0
         self.told: set[str] = set()
         self.checkpointed: list[tuple[Spot | None, Any, list[tuple[str, Any]]]] = []
@@ -75,6 +76,8 @@ class Scheduling:
         events.on("scheduled", self._scheduled)
         events.on("backward", self._backward)
         events.on("checkpoint", self._checkpoint)
+        events.on("backward_done", self._backward_done)
+        events.on("optimizer_made", lambda args, kwargs, spot: setattr(self, "by_hand", False))
         events.on("step", self._step)
         events.on("stepped", self._stepped)
 
@@ -112,7 +115,7 @@ class Scheduling:
                 evidence={"scale": scale},
             )
 
-    def _scaler_stepped(self, scaler: Any, args: Any, spot: Spot | None) -> None:
+    def _scaler_stepped(self, scaler: Any, args: Any, spot: Spot | None, result: Any) -> None:
         if not scaler.is_enabled():
             return
         self.skips = 0 if self.stepped_in_scaler else self.skips + 1
@@ -214,13 +217,21 @@ class Scheduling:
                 token = _Token()
                 metadata: Any = root.grad_fn.metadata  # a dict that lives and dies with the node
                 metadata["olmodebug"] = token
-                self.graphs.append((self.watch.steps, weakref.ref(token)))
+                self.graphs.append((self.watch.backwards if self.by_hand else self.watch.steps, weakref.ref(token)))
 
     def _stepped(self, optimizer: Any, spot: Spot | None) -> None:
         self.windows.setdefault(optimizer, _Window())
-        now = self.watch.steps
+        self._look_at_graphs(self.watch.steps, spot)
+
+    def _backward_done(self, roots: list[Tensor], spot: Spot | None) -> None:
+        """Where weights are updated by hand, a backward is a step."""
+        if self.by_hand:
+            self._look_at_graphs(self.watch.backwards, spot)
+
+    def _look_at_graphs(self, now: int, spot: Spot | None) -> None:
         last = [(step, reference() is not None) for step, reference in self.graphs if now - KEPT_STEPS <= step < now]
-        if len({step for step, _ in last}) == KEPT_STEPS and all(alive for _, alive in last):
+        if len({step for step, _ in last}) == KEPT_STEPS and all(alive for _, alive in last) and GRAPH not in self.told:
+            self.told.add(GRAPH)
             self._tell_graph(spot)
             self.graphs.clear()
 
@@ -356,8 +367,3 @@ def _adds(frame: FrameType, name: str) -> Spot | None:
         if (added or summed or call) and isinstance(node, ast.stmt):
             return Spot(frame.f_code, frame.f_lasti, node.lineno)
     return None
-
-
-def text_of(spot: Spot | None) -> str:
-    """`train.py:31`."""
-    return f"{short_path(spot.file)}:{spot.line}" if spot else "an unknown line"

@@ -22,27 +22,47 @@ from ..report import Finding, Severity
 from ..sources import Spot
 from . import index, place
 from .accumulating import Accumulating
+from .applying import SCALED, Applying
 from .dispatch import Guarded, skip_compiler
 from .evaluating import Evaluating
 from .events import Events
 from .excerpts import lines_at
+from .filling import Filling
 from .holding import Holding
 from .index import Bad
 from .journal import Journal
 from .labels import Labels
 from .memory import Memory
+from .misuse import Misuse
 from .models import Models
 from .nonfinite import NonFinite
 from .origins import FINITE, Origin
 from .place import Place
+from .rates import Rates
 from .repeating import Repeating
+from .replicas import Replicas
 from .resetting import Resetting
 from .rounding import Rounding
 from .scheduling import Scheduling
 from .settings import settings_from
 from .tying import Tying
 
-LOOP = (Resetting, Holding, Rounding, Tying, Scheduling, Accumulating, Labels, Evaluating, Repeating)
+LOOP = (
+    Misuse,
+    Filling,
+    Rates,
+    Resetting,
+    Applying,
+    Holding,
+    Rounding,
+    Tying,
+    Scheduling,
+    Accumulating,
+    Labels,
+    Evaluating,
+    Repeating,
+    Replicas,
+)
 MOST_FAULTS = 5  # tracebacks of our own faults that are written
 
 _ALIVE: list["Watch"] = []  # the watch of this process under `olmodebug run`; the interpreter's end finds it here
@@ -64,6 +84,7 @@ class Watch:
         self.ended = False
         self.raised: list[tuple[Finding, str]] = []  # findings on ops that raised, and the exception's text: no frame is held
         self.refused: Finding | None = None  # on the arguments of the op that runs now
+        self.spoiled = False  # a finding has told what makes weights huge or nan: the nan that comes of it is no second one
         self.events = Events(self.looking, self.fault)
         self.models = Models()
         self.parts: list[Any] = []
@@ -108,9 +129,17 @@ class Watch:
         """The path of a parameter or buffer in the models that are alive."""
         return self.models.tensor(tensor)
 
+    def batches(self) -> list[tuple[int, ...]]:
+        """The tokens of every step so far, as numbers that are equal where they are."""
+        return next((part.steps for part in self.parts if isinstance(part, Repeating)), [])
+
     def birth(self, optimizer: Any) -> Origin | None:
         """Where the gradients of an optimizer stopped being finite, if they did and the nan guard saw it."""
         return self.nonfinite.birth(optimizer) if self.nonfinite is not None else None
+
+    def made_at(self, node: Any) -> Spot | None:
+        """The line of the forward op that made a node of the graph; None where the nan guard did not see it."""
+        return self.nonfinite.place_of_node(node) if self.nonfinite is not None else None
 
     def name_of_module(self, module: nn.Module | None) -> str:
         """The path of a module in the model that holds it."""
@@ -209,7 +238,14 @@ class Watch:
         """An exception that ended the script, unless a guard has already said what it is."""
         told = any(f.severity == "error" and f.probe.startswith(("index.", "memory.")) for f in self.journal.findings)
         nan_told = any(f.probe == FINITE for f in self.journal.findings) and isinstance(error, ValueError) and "nan" in str(error)
-        if error is None or told or nan_told or "shape" not in self.guards:
+        if error is None or told or nan_told:
+            return
+        refused = next((part.explain(error) for part in self.parts if isinstance(part, Misuse)), None)
+        if refused is not None:
+            if not any(f.probe == SCALED for f in self.journal.findings):
+                self.find(refused)
+            return
+        if "shape" not in self.guards:
             return
         from .exceptions import explain_exception  # the tracer and its rules: loaded only by a script that failed
 

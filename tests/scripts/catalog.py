@@ -130,6 +130,27 @@ FAULTS: tuple[Fault, ...] = (
         words="norm", severity="note",
     ),
     _fault(
+        "plain_loop/reset-before-the-step", "loop.gradients-reach-the-step", "optimizer.zero_grad()",
+        ("        optimizer.zero_grad()\n", ""), ("        optimizer.step()", "        optimizer.zero_grad()\n        optimizer.step()"),
+        words="no weight changes",
+    ),
+    _fault(
+        "plain_loop/clipped-after-the-step", "loop.clip-before-step", "nn.utils.clip_grad_norm_(",
+        ("        nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n", ""),
+        ("        scheduler.step()", "        nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n        scheduler.step()"),
+        words="has no effect", severity="warning",
+    ),
+    _fault(
+        "plain_loop/rate-is-nan", "loop.learning-rate", "        optimizer.step()",
+        ("LinearLR(optimizer, 0.1, 1.0, total_iters=4)", 'LambdaLR(optimizer, lambda step: step / 4 if step < 4 else float("nan"))'),
+        words="is nan",
+    ),
+    _fault(
+        "plain_loop/warm-up-in-whole-numbers", "loop.learning-rate", "        optimizer.step()",
+        ("LinearLR(optimizer, 0.1, 1.0, total_iters=4)", "LambdaLR(optimizer, lambda step: step // 100)"),
+        words="was 0 in each", severity="warning",
+    ),
+    _fault(
         "plain_loop/mask-without-expansion",
         "shape.fits",
         "visible = causal & attention_mask",
@@ -172,6 +193,20 @@ FAULTS: tuple[Fault, ...] = (
         ("    sampler = ", '    if os.environ["RANK"] == "1":\n        data = [torch.full((9,), VOCAB)] * 64\n    sampler = '),
         words="token id 37", loud=True,
     ),
+    _fault(
+        "ddp/never-synchronised", "loop.ranks-share-one-model", "optimizer.step()",
+        ("    for step, ids", "    model.require_backward_grad_sync = False\n    for step, ids"),
+        words="no backward of these steps averaged", severity="warning",
+    ),
+    _fault(
+        "ddp/never-wrapped", "loop.ranks-share-one-model", "optimizer.step()",
+        ("DistributedDataParallel(Model())", "Model()"), words="exchanged neither gradients nor weights", severity="warning",
+    ),
+    _fault(
+        "ddp/epoch-not-set", "loop.fresh-batches", "for step, ids in",
+        ("enumerate(loader)", "enumerate(ids for _ in range(3) for ids in loader)"), ("(64, 9)", "(24, 9)"), ("step == 5", "step == 8"),
+        words="has the same order", severity="warning",
+    ),
     # accumulation
     _fault(
         "accumulation/mean-of-means", "loop.token-weighted-accumulation", "loss.backward()",
@@ -187,6 +222,11 @@ FAULTS: tuple[Fault, ...] = (
         "accumulation/no-zero-grad", "loop.gradients-reset", "loss.backward()",
         ("        optimizer.zero_grad(set_to_none=False)\n", ""),
     ),
+    _fault(
+        "accumulation/added-up", "loop.accumulation-divided", "loss.backward()",
+        ('reduction="sum") / tokens', 'reduction="mean")'), ("torch.randint(6, 31, (MICRO,))", "[9] * MICRO"),
+        words="sum of 4", severity="note",
+    ),
     # amp_scaler
     _fault(
         "amp_scaler/clipped-before-unscaling", "loop.unscale-before-clip", "nn.utils.clip_grad_norm_(",
@@ -200,6 +240,16 @@ FAULTS: tuple[Fault, ...] = (
         "amp_scaler/logits-overflow-float16", "numerics.finite", "logits = (model(ids)",
         ("            logits = model(ids)", "            logits = (model(ids) * 1.0e6).to(torch.float16)"),
         words="overflow",
+    ),
+    _fault(
+        "amp_scaler/step-past-the-scaler", "loop.step-unscaled", "        optimizer.step()",
+        ("        scaler.unscale_(optimizer)\n        nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n", ""), ("2.0**127", "2.0**16"),
+        ("        scaler.step(optimizer)\n        scaler.update()\n", "        optimizer.step()\n"),
+        words="still carry the loss scale",
+    ),
+    _fault(
+        "amp_scaler/never-updated", "loop.scaler-in-order", "scaler.unscale_(optimizer)",
+        ("        scaler.update()\n", ""), words="update() has not run", loud=True,
     ),
     # compiled
     _fault(

@@ -1,0 +1,514 @@
+"""What a loop does to gradients between a backward and a step, to weights before the first one, and to rates: told, or legal."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmodebug.guards.journal import Journal
+from olmodebug.guards.settings import GUARDS
+from olmodebug.guards.watch import Watch
+from olmodebug.report import Finding
+
+from .test_guard_controls import VOCAB, Model, ids, loss_of
+
+
+def found(run: Callable[[], None], *, guards: tuple[str, ...] = GUARDS) -> list[Finding]:
+    """What is said of a piece of a script, which may raise."""
+    torch.manual_seed(0)
+    journal = Journal(None)
+    try:
+        with Watch(guards, journal) as watch:
+            run()
+    except (RuntimeError, AssertionError, IndexError):
+        pass
+    assert not watch.faults
+    return journal.findings
+
+
+def said(run: Callable[[], None], text: str) -> tuple[str, str, bool]:
+    """The one finding on a faulty script: its probe and severity, and whether its line is the one with `text`."""
+    (finding,) = found(run)
+    lines, first = inspect.getsourcelines(run)
+    (line,) = [first + number for number, source in enumerate(lines) if text in source]
+    return finding.probe, finding.severity, finding.where.line == line
+
+
+def made() -> tuple[Model, torch.optim.Optimizer]:
+    model = Model()
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def clip(model: nn.Module, limit: float = 1.0) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+
+# Thrown away
+
+
+def reset_before_the_step() -> None:
+    model, optimizer = made()
+    for _ in range(5):
+        loss_of(model, ids()).backward()
+        optimizer.zero_grad()
+        optimizer.step()
+
+
+def step_before_the_backward() -> None:
+    model, optimizer = made()
+    for _ in range(5):
+        model.zero_grad()
+        loss = loss_of(model, ids())
+        optimizer.step()
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"), [(reset_before_the_step, "optimizer.zero_grad()"), (step_before_the_backward, "model.zero_grad()")]
+)
+def test_gradients_that_are_reset_before_they_are_applied_are_told(fault: Callable[[], None], line: str) -> None:
+    assert said(fault, line) == ("loop.gradients-reach-the-step", "error", True)
+
+
+def test_a_scaler_that_finds_no_gradient_says_so_itself_and_is_explained() -> None:
+    def run() -> None:
+        model, optimizer = made()
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(loss_of(model, ids())).backward()
+        optimizer.zero_grad()
+        scaler.step(optimizer)
+
+    assert said(run, "scaler.step(") == ("loop.scaler-in-order", "error", True)
+
+
+def test_weights_that_a_step_changes_between_forward_and_backward_are_told_at_the_step() -> None:
+    def run() -> None:
+        model, optimizer = made()
+        for _ in range(2):
+            loss = loss_of(model, ids())
+            optimizer.step()
+            loss.backward()
+
+    assert said(run, "optimizer.step()") == ("loop.backward-runs", "error", True)
+
+
+def bad_steps_are_dropped() -> None:
+    model, optimizer = made()
+    for number in range(8):
+        loss_of(model, ids()).backward()
+        if number % 3 != 2:  # as after a gradient that is not finite
+            optimizer.zero_grad()
+            optimizer.step()
+            continue
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def one_of_two_players_waits() -> None:
+    left, right = Model(), Model()
+    first, second = torch.optim.Adam(left.parameters()), torch.optim.Adam(right.parameters())
+    for number in range(8):
+        second.zero_grad()
+        loss_of(left, ids()).backward()
+        if not number:
+            loss_of(right, ids()).backward()
+        first.step()
+        second.step()
+        first.zero_grad()
+
+
+def closure_after_a_reset() -> None:
+    model = Model()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, ids())
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.zero_grad()
+        optimizer.step(evaluate)
+
+
+# Clipped too late
+
+
+def clipped_after_the_step() -> None:
+    model, optimizer = made()
+    for _ in range(5):
+        loss_of(model, ids()).backward()
+        optimizer.step()
+        clip(model)
+        optimizer.zero_grad()
+
+
+def test_gradients_that_are_clipped_after_their_step_are_told() -> None:
+    (finding,) = found(clipped_after_the_step)
+    assert (finding.probe, finding.severity) == ("loop.clip-before-step", "warning")
+    assert finding.where.function == "clip"
+
+
+def clipped_before_and_after() -> None:
+    model, optimizer = made()
+    for _ in range(5):
+        loss_of(model, ids()).backward()
+        clip(model)
+        optimizer.step()
+        clip(model)
+        optimizer.zero_grad()
+
+
+def measured_after_the_step() -> None:
+    model, optimizer = made()
+    for _ in range(5):
+        loss_of(model, ids()).backward()
+        optimizer.step()
+        clip(model, float("inf"))
+        optimizer.zero_grad()
+
+
+def each_optimizer_clipped_before_its_step() -> None:
+    model = Model()
+    first = torch.optim.SGD([model.embed.weight], lr=0.1)
+    second = torch.optim.Adam([*model.body.parameters(), *model.head.parameters()])
+    for _ in range(5):
+        loss_of(model, ids()).backward()
+        first.step()
+        clip(model)
+        second.step()
+        model.zero_grad()
+
+
+def test_clipping_is_given_all_of_a_generator_and_an_empty_one_warns_as_ever() -> None:
+    model = Model()
+    with Watch(GUARDS, Journal(None)):
+        loss_of(model, ids()).backward()
+        before = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+        assert torch.allclose(nn.utils.clip_grad_norm_((p for p in model.parameters()), 1e-3), before)
+        assert torch.allclose(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm(), torch.tensor(1e-3))
+        with pytest.warns(UserWarning, match="empty generator"):
+            nn.utils.clip_grad_norm_((p for p in ()), 1.0)
+
+
+# Applied with the loss scale
+
+
+def step_past_the_scaler() -> None:
+    model, optimizer = made()
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(3):
+        scaler.scale(loss_of(model, ids())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def second_optimizer_past_the_scaler() -> None:
+    model = Model()
+    first = torch.optim.SGD([model.embed.weight], lr=0.1)
+    second = torch.optim.Adam([*model.body.parameters(), *model.head.parameters()])
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(2):
+        scaler.scale(loss_of(model, ids())).backward()
+        scaler.step(second)
+        first.step()
+        scaler.update()
+        model.zero_grad()
+
+
+def test_a_step_on_gradients_that_carry_the_loss_scale_is_told_at_its_line() -> None:
+    first = found(step_past_the_scaler)[0]
+    assert (first.probe, first.severity, first.evidence["scale"]) == ("loop.step-unscaled", "error", 65536.0)
+    assert said(second_optimizer_past_the_scaler, "first.step()") == ("loop.step-unscaled", "error", True)
+
+
+def test_one_norm_over_gradients_of_which_some_carry_the_scale_is_told() -> None:
+    def run() -> None:
+        model = Model()
+        first = torch.optim.SGD([model.embed.weight], lr=0.1)
+        second = torch.optim.Adam([*model.body.parameters(), *model.head.parameters()])
+        scaler = torch.amp.GradScaler("cpu")
+        for _ in range(2):
+            scaler.scale(loss_of(model, ids())).backward()
+            scaler.unscale_(second)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(first)
+            scaler.step(second)
+            scaler.update()
+            model.zero_grad()
+
+    assert [(f.probe, f.severity) for f in found(run)][:1] == [("loop.unscale-before-clip", "error")]
+
+
+def unscaled_by_hand() -> None:
+    model, optimizer = made()
+    scaler = torch.amp.GradScaler("cpu")
+    for number in range(4):
+        scaler.scale(loss_of(model, ids())).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if number % 2:
+            torch._foreach_div_(grads, scaler.get_scale())  # type: ignore[call-overload]
+        else:
+            for grad in grads:
+                grad.div_(scaler.get_scale())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def one_loss_of_two_is_scaled() -> None:
+    left, right = Model(), Model()
+    first, second = torch.optim.Adam(left.parameters()), torch.optim.Adam(right.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for _ in range(3):
+        scaler.scale(loss_of(left, ids())).backward()
+        loss_of(right, ids()).backward()
+        second.step()
+        scaler.step(first)
+        scaler.update()
+        first.zero_grad()
+        second.zero_grad()
+
+
+def test_a_scaler_that_is_never_updated_is_explained() -> None:
+    def run() -> None:
+        model, optimizer = made()
+        scaler = torch.amp.GradScaler("cpu")
+        for _ in range(2):
+            scaler.scale(loss_of(model, ids())).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+
+    assert said(run, "scaler.unscale_(") == ("loop.scaler-in-order", "error", True)
+
+
+# Added up
+
+
+def summed() -> None:
+    model, optimizer = made()
+    for _ in range(3):
+        for _ in range(4):
+            loss_of(model, ids()).backward()
+        clip(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def summed_under_a_scaler() -> None:
+    model, optimizer = made()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for _ in range(3):
+        for _ in range(4):
+            scaler.scale(loss_of(model, ids())).backward()
+        scaler.unscale_(optimizer)
+        clip(model)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("fault", [summed, summed_under_a_scaler])
+def test_micro_batches_that_are_added_up_are_a_note(fault: Callable[[], None]) -> None:
+    (finding,) = found(fault)
+    assert (finding.probe, finding.severity) == ("loop.accumulation-divided", "note")
+    assert "sum of 4" in finding.message
+
+
+def divided_afterwards() -> None:
+    model, optimizer = made()
+    for number in range(6):
+        for _ in range(3):
+            loss_of(model, ids()).backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if number % 2:
+            torch._foreach_div_(grads, 3.0)  # type: ignore[call-overload]
+        else:
+            for grad in grads:
+                grad /= 3
+        clip(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# Rates
+
+
+@pytest.mark.parametrize(
+    ("schedule", "severity"), [(lambda step: float("nan"), "error"), (lambda step: step // 100, "warning"), (lambda step: step / 100, "")]
+)
+def test_a_rate_that_cannot_train_is_told_once(schedule: Callable[[int], float], severity: str) -> None:
+    def run() -> None:
+        model, optimizer = made()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        for _ in range(10):
+            loss_of(model, ids()).backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    assert [(f.probe, f.severity) for f in found(run)] == ([("loop.learning-rate", severity)] if severity else [])
+
+
+# Weights that nobody filled
+
+
+@pytest.fixture
+def filled_with_nan() -> Iterator[None]:
+    """Fresh memory holds nan, so that a test does not depend on what lay there."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_weights_that_to_empty_left_uninitialised_are_told_and_their_nan_is_no_second_finding(
+    filled_with_nan: None, forgotten: bool
+) -> None:
+    def run() -> None:
+        with torch.device("meta"):
+            model = Model()
+        model.to_empty(device="cpu")
+        model.embed.weight.data.copy_(torch.randn(VOCAB, 16))
+        model.head.load_state_dict({"weight": torch.randn(VOCAB, 16), "bias": torch.zeros(VOCAB)}, assign=True)
+        if not forgotten:
+            model.body.weight.data.normal_()
+        model.body.bias.data.zero_()
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(3):
+            loss_of(model, ids()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    if not forgotten:
+        assert not found(run)
+        return
+    assert said(run, "model.to_empty(") == ("loop.weights-filled", "error", True)
+    assert "body.weight" in found(run)[0].message
+
+
+# A graph that is gone
+
+
+class Carrying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.cell, self.head = nn.Embedding(VOCAB, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, VOCAB)
+
+    def forward(self, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, state = self.cell(self.embed(tokens), state)
+        return self.head(out), state
+
+
+def test_a_state_that_is_carried_with_its_graph_is_told_where_it_is_read() -> None:
+    def run() -> None:
+        model, state = Carrying(), None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            tokens = ids()
+            logits, state = model(tokens, state)
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    (finding,) = found(run)
+    lines, first = inspect.getsourcelines(Carrying.forward)
+    assert (finding.probe, finding.severity) == ("loop.backward-runs", "error")
+    assert finding.where.line == first + next(n for n, line in enumerate(lines) if "self.cell(" in line)
+    assert "detach()" in (finding.fix or "")
+
+
+def test_two_losses_of_one_graph_are_told_apart_from_a_state_that_is_carried() -> None:
+    def run() -> None:
+        model = Model()
+        logits = model(ids())
+        left, right = logits.pow(2).mean(), logits.mean()
+        left.backward()
+        right.backward()
+
+    (finding,) = found(run)
+    assert (finding.probe, finding.where.op) == ("loop.backward-runs", None)
+    assert "shares its graph" in (finding.cause or "") and "retain_graph" in (finding.fix or "")
+
+
+def test_losses_that_are_kept_in_a_loop_without_an_optimizer_are_told() -> None:
+    def run() -> None:
+        model = Model()
+        total: Any = 0.0
+        for _ in range(8):
+            loss = loss_of(model, ids())
+            loss.backward()
+            total += loss
+            for p in model.parameters():
+                p.data -= 0.1 * p.grad  # type: ignore[operator]
+                p.grad = None
+
+    assert said(run, "total += loss") == ("loop.graph-released", "error", True)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_tokens_that_are_sampled_with_dropout_are_told(careful: bool) -> None:
+    model = Model(0.2)
+
+    def run() -> None:
+        model.train(not careful)
+        with torch.no_grad():
+            torch.multinomial(model(ids())[:, -1].softmax(-1), 1)
+
+    assert [(f.probe, f.severity) for f in found(run)] == ([] if careful else [("loop.evaluates-in-eval-mode", "warning")])
+
+
+# Padding that only the rows show
+
+
+@pytest.mark.parametrize("way", ["learned", "masked", "also elsewhere"])
+def test_rows_that_are_filled_up_with_one_token_are_padding_also_without_a_mask(way: str) -> None:
+    def loss(model: Model) -> Tensor:
+        tokens = torch.randint(2 if way != "also elsewhere" else 0, VOCAB, (4, 20))
+        tokens = torch.where(torch.arange(20) < torch.tensor([[9], [12], [20], [15]]), tokens, 1)
+        if way == "also elsewhere":
+            tokens[2, 3] = 1
+        labels = tokens.masked_fill(tokens == 1, -100) if way == "masked" else tokens
+        return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def run() -> None:
+        model, optimizer = made()
+        for _ in range(3):
+            loss(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    expected = [("loop.padding-unlabelled", "warning")] if way == "learned" else []
+    assert [(f.probe, f.severity) for f in found(run)[:1]] == expected
+
+
+def test_an_id_that_fills_the_ends_of_rows_is_told_as_padding_and_one_that_does_not_is_not() -> None:
+    tokens = torch.tensor([[1, 2, 3, 4], [5, VOCAB, VOCAB, VOCAB]])
+    (finding,) = found(lambda: Model()(tokens))
+    assert "fills the ends of rows" in (finding.cause or "") and f"at least {VOCAB + 1} rows" in (finding.fix or "")
+    (finding,) = found(lambda: Model()(tokens.flip(1)))
+    assert "fills the ends" not in (finding.cause or "")
+
+
+def test_a_label_beyond_the_classes_is_mended_with_the_number_that_this_loss_ignores() -> None:
+    (finding,) = found(lambda: F.cross_entropy(torch.randn(3, 5), torch.tensor([1, -1, 7]), ignore_index=-1))
+    assert "give -1 where nothing is asked" in (finding.fix or "")
+
+
+LEGAL = (
+    bad_steps_are_dropped, one_of_two_players_waits, closure_after_a_reset, clipped_before_and_after, measured_after_the_step,
+    each_optimizer_clipped_before_its_step, unscaled_by_hand, one_loss_of_two_is_scaled, divided_afterwards,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("legal", LEGAL, ids=lambda legal: legal.__name__)
+def test_a_legal_way_to_step_is_silent(legal: Callable[[], None]) -> None:
+    assert not found(legal)
