@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmodebug.compare import difference, roundings_limit
+from olmodebug.compare import roundings_limit
 from olmodebug.examine import refused
 from olmodebug.explain import explain_run, place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
-from olmodebug.records import Case, Difference, Event
-from olmodebug.relations.chunks import LENGTH_DEPENDENT, Chunk, Parting, Runs, call_chunk, locate, pieces, rope_type, run_chunks
-from olmodebug.relations.diagnose import Diagnosis, is_fused_attention, mask_added_as_number
+from olmodebug.records import Case, Difference
+from olmodebug.relations.chunks import LENGTH_DEPENDENT, Chunk, call_chunk, locate, pieces, rope_type, run_chunks
+from olmodebug.relations.diagnose import Diagnosis, mask_added_as_number
 from olmodebug.relations.invariance import limit_of, run
+from olmodebug.relations.parted import why
 from olmodebug.relations.repair import Found
 from olmodebug.relations.ways import Way, breach, chunked, way_record
 from olmodebug.report import Finding, Scalar
 from olmodebug.subject import Subject, attention_choices, rows_before_the_first_position
-from olmodebug.tracing.tracer import Recording
 
 # Widths of uneven chunks: a prompt, a second turn, one token, a third turn.
 UNEVEN = (4, 3, 1, 2, 1)
@@ -271,11 +271,12 @@ def _one_row(way: Way, row: int, seq: int | None = None) -> Way:
 
 
 def _smaller(twin: Subject, way: Way, limit: float, row: int) -> Way | None:
-    """The shortest sequence of this row alone, in as few chunks as possible, that still goes wrong."""
+    """The shortest sequence of this row alone, in as few chunks as possible, that still goes wrong; behind one token a position
+    that restarts is one that lags by one, so that a longer prompt is tried first."""
     first = way.sizes[0]
     starts = dict.fromkeys((1, 2, 3, first - 1, first, first + 1))
     plans = [(start, *tail) for start in starts for tail in ((1,), (2,), (1, 1), (1, 2)) if start > 0]
-    for sizes in [*sorted((p for p in plans if sum(p) <= way.case.seq_len), key=lambda p: (sum(p), len(p))), way.sizes]:
+    for sizes in [*sorted((p for p in plans if sum(p) <= way.case.seq_len), key=lambda p: (p[0] == 1, sum(p), len(p))), way.sizes]:
         small = replace(_one_row(way, row, sum(sizes)), sizes=sizes)
         try:
             if small.first < sum(sizes) and breach(twin, small, limit) is not None:
@@ -299,7 +300,7 @@ def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: flo
     position = way.first + broken.index[1]
     runs = locate(twin, small.case, pieces(small.sizes), limit=limit, first=small.first)
     parting = runs.parting if runs else None
-    told = _why(runs) if runs and parting else Diagnosis()
+    told = why(runs) if runs and parting else Diagnosis()
     evidence: dict[str, Scalar] = {
         "largest difference": broken.max_abs,
         "logits of magnitude": broken.scale,
@@ -312,7 +313,7 @@ def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: flo
         evidence["confirmed"] = "with the full forward's values put here the chunk is right"
     if parting is not None and parting.module_only:
         evidence["placed at"] = "the smallest module; its ops could not be told apart"
-    where = parting.where if parting else None
+    where = told.where or (parting.where if parting else None)
     if runs is not None and mask_added_as_number(runs.full) is None and (added := mask_added_as_number(runs.part)) is not None:
         event, mask = runs.part.events[added[0]], added[1].inputs[1]
         where = place_of(runs.part.spots[added[0]], module=event.where.module, op=event.op)
@@ -334,237 +335,3 @@ def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: flo
         records=(way_record(twin, small),),
     )
     return replace(found, where=where, source=source_lines(where)) if where else found
-
-
-def _why(runs: Runs) -> Diagnosis:
-    """What the captured tensors establish about the line at which a chunk parts from the full run."""
-    parting = runs.parting
-    assert parting is not None
-    for rule in (_left_out, _causal_top_left, _mask_top_left, _wrong_order, _shifted, _short_bias, _keys_missing, _cached_part):
-        told = rule(runs, parting)
-        if told is not None:
-            return told
-    return Diagnosis()
-
-
-def _left_out(runs: Runs, parting: Parting) -> Diagnosis | None:
-    if not parting.missing:
-        return None
-    names = ", ".join(dict.fromkeys(event.where.function or event.op for event in parting.missing))
-    lines = sorted({event.where.line for event in parting.missing if event.where.line})
-    return Diagnosis(
-        cause=f"the cached path leaves out {len(parting.missing)} ops that the full forward runs, in {names}: new tokens reach "
-        f"{parting.event.where.function if parting.event else 'attention'} as they were before them",
-        fix=f"do in the cached path what lines {lines[0]}..{lines[-1]} do without a cache"
-        if lines
-        else "do the same with a cache as without one",
-        evidence={"ops that are left out": ", ".join(dict.fromkeys(event.op for event in parting.missing))},
-    )
-
-
-def _causal_top_left(runs: Runs, parting: Parting) -> Diagnosis | None:
-    if parting.event is None or parting.kept is None or not is_fused_attention(parting.event.op):
-        return None
-    arguments = parting.kept.arguments
-    query, key = arguments.get("query"), arguments.get("key")
-    if not arguments.get("is_causal") or not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.shape[-2] == key.shape[-2]:
-        return None
-    queries, keys = query.shape[-2], key.shape[-2]
-    return Diagnosis(
-        cause=f"is_causal=True with {queries} queries and {keys} keys: torch aligns the causal mask top-left, so the first new query, "
-        f"position {runs.chunk.start}, sees key 0 only",
-        fix="with a cache pass attn_mask with True where key <= past + query; is_causal=True only where queries and keys are as many",
-        evidence={"queries": queries, "keys": keys},
-    )
-
-
-def _mask_top_left(runs: Runs, parting: Parting) -> Diagnosis | None:
-    """A mask `[.., queries, keys]` whose row i shows the keys 0..i, where the full forward's shows 0..past + i."""
-    if not parting.good or parting.kept is None or not parting.kept.outputs or not runs.chunk.start:
-        return None
-    good, bad, chunk = parting.good[0], parting.kept.outputs[0], runs.chunk
-    if good.shape != bad.shape or bad.ndim < 2 or bad.shape[-2:] != (chunk.queries, chunk.stop):
-        return None
-
-    def shows(mask: Tensor, first: int) -> bool:
-        values = mask.unique()
-        if mask.dtype != torch.bool and not (values.numel() == 2 and float(values.max()) in (0.0, 1.0)):
-            return False
-        visible = mask if mask.dtype == torch.bool else mask == values.max()
-        wanted = torch.ones(chunk.queries, chunk.stop, dtype=torch.bool).tril(first)
-        return bool((visible.cpu() == wanted).all())
-
-    if bad.is_complex() or not shows(bad, 0) or not shows(good, chunk.start):
-        return None
-    return Diagnosis(
-        cause=f"the causal mask is aligned top-left: with {chunk.start} tokens in the cache the first new query, position {chunk.start}, "
-        "sees key 0 only, as if no token stood before it",
-        fix="move the diagonal by the cache's length: tril(diagonal=past_length), or key_index <= past_length + query_index",
-        evidence={"queries": chunk.queries, "keys": chunk.stop},
-    )
-
-
-def _wrong_order(runs: Runs, parting: Parting) -> Diagnosis | None:
-    if not parting.good or parting.kept is None or not parting.kept.outputs:
-        return None
-    good, bad, length = parting.good[0], parting.kept.outputs[0], runs.chunk.stop
-    if good.shape != bad.shape:
-        return None
-    for dim in (d for d, size in enumerate(bad.shape) if size == length):
-        for by in range(1, length):
-            if difference(good.roll(by, dim), bad, relative_limit=1e-6) is None:
-                what = "the new tokens stand in front of the cached ones" if by == runs.chunk.queries else f"they are rolled by {by}"
-                return Diagnosis(
-                    cause=f"the cached and the new tokens are put together in the wrong order: {what}",
-                    fix="concatenate the cache first: torch.cat([past, new], dim)",
-                    evidence={"dimension": dim},
-                )
-    return None
-
-
-def _shifted(runs: Runs, parting: Parting) -> Diagnosis | None:
-    if not parting.good or parting.kept is None or parting.event is None or not parting.kept.outputs:
-        return None
-    good, bad = parting.good[0], parting.kept.outputs[0]
-    if (told := _table_shifted(runs, good, bad)) is not None or bad.is_complex():
-        return told
-    if bad.is_floating_point() and not bool((bad == bad.round()).all()) or good.shape != bad.shape or good.dtype == torch.bool:
-        return None
-    gaps = (good - bad).unique()
-    if gaps.numel() != 1 or not float(gaps[0]):
-        return None
-    gap = int(gaps[0])
-    values = _span(bad), _span(good)
-    use = _used_for(runs.part, parting.event)
-    restart = gap == runs.chunk.start and int(bad.min()) == 0
-    if use == "mask":
-        cause = f"the causal mask is aligned top-left: its query index is {values[0]} in the chunk at {runs.chunk}, and {values[1]} in the full forward"
-        fix = "add the cache's length: query_index = torch.arange(past_length, past_length + query_length)"
-    elif use == "positions":
-        padding = runs.padded and -gap == runs.padded
-        drift = "restart at 0 in each chunk" if restart else f"count the {runs.padded} padded tokens" if padding else f"are off by {-gap}"
-        cause = f"positions {drift}: the chunk at {runs.chunk} gets {values[0]}, the full forward has {values[1]}"
-        fix = (
-            "derive positions from the mask in every chunk: (attention_mask.cumsum(-1) - 1)[:, -seq_len:]"
-            if padding
-            else "count positions on from the tokens seen so far: torch.arange(past_length, past_length + seq_len)"
-        )
-    else:
-        return None
-    return Diagnosis(cause=cause, fix=fix, evidence={"in the chunk": values[0], "in the full forward": values[1]})
-
-
-def _table_shifted(runs: Runs, good: Tensor, bad: Tensor) -> Diagnosis | None:
-    """Rotations cut out of a table: the chunk has the first of them, and the full forward those of its own positions."""
-    chunk = runs.chunk
-    if good.shape != bad.shape or not chunk.start or not (good.is_complex() or good.is_floating_point()) or torch.equal(good, bad):
-        return None
-
-    def is_the_table(full: Tensor) -> bool:
-        if full.ndim != bad.ndim or full.dtype != bad.dtype:
-            return False
-        for dim, size in enumerate(full.shape):
-            if size == chunk.seq and torch.equal(full.narrow(dim, 0, chunk.queries), bad):
-                return torch.equal(full.narrow(dim, chunk.start, chunk.queries), good)
-        return False
-
-    if not any(is_the_table(k.outputs[0]) for k in runs.full.kept if k.outputs):
-        return None
-    return Diagnosis(
-        cause=f"positions restart at 0 in each chunk: the chunk at {runs.chunk} gets the rows of positions 0..{runs.chunk.queries - 1} of a table",
-        fix="cut the table at the positions of the new tokens: freqs_cis[input_pos], or [start : start + seq_len]",
-    )
-
-
-def _short_bias(runs: Runs, parting: Parting) -> Diagnosis | None:
-    """A bias with as many columns as the chunk has queries, added to scores that have a column for each key."""
-    chunk = runs.chunk
-    if parting.event is None or parting.kept is None or parting.event.op not in ("add", "add_", "baddbmm") or len(parting.kept.inputs) < 2:
-        return None
-    scores, bias = parting.kept.inputs[:2]
-    scores, bias = (scores, bias) if scores.shape[-1:] == (chunk.stop,) else (bias, scores)
-    if scores.shape[-1:] != (chunk.stop,) or bias.shape[-1:] != (chunk.queries,) or chunk.queries == chunk.stop:
-        return None
-    return Diagnosis(
-        cause=f"a bias built over the query length {chunk.queries} is added to scores over {chunk.stop} keys"
-        + (": one column for all keys, so it has no effect" if chunk.queries == 1 else ""),
-        fix="build the bias over the keys: cached and new ones",
-        evidence={"bias": str(tuple(bias.shape)), "scores": str(tuple(scores.shape))},
-    )
-
-
-def _keys_missing(runs: Runs, parting: Parting) -> Diagnosis | None:
-    """Attention over fewer keys than have been read, where the full forward has no window of that size."""
-    keys = _key_length(parting.event)
-    if parting.dropped and keys is not None:
-        return Diagnosis(
-            cause=f"the cache holds {keys} of the {runs.chunk.stop} tokens read, and the full forward gives weight up to "
-            f"{parting.dropped:.2g} to those that are gone",
-            fix="keep every key that a later query may look at, and drop old ones only where the layer has a sliding window",
-            evidence={"keys seen": keys, "tokens read": runs.chunk.stop},
-        )
-    if keys is None or keys >= runs.chunk.stop or parting.event is None:
-        return None
-    if keys == runs.chunk.queries:
-        return Diagnosis(
-            cause=f"attention sees the {keys} new keys only: the cached ones are not concatenated in front of them",
-            fix="concatenate the cache and the new keys and values before attention",
-            evidence={"keys seen": keys, "tokens read": runs.chunk.stop},
-        )
-    return Diagnosis(
-        cause=f"attention sees {keys} keys where {runs.chunk.stop} tokens have been read, and the full forward gives weight to more",
-        fix="keep every key that a later query may look at",
-        evidence={"keys seen": keys, "tokens read": runs.chunk.stop},
-    )
-
-
-def _cached_part(runs: Runs, parting: Parting) -> Diagnosis | None:
-    """Old and new tokens joined: which of the two is not what the full forward has."""
-    if not parting.good or parting.kept is None or not parting.kept.outputs or parting.good[0].shape != parting.kept.outputs[0].shape:
-        return None
-    good, bad, chunk = parting.good[0], parting.kept.outputs[0], runs.chunk
-    dims = [d for d, size in enumerate(bad.shape) if size == chunk.stop]
-    if len(dims) != 1 or not bad.is_floating_point():
-        return None
-    old, new = (
-        difference(good.narrow(dims[0], *span), bad.narrow(dims[0], *span), relative_limit=1e-6) is not None
-        for span in ((0, chunk.start), (chunk.start, chunk.queries))
-    )
-    if old == new:
-        return None
-    which = f"the cached tokens 0..{chunk.start - 1} are" if old else f"the new tokens at {chunk} are"
-    return Diagnosis(
-        cause=f"{which} not what the full forward has at this place; the {'new' if old else 'cached'} ones are right",
-        fix="put the same tensors into the cache that the forward without a cache attends to"
-        if old
-        else "treat new tokens as without a cache",
-    )
-
-
-def _used_for(part: Recording, event: Event) -> str | None:
-    """What integers end up in: `positions` (an angle or an embedding) or `mask` (a comparison); the first that comes."""
-    tainted = {info.storage for info in event.outputs}
-    for later in part.events[event.index + 1 :]:
-        if not tainted & {info.storage for info in later.inputs}:
-            continue
-        if later.op in ("cos", "sin", "embedding", "index", "index_select", "polar", "gather"):
-            return "positions"
-        if later.op in ("le", "lt", "ge", "gt", "le_", "lt_", "ge_", "gt_"):
-            return "mask"
-        tainted |= {info.storage for info in later.outputs if info.storage}
-    return None
-
-
-def _key_length(event: Event | None) -> int | None:
-    if event is None:
-        return None
-    if is_fused_attention(event.op) and len(event.inputs) > 1:
-        return event.inputs[1].shape[-2]
-    if event.op in ("_softmax", "_safe_softmax"):
-        return event.outputs[0].shape[-1]
-    return None
-
-
-def _span(values: Tensor) -> str:
-    low, high = int(values.min()), int(values.max())
-    return str(low) if low == high else f"{low}..{high}"

@@ -35,7 +35,7 @@ def caught(name: str, mutant: str, folder: Path) -> Finding:
     [
         ("hf/decode-positions-restart", "restart at 0"),
         ("hf/causal-mask-top-left", "aligned top-left"),
-        ("hf/sdpa-causal-top-left", "is_causal=True with 2 queries and 3 keys"),
+        ("hf/sdpa-causal-top-left", "is_causal=True with 2 queries and 4 keys"),
         ("hf/second-turn-masked-from-zero", "aligned top-left"),
         ("hf/cached-keys-not-rotated", "leaves out 22 ops that the full forward runs, in apply_rotary_pos_emb, rotate_half"),
         ("hf/cached-values-in-wrong-order", "the new tokens stand in front of the cached ones"),

@@ -7,7 +7,7 @@ A line is confirmed by putting the full run's values there and seeing the chunk'
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
@@ -51,8 +51,8 @@ class Chunk:
 
 @dataclass(slots=True, kw_only=True)
 class Parting:
-    """Where a chunk parts from the full run: the chunk's op, its tensors, and the part of the full run's that they
-    should equal. `missing`: the ops of the full run, at `where`, that the chunk did not run at all; `own`: an op that the
+    """Where a chunk parts from the full run: the chunk's op, its tensors, those of the full run's op (`whole`), and the part of
+    them that the chunk's should equal (`good`). `missing`: the ops of the full run, at `where`, that the chunk did not run at all; `own`: an op that the
     full run has not. `inputs_agree`: the op alone is to blame. `confirmed`: with the full run's values put here the chunk is right. `dropped`: the largest
     weight that the full run gives to a key which the chunk no longer has.
     """
@@ -61,6 +61,7 @@ class Parting:
     spot: Spot | None = None
     event: Event | None = None
     kept: Kept | None = None
+    whole: Kept | None = None
     good: list[Tensor] = field(default_factory=list)
     missing: tuple[Event, ...] = ()
     own: bool = False
@@ -74,7 +75,7 @@ class Parting:
 class Runs:
     """The traced full run, the traced chunk, the chunk itself, and where they part (None: nowhere that can be seen).
 
-    `padded`: how many tokens at the start are padding.
+    `padded`: how many tokens at the start are padding. `pairs`: which op of the full run is which of the chunk's.
     """
 
     full: Recording
@@ -82,6 +83,7 @@ class Runs:
     chunk: Chunk
     padded: int = 0
     parting: Parting | None = None
+    pairs: dict[int, int] = field(default_factory=dict)
 
 
 def pieces(sizes: tuple[int, ...]) -> list[Chunk]:
@@ -151,57 +153,54 @@ def locate(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, firs
 
     `first` is the first position that counts. The case has one row, so that merged dimensions stay readable.
     """
-    sources = Sources(twin.model)
     if twin.convention.last_only:
-        return _locate_last(twin, case, chunks, limit=limit, first=first)
+        return _locate_last(twin.at_once, case, chunks, limit=limit, first=first)
     with torch.no_grad(), quiet():
-        full = record(twin.model, lambda: twin.call(case), keep=True, sources=sources)
-    logits = full.result.logits
+        full = record(twin.model, lambda: twin.call(case), keep=True, sources=Sources(twin.model))
     for place, chunk in enumerate(chunks):
-
-        def go(write: Any = None, keep: bool = False, place: int = place, chunk: Chunk = chunk) -> Recording:
-            mine = twin if write is None else _copy_of(twin)
-            cache = run_chunks(mine, case, chunks[:place])[1]
-            return record(mine.model, lambda: call_chunk(mine, case, chunk, cache), keep=keep, sources=sources, replace=write, catch=True)
-
-        def wrong(recording: Recording, chunk: Chunk = chunk) -> bool:
-            if recording.error is not None:
-                return True
-            start = max(first, chunk.start)
-            mine = recording.result.logits[:, start - chunk.start :]
-            return start < chunk.stop and difference(logits[:, start : chunk.stop], mine, relative_limit=limit) is not None
-
-        part = go(keep=True)
-        if part.error is None and wrong(part):
-            runs = Runs(full=full, part=part, chunk=chunk, padded=first)
-            runs.parting = _parting(runs, go, wrong, limit)
+        runs = Runs(full=full, part=Recording(), chunk=chunk, padded=first)
+        if _parts(twin, case, chunks[:place], runs, late=max(0, first - chunk.start), limit=limit):
             return runs
     return None
 
 
-def _locate_last(twin: Subject, case: Case, chunks: list[Chunk], *, limit: float, first: int) -> Runs | None:
+def _locate_last(once: Subject, case: Case, chunks: list[Chunk], *, limit: float, first: int) -> Runs | None:
     """The same where a run gives the logits of its last position only: each chunk beside one run up to its end, a call each."""
-    once = twin.at_once
-    for place, whole in enumerate(chunks):
-        chunk = Chunk(start=whole.start, stop=whole.stop, seq=whole.stop)
-        start = replace(case, input_ids=tuple(row[: whole.stop] for row in case.input_ids), attention_mask=None, position_ids=None)
+    for place, chunk in enumerate(chunks):
+        start = replace(case, input_ids=tuple(row[: chunk.stop] for row in case.input_ids), attention_mask=None, position_ids=None)
         with torch.no_grad(), quiet():
             full = record(once.model, lambda: once.call(start), keep=True)  # noqa: B023 - called at once
-        logits = full.result.logits
-
-        def go(replace: Any = None, keep: bool = False, start: Case = start, place: int = place, chunk: Chunk = chunk) -> Recording:
-            cache = run_chunks(once, start, chunks[:place])[1]
-            return record(once.model, lambda: call_chunk(once, start, chunk, cache), keep=keep, replace=replace, catch=True)
-
-        def wrong(recording: Recording, logits: Tensor = logits) -> bool:
-            return recording.error is not None or difference(logits, recording.result.logits, relative_limit=limit) is not None
-
-        part = go(keep=True)
-        if part.error is None and wrong(part):
-            runs = Runs(full=full, part=part, chunk=chunk, padded=first)
-            runs.parting = _parting(runs, go, wrong, limit)
+        runs = Runs(full=full, part=Recording(), chunk=replace(chunk, seq=chunk.stop), padded=first)
+        if _parts(once, start, chunks[:place], runs, late=chunk.queries - 1, limit=limit):
             return runs
     return None
+
+
+def _parts(twin: Subject, case: Case, before: list[Chunk], runs: Runs, *, late: int, limit: float) -> bool:
+    """Whether the chunk parts from the full run at its positions from the `late`th on; the chunk's run and its place are noted."""
+    chunk, sources = runs.chunk, Sources(twin.model)
+    if late >= chunk.queries:
+        return False
+    wanted = runs.full.result.logits
+    wanted = wanted[:, chunk.start + late : chunk.stop] if wanted.shape[1] > 1 else wanted
+
+    def go(write: Any = None) -> Recording:
+        mine = twin if write is None else _copy_of(twin)
+        cache = run_chunks(mine, case, before)[1]
+        return record(
+            mine.model, lambda: call_chunk(mine, case, chunk, cache), keep=write is None, sources=sources, replace=write, catch=True
+        )
+
+    def wrong(recording: Recording) -> bool:
+        if recording.error is not None:
+            return True
+        return difference(wanted, recording.result.logits[:, -wanted.shape[1] :], relative_limit=limit) is not None
+
+    runs.part = go()
+    if runs.part.error is not None or not wrong(runs.part):
+        return False
+    runs.parting = _parting(runs, go, wrong, limit)
+    return True
 
 
 def locate_prefix(twin: Subject, case: Case, length: int, *, limit: float) -> Runs:
@@ -231,10 +230,17 @@ def _copy_of(twin: Subject) -> Subject:
 
 
 def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recording], bool], limit: float) -> Parting | None:
-    """The first line that, put right, puts the chunk right; else the first op that is to blame alone; else a module."""
+    """The first line that, put right, puts the chunk right, alone or with others that it takes, such as the keys' and the
+    values'; else the first op that is to blame alone; else a module."""
+    runs.pairs = _matching(runs.full, runs.part)
     tried: set[tuple[Any, ...]] = set()
     alone: Parting | None = None
     own: dict[int, list[Tensor]] = {}
+    so_far: list[tuple[Parting, dict[int, list[Tensor]]]] = []
+
+    def mends(values: Iterable[dict[int, list[Tensor]]]) -> bool:
+        return not wrong(go(write=_writer({index: goods for each in values for index, goods in each.items()})))
+
     for parting, values in _candidates(runs, limit):
         if parting.missing:
             # What was left out may end in several places, such as queries and cached keys: they come right together.
@@ -247,9 +253,17 @@ def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recordin
             own |= values if parting.own else {}
         if len(tried) > MOST_TRIALS:
             break
-        if not wrong(go(write=_writer(values))):
+        so_far.append((parting, values))
+        if mends([values]):
             parting.confirmed = True
             return parting
+        if len(so_far) > 1 and mends(each for _, each in so_far):
+            needed = so_far
+            for item in so_far:
+                rest = [other for other in needed if other is not item]
+                needed = rest if mends(each for _, each in rest) else needed
+            needed[0][0].confirmed = True
+            return needed[0][0]
         if alone is None and parting.inputs_agree and parting.good and parting.good[0].is_floating_point():
             alone = parting
     return _dropped_keys(runs) or alone or _smallest_module(runs, limit)
@@ -258,7 +272,7 @@ def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recordin
 def _candidates(runs: Runs, limit: float) -> Iterator[tuple[Parting, dict[int, list[Tensor]]]]:
     """Places where the chunk is not what the full run says, in the order they run, with the values to put there."""
     full, part, chunk = runs.full, runs.part, runs.chunk
-    pairs = _matching(full, part)
+    pairs = runs.pairs
     matched = set(pairs.values())
     state: dict[int, str] = {}
     writer: dict[Any, int] = {}  # by storage and shape, and by storage alone
@@ -274,7 +288,7 @@ def _candidates(runs: Runs, limit: float) -> Iterator[tuple[Parting, dict[int, l
                     continue
                 good = _best(full.kept[j].inputs[k], part.kept[i].inputs[k], chunk)
                 if source not in pairs and good is not None:
-                    yield _own_op(runs, source, good), _same_line(runs, source, pairs)
+                    yield _own_op(runs, source, good), _same_line(runs, source)
                 elif state.get(source) == "agrees" and good is not None:
                     missing = [
                         e for e in full.events[pairs[source] + 1 : j] if e.index not in matched and e.where.module == event.where.module
@@ -282,14 +296,14 @@ def _candidates(runs: Runs, limit: float) -> Iterator[tuple[Parting, dict[int, l
                     if missing:
                         first = missing[0]
                         left_out = Parting(where=first.where, spot=full.spots[first.index], event=event, missing=tuple(missing))
-                        yield left_out, _at_ends(runs, pairs, source)
+                        yield left_out, _at_ends(runs, source)
             if "differs" in outputs:
                 goods = [
                     g for a, b in zip(full.kept[j].outputs, part.kept[i].outputs, strict=True) if (g := _best(a, b, chunk)) is not None
                 ]
-                here = Parting(where=event.where, spot=part.spots[i], event=event, kept=part.kept[i], good=goods)
+                here = Parting(where=event.where, spot=part.spots[i], event=event, kept=part.kept[i], whole=full.kept[j], good=goods)
                 here.inputs_agree = "differs" not in inputs
-                yield here, _same_line(runs, i, pairs)
+                yield here, _same_line(runs, i)
         for info in event.outputs:
             if info.storage:
                 writer[info.storage] = writer[(info.storage, info.shape)] = i
@@ -307,46 +321,72 @@ def _own_op(runs: Runs, index: int, good: Tensor) -> Parting:
     return Parting(where=event.where, spot=runs.part.spots[index], event=event, kept=kept, good=fits, own=True)
 
 
-def _same_line(runs: Runs, index: int, pairs: dict[int, int]) -> dict[int, list[Tensor]]:
+def _same_line(runs: Runs, index: int) -> dict[int, list[Tensor]]:
     """The values of the full run for every op of the chunk at the line of this one, in every layer."""
-    full, part, chunk = runs.full, runs.part, runs.chunk
-    key = line_of(part.events[index])
+    key = line_of(runs.part.events[index])
     values: dict[int, list[Tensor]] = {}
-    for i, event in enumerate(part.events):
-        if line_of(event) != key:
-            continue
-        if i in pairs:
-            goods = [_best(a, b, chunk) for a, b in zip(full.kept[pairs[i]].outputs, part.kept[i].outputs, strict=False)]
-            values[i] = [good for good in goods if good is not None]
-        elif (good := _read_as(runs, i, pairs)) is not None:
-            values[i] = [good]
+    for i, event in enumerate(runs.part.events):
+        if line_of(event) == key and (goods := _goods(runs, i)):
+            values[i] = goods
     return values
 
 
-def _at_ends(runs: Runs, pairs: dict[int, int], source: int) -> dict[int, list[Tensor]]:
+def _goods(runs: Runs, index: int) -> list[Tensor]:
+    """What the full run has for the outputs of an op of the chunk; empty where that cannot be told."""
+    full, part, chunk = runs.full, runs.part, runs.chunk
+    if index not in runs.pairs:
+        good = _read_as(runs, index)
+        return [] if good is None else [good]
+    found = [_best(a, b, chunk) for a, b in zip(full.kept[runs.pairs[index]].outputs, part.kept[index].outputs, strict=False)]
+    return [good for good in found if good is not None]
+
+
+def counterpart(runs: Runs, index: int) -> Tensor | None:
+    """What the full run has for the first output of an op of the chunk, of its shape; None where that cannot be told."""
+    goods, outputs = _goods(runs, index), runs.part.kept[index].outputs
+    return goods[0] if goods and outputs and goods[0].shape == outputs[0].shape else None
+
+
+def fellows(runs: Runs) -> list[Parting]:
+    """The other ops of the line at which the chunk parts, in the same call of its module: a line may be several of a kind."""
+    found, parting = [], runs.parting
+    for i, event in enumerate(runs.part.events) if parting is not None and parting.event is not None else ():
+        assert parting is not None and parting.event is not None
+        if i == parting.event.index or line_of(event) != line_of(parting.event) or event.where.module != parting.where.module:
+            continue
+        if (good := counterpart(runs, i)) is not None:
+            whole = runs.full.kept[runs.pairs[i]] if i in runs.pairs else None
+            found.append(replace(parting, event=event, kept=runs.part.kept[i], whole=whole, good=[good]))
+    return found
+
+
+def _at_ends(runs: Runs, source: int) -> dict[int, list[Tensor]]:
     """The values that the full run has made out of what the chunk passed on unchanged, for every op at that line."""
     key = line_of(runs.part.events[source])
-    found = {i: _read_as(runs, i, pairs) for i, event in enumerate(runs.part.events) if line_of(event) == key}
+    found = {i: _read_as(runs, i) for i, event in enumerate(runs.part.events) if line_of(event) == key}
     return {i: [good] for i, good in found.items() if good is not None}
 
 
-def _read_as(runs: Runs, index: int, pairs: dict[int, int]) -> Tensor | None:
+def _read_as(runs: Runs, index: int) -> Tensor | None:
     """What the full run has where an op of the chunk next reads this op's output."""
     storages = {info.storage for info in runs.part.events[index].outputs}
     shape = runs.part.kept[index].outputs[0].shape if runs.part.kept[index].outputs else None
     for i in range(index + 1, len(runs.part.events)):
         event = runs.part.events[i]
-        if i in pairs:
+        if i in runs.pairs:
             for k, info in enumerate(event.inputs):
-                if info.storage in storages and info.shape == shape and k < len(runs.full.kept[pairs[i]].inputs):
-                    return _best(runs.full.kept[pairs[i]].inputs[k], runs.part.kept[i].inputs[k], runs.chunk)
+                if info.storage in storages and info.shape == shape and k < len(runs.full.kept[runs.pairs[i]].inputs):
+                    return _best(runs.full.kept[runs.pairs[i]].inputs[k], runs.part.kept[i].inputs[k], runs.chunk)
     return None
 
 
 def _writer(values: dict[int, list[Tensor]]) -> Callable[[int, list[Tensor]], None]:
     def write(index: int, outputs: list[Tensor]) -> None:
         for good, out in zip(values.get(index, ()), outputs, strict=False):
-            if good.shape == out.shape and good.dtype == out.dtype:
+            spread = any(
+                stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)
+            )  # torch refuses to write there
+            if good.shape == out.shape and good.dtype == out.dtype and not spread:
                 with torch.no_grad():
                     out.copy_(good)
 
@@ -377,7 +417,7 @@ def _smallest_module(runs: Runs, limit: float) -> Parting | None:
 def _dropped_keys(runs: Runs) -> Parting | None:
     """The first softmax of the chunk that lacks a key to which the full run gives weight."""
     chunk = runs.chunk
-    for i, j in _matching(runs.full, runs.part).items():
+    for i, j in runs.pairs.items():
         event = runs.part.events[i]
         if event.op not in ("_softmax", "_safe_softmax"):
             continue

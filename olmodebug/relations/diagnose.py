@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compare import difference
-from ..records import Event
+from ..records import Event, Where
 from ..report import Scalar
 from ..tracing.tracer import Kept, Recording
 from .relation import Culprit, Part
@@ -59,10 +59,12 @@ FUSED_ATTENTION = ("_scaled_dot_product_", "_efficient_attention", "_flash_atten
 
 @dataclass(slots=True, kw_only=True)
 class Diagnosis:
-    """A cause that the captured tensors establish (None: not known), a repair in words, and the edits that make it."""
+    """A cause that the captured tensors establish (None: not known), a repair in words, and the edits that make it. `where`:
+    the place of the slip, where it is another than that of the op where the runs part."""
 
     cause: str | None = None
     fix: str | None = None
+    where: Where | None = None
     edits: tuple[Edit, ...] = ()
     evidence: dict[str, Scalar] | None = None
     ruled_out: tuple[str, ...] = ()
@@ -91,6 +93,8 @@ def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording 
         return _layout(culprit, part, hidden)
     if op in ("bmm", "mm", "matmul"):
         return _weighted(culprit, part, hidden)
+    if op == "index_put_":
+        return _misplaced(culprit, part)
     if op in ("add", "add_", "sub", "where", "masked_fill", "mul"):
         return _broadcast(culprit, part)
     if part.columns is not None and not part.columns.start:
@@ -480,6 +484,20 @@ def _layout(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
             evidence: dict[str, Scalar] = {"read as": f"{tuple(before.shape)} -> {tuple(shape)}"}
             return Diagnosis(cause=cause, fix=fix, edits=edits, evidence=evidence)
     return Diagnosis()
+
+
+def _misplaced(culprit: Culprit, part: Part) -> Diagnosis:
+    """Tokens that are written into a cache at other slots than their positions, which is what a causal mask counts."""
+    assert culprit.left is not None
+    slots = [i for i in culprit.left.arguments["indices"] if isinstance(i, Tensor) and i.dtype == torch.int64 and i.numel() == part.seq]
+    moved = [(place, int(slot)) for place, slot in enumerate(slots[0].flatten()) if place != slot] if len(slots) == 1 else []
+    if part.columns is None or not moved:
+        return Diagnosis()
+    return Diagnosis(
+        cause=f"the token at position {moved[0][0]} is written into slot {moved[0][1]} of the cache: whoever sees the slots up to its own "
+        "position sees other tokens",
+        fix="write each token into the slot of its position: cache[:, :, input_pos]",
+    )
 
 
 def _broadcast(culprit: Culprit, part: Part) -> Diagnosis:

@@ -1,0 +1,35 @@
+"""Faults first seeded in public models are caught, placed and explained; what is legal beside them gets no error."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.catalog import Mutant, materialize
+from tests.mutants.public import LEGAL, PUBLIC
+from tests.scoreboard import findings_on, judge
+
+SHARP = frozenset(
+    """
+    hf/decode-positions-lag lit/freqs-one-late course/triu-without-past lit/mask-rows-from-zero serving/keys-and-values-into-slot-0
+    serving/slots-one-late-and-around serving/slots-from-the-end
+    """.split()
+)
+
+
+def marked(mutants: tuple[Mutant, ...]) -> list[object]:
+    return [pytest.param(m, id=m.name, marks=() if m.name in SHARP else pytest.mark.slow) for m in mutants]
+
+
+@pytest.mark.parametrize("mutant", marked(PUBLIC))
+def test_a_fault_of_a_public_model_is_caught_placed_and_explained(mutant: Mutant) -> None:
+    row = judge(mutant, " or ".join(f"{topic}." for topic in {*mutant.topics, "causality", "build"}))
+    assert not row["broke"], row["broke"]
+    assert row["detected"], row["elsewhere"]
+    assert row["placed"], f"expected {mutant.function}, observed {row['places']}"
+    assert row["explained"], f"expected one of {mutant.words}, observed {row['words']}"
+
+
+@pytest.mark.parametrize("mutant", marked(LEGAL))
+def test_what_is_legal_beside_it_gets_no_error(mutant: Mutant, tmp_path: Path) -> None:
+    findings = findings_on(f"{materialize(mutant, tmp_path)}:{mutant.build}", "cache. or causality. or batch.")
+    assert [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] in ("error", "broke")] == []
