@@ -3,8 +3,9 @@
 Shapes are tuples of ints, dtypes are names without `torch.`, sizes are bytes.
 """
 
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from .units import count_text, dtype_text, plural
 
@@ -169,3 +170,7 @@ class ShapeTree:
         from .render.notebook import shapes_fragment  # a notebook's hook; the records stay without rich
 
         return shapes_fragment(self)
+
+    def to_json(self) -> str:
+        """The `shapes` section of a report, as `olmodebug shapes --json` writes it."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"

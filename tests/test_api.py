@@ -106,6 +106,26 @@ def test_a_notebook_gets_the_ops_of_a_trace_and_a_long_one_is_cut_in_its_middle(
     assert len(values["events"]) == len(recording) and values["events"][0]["op"] == recording.events[0].op
 
 
+def test_every_value_has_one_line_for_python_a_fragment_for_a_notebook_and_json() -> None:
+    model = Olmo(preset("olmo1-tiny"))
+    ids = torch.tensor([[5, 6, 7]])
+    values = {
+        "Report": olmodebug.check(model, select_probes="vocab"),
+        "ShapeTree": olmodebug.shapes(model),
+        "Recording": olmodebug.trace(model, lambda: model(ids)),
+        "MemoryEstimate": olmodebug.memory(model, batch_size=2, seq_len=16),
+    }
+    told = {}
+    for name, value in values.items():
+        assert repr(value).startswith(f"<{name} ") or repr(value).startswith(f"<{name}: "), repr(value)
+        assert "\n" not in repr(value) and len(repr(value)) < 200
+        assert value._repr_html_().startswith("<")
+        told[name] = json.loads(value.to_json(), parse_constant=pytest.fail)
+    assert told["MemoryEstimate"]["figures"]["tensors"]["expected"] == values["MemoryEstimate"].tensors.expected
+    assert "at the peak, by category" in values["MemoryEstimate"]._repr_html_()
+    assert told["ShapeTree"]["parameters"] == values["ShapeTree"].parameters
+
+
 def test_the_package_says_that_it_is_typed() -> None:
     assert Path(olmodebug.__file__).with_name("py.typed").is_file()
 

@@ -1,6 +1,9 @@
 """The values of a memory prediction: figures as ranges, the peak and who holds it, a bounded timeline. JSON-able."""
 
+import json
 from dataclasses import dataclass
+
+from ..units import bytes_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,3 +126,20 @@ class MemoryEstimate:
     def needed(self) -> Range:
         """The figure that a card's memory is compared with."""
         return self.process or self.tensors
+
+    def __repr__(self) -> str:
+        low, expected, safe = (bytes_text(getattr(self.needed, name)) for name in ("low", "expected", "safe"))
+        return f"<MemoryEstimate: {expected} ({low} to {safe}); {self.peak.owner}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from ..render.notebook import memory_fragment  # a notebook's hook; the records stay without rich
+        from .section import section
+
+        return memory_fragment(section(self))
+
+    def to_json(self) -> str:
+        """The `memory` section of a report, as `olmodebug memory --json` writes it; what an estimate does not know is null."""
+        from .section import section
+
+        return json.dumps(section(self), indent=1, allow_nan=False) + "\n"

@@ -28,7 +28,8 @@ def memory_view(section: Section) -> Group:
 def _prediction(section: Section) -> Iterator[Line]:
     plan, gpu = section["plan"], section["gpu"]
     card = f" on {gpu['name']} ({bytes_text(gpu['total_bytes'])})" if gpu else " on the CPU"
-    yield line((plan["text"], "bold"), card)
+    if plan is not None:
+        yield line((plan["text"], "bold"), card)
     if section["budget_bytes"] is not None:
         words = {True: ("fits", "bold green"), False: ("does not fit", "bold red"), None: ("", "")}
         yield line(words[section["fits"]], f"  a budget of {bytes_text(section['budget_bytes'])}")

@@ -1,7 +1,8 @@
 """What a notebook shows of a value: a fragment of HTML in the notebook's own colours, no script, nothing loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -9,6 +10,7 @@ from ..records import Event, ShapeTree, TensorInfo
 from ..report import Finding, Report
 from .concise import by_severity, verdict_line
 from .finding import details_view
+from .memory import memory_view
 from .plain import plain_text
 from .shapes import tree_view
 
@@ -27,6 +29,11 @@ def report_fragment(report: Report) -> str:
 def shapes_fragment(tree: ShapeTree) -> str:
     """The tree of named shapes as text."""
     return _text(plain_text(tree_view(tree), width=WIDTH))
+
+
+def memory_fragment(section: Mapping[str, Any]) -> str:
+    """A memory prediction as the terminal shows it."""
+    return _text(plain_text(memory_view(section), width=WIDTH))
 
 
 def events_fragment(title: str, events: Sequence[Event]) -> str:

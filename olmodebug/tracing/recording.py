@@ -1,5 +1,6 @@
 """What a traced run gave: its events and module calls, and the tensors that were asked for."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..records import Event, ModuleCall
+from ..report import plain
 from ..sources import Spot
 from .copies import Storages
 
@@ -86,6 +88,10 @@ class Recording:
     def to_dict(self) -> dict[str, Any]:
         """The events and module calls as JSON-able values."""
         return {"events": [asdict(event) for event in self.events], "calls": [asdict(call) for call in self.calls]}
+
+    def to_json(self) -> str:
+        """The same as strict JSON: non-finite numbers are the strings `nan`, `inf` and `-inf`."""
+        return json.dumps(plain(self.to_dict()), allow_nan=False) + "\n"
 
     def dtypes(self) -> set[str]:
         """Every floating dtype that an op wrote."""
