@@ -209,3 +209,21 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize(("positions", "both", "order"), [(False, False, True), (True, False, False), (False, True, False)])
 def test_rows_that_are_mixed_by_mistake_are_no_sequence_that_comes_first(positions: bool, both: bool, order: bool) -> None:
     assert from_model(Mixing(positions=positions, both=both)).convention.sequence_first is order
+
+
+class Weighted(nn.Module):
+    """A softmax written out along the first dimension: the largest key of all rows is taken off, and rounds anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.key = nn.Embedding(29, 16), nn.Linear(16, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        value = self.embed(ids)
+        weight = (self.key(value) - self.key(value).max(0, keepdim=True)[0]).exp()
+        return (weight * value).cumsum(0) / weight.cumsum(0)
+
+
+def test_rows_that_only_round_with_what_stands_after_them_are_a_sequence_that_comes_first() -> None:
+    torch.manual_seed(0)
+    assert from_model(Weighted()).convention.sequence_first
