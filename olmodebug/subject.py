@@ -405,7 +405,11 @@ class Subject:
         """Have a model that keeps its cache itself make a fresh one, or forget the last one, where it has a method for that."""
         setup, reset = self._method(SETUP_NAMES), self._method(RESET_NAMES)
         if reset is not None:
-            self._with_sizes(reset, batch_size, length)
+            try:
+                self._with_sizes(reset, batch_size, length)
+            except RuntimeError:  # nothing is there yet that it could empty
+                if setup is None:
+                    raise
         if self.convention.sets_up:  # some make none where the last one is large enough, whatever is in it
             if not self._bare:
                 self._bare.extend(_held(self.model))
@@ -415,8 +419,9 @@ class Subject:
             try:  # what it makes without naming a dtype is made in that of the weights, as in the model's own dtype
                 if self.dtype in (torch.float32, torch.float64):
                     torch.set_default_dtype(self.dtype)
+                asked = [p.name for p in inspect.signature(setup).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][:2]
                 with torch.device(self.device):
-                    setup(batch_size, length)
+                    setup(*(self.dtype if "dtype" in name else size for name, size in zip(asked, (batch_size, length), strict=False)))
             finally:
                 torch.set_default_dtype(usual)
 
@@ -675,7 +680,30 @@ def settle_convention(subject: Subject) -> Convention:
                 "ids are [seq_len, batch]: the first dimension is read in order and the second stays apart; where yours are "
                 "[batch, seq_len], it mixes the rows (batch_first=True)"
             )
+        subject.convention = _with_own_cache(subject, case)
         return _with_handed_cache(subject, _with_loss_method(subject))
+
+
+def _with_own_cache(subject: Subject, case: Case) -> Convention:
+    """The convention without the places of new tokens, where the model declines to fill the cache that it made for them: it
+    wants to be told more, as the whole mask, and what that is cannot be guessed."""
+    form, bare = subject.convention, _held(subject.model)
+    if subject.adapter is not None or form.places is None or not subject.keeps_its_cache:
+        return form
+    trial = replace(subject, _last=[], _twins={}, _bare=bare)
+    try:
+        with own_code(trial, case):
+            trial.new_cache(case.batch_size, case.seq_len)
+            trial.forward(
+                {form.ids: ids_tensor(case.input_ids, subject.device), form.places: torch.arange(case.seq_len, device=subject.device)}
+            )
+    except SubjectCodeError as error:
+        if (words := own_refusal(error)) is not None:
+            subject.assumptions.append(f"its cache is left alone: the model declines to fill one with {form.places} alone ({words})")
+            return replace(form, places=None)
+    finally:
+        _hold(bare)
+    return form
 
 
 def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Convention:

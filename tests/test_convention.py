@@ -227,3 +227,29 @@ class Weighted(nn.Module):
 def test_rows_that_only_round_with_what_stands_after_them_are_a_sequence_that_comes_first() -> None:
     torch.manual_seed(0)
     assert from_model(Weighted()).convention.sequence_first
+
+
+class Strict(nn.Module):
+    """Keeps a cache of a dtype that it is told, cannot empty one that it has not made, and fills one only with a mask of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.cache = nn.Embedding(29, 29), None
+
+    def setup_caches(self, batch_size: int, dtype: torch.dtype) -> None:
+        self.cache = torch.zeros(batch_size, 16, 29, dtype=dtype)
+
+    def reset_caches(self) -> None:
+        if self.cache is None:
+            raise RuntimeError("set up the caches first")
+
+    def forward(self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+        if self.cache is not None and mask is None:
+            raise ValueError("a mask must be given beside a cache")
+        return self.embed(tokens)
+
+
+def test_a_cache_that_wants_more_than_can_be_guessed_is_left_alone() -> None:
+    subject = from_model(Strict())
+    assert (subject.convention.places, subject.keeps_its_cache, subject.model.cache) == (None, False, None)
+    assert subject.assumptions[-1].endswith("(ValueError: a mask must be given beside a cache)")
