@@ -10,11 +10,11 @@ from torch import nn
 
 from .causes import common_causes
 from .environment import environment
-from .errors import SubjectError
+from .errors import SubjectError, UsageError
 from .examine import BUILD, FIRST_RUN, Result, run_probe
 from .explain import explain
 from .load import SubjectCodeError
-from .probe import select, shipped_probes
+from .probe import no_such_probe, select, shipped_probes
 from .records import ShapeTree
 from .report import Finding, Outcome, Report, SubjectInfo, merge_by_root, plain
 from .spec import Job, resolve
@@ -38,11 +38,14 @@ def check(
     """The report on a live model, or on a subject given by its spec. The model is left exactly as it was.
 
     Unlike the command line this runs in the calling process: a model that aborts takes it along. SubjectError when the spec
-    or the call cannot be resolved; a model that raises is a finding.
+    or the call cannot be resolved, UsageError when no probe is selected; a model that raises is a finding.
     """
     started = time.perf_counter()
     outcomes: list[Outcome] = []
     findings: list[Finding] = []
+    probes = select(shipped_probes(), select_probes)
+    if not probes:
+        raise UsageError(no_such_probe(select_probes or "", [probe.name for probe in shipped_probes()]))
     job = Job(spec=model, seed=seed, tokenizer=tokenizer, vocab_size=vocab_size) if isinstance(model, str) else None
     try:
         subject = _subject(model, job, config=config, adapter=adapter, tokenizer=tokenizer, vocab_size=vocab_size, seed=seed)
@@ -55,7 +58,6 @@ def check(
     outcomes += [Outcome(probe=name, status="passed") for name in (BUILD, FIRST_RUN)]
     failed: dict[str, str] = {}
     results: list[Result] = []
-    probes = select(shipped_probes(), select_probes)
     for probe in probes:
         if quick and probe.cost == "slow":
             outcomes.append(Outcome(probe=probe.name, status="skipped", reason="slow, and quick=True was given"))
@@ -133,7 +135,9 @@ def _spec(subject: object) -> str:
 def _subject(model: nn.Module | str, job: Job | None, *, tokenizer: str | None, **options: Any) -> Subject:
     if job is not None:
         return resolve(job)
-    assert isinstance(model, nn.Module)
+    if not isinstance(model, nn.Module):
+        built = " (call it, and give what it returns)" if callable(model) else ""
+        raise SubjectError(f"expected an nn.Module or a spec such as 'my_model.py:build', not a {type(model).__name__}{built}")
     return from_model(model, tokenizer=tokenizer, **options)
 
 

@@ -19,6 +19,7 @@ from .guards.journal import Journal
 from .guards.settings import GUARDS
 from .guards.watch import Watch
 from .report import Finding, Report, SubjectInfo
+from .units import plural
 
 
 class guard:  # noqa: N801 - used like a function: with olmodebug.guard(model):
@@ -48,6 +49,10 @@ class guard:  # noqa: N801 - used like a function: with olmodebug.guard(model):
             return
         self.ended = "normally" if kind is None else kind.__name__
         self.watch.__exit__(kind, error, trace)
+
+    def __repr__(self) -> str:
+        name = f" {type(self.model).__name__}" if self.model is not None else ""
+        return f"<guard{name}: {plural(len(self.findings), 'finding')}; {self.ended}>"
 
     @property
     def findings(self) -> tuple[Finding, ...]:

@@ -180,5 +180,14 @@ def select(probes: Iterable[Named], expression: str | None) -> list[Named]:
     return [item for item in probes if fits(item.name)]
 
 
+def no_such_probe(expression: str, names: Iterable[str]) -> str:
+    """The message for a -k that fits nothing, with near names."""
+    import difflib
+
+    near = difflib.get_close_matches(expression, list(names), n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; olmodebug probes lists them"
+    return f"no probe matches {expression!r}{hint}"
+
+
 def _words(expression: str) -> Iterator[str]:
     yield from expression.replace("(", " ( ").replace(")", " ) ").split()

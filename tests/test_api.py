@@ -51,6 +51,19 @@ def test_a_live_model_is_checked_and_left_as_it_was() -> None:
     assert "pass" in repr(report)
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        (3, {}, "expected an nn.Module or a spec such as 'my_model.py:build', not a int"),
+        (Olmo, {}, "not a type .call it, and give what it returns"),
+        ("olmo1-tiny", {"select_probes": "causalty.no-future"}, "no probe matches 'causalty.no-future'; did you mean causality.no-future"),
+    ],
+)
+def test_what_cannot_be_checked_is_told_and_never_a_pass(model: object, options: dict[str, str], words: str) -> None:
+    with pytest.raises((SubjectError, UsageError), match=words):
+        olmodebug.check(model, **options)  # type: ignore[arg-type]
+
+
 def test_a_model_that_raises_is_a_finding_not_an_exception() -> None:
     class Broken(torch.nn.Module):
         def __init__(self) -> None:

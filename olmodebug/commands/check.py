@@ -88,7 +88,7 @@ def _known_selection(expression: str | None, own: Sequence[str]) -> None:
     """A UsageError when a -k expression can be seen to select nothing, with near names."""
     if not expression:
         return
-    from ..probe import declared_in, declared_probes, select
+    from ..probe import declared_in, declared_probes, no_such_probe, select
 
     names = declared_probes()
     for path in own:
@@ -99,17 +99,8 @@ def _known_selection(expression: str | None, own: Sequence[str]) -> None:
         say(f"olmodebug: {no_such_probe(expression, [item.name for item in names])}")
 
 
-def no_such_probe(expression: str, names: Sequence[str]) -> str:
-    """The message for a -k that fits nothing, with near names."""
-    import difflib
-
-    near = difflib.get_close_matches(expression, names, n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; olmodebug probes lists them"
-    return f"no probe matches {expression!r}{hint}"
-
-
 def _expected(pairs: Sequence[str]) -> dict[str, str]:
-    from ..probe import declared_probes
+    from ..probe import declared_probes, no_such_probe
 
     expected = {}
     names = [item.name for item in declared_probes()]

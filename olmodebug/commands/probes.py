@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from ..errors import UsageError
-from .check import no_such_probe
 from .shared import Commands, add_command
 
 
@@ -17,7 +16,7 @@ def declare(commands: Commands) -> None:
 
 def probes(arguments: argparse.Namespace) -> int:
     """List every probe with what must hold; with a name or --verbose, why it matters and what it catches."""
-    from ..probe import declared_probes, select
+    from ..probe import declared_probes, no_such_probe, select
     from ..render.terminal import console, probes_view
 
     found = select(declared_probes(), arguments.name)
