@@ -158,11 +158,16 @@ def test_plain_tensors_over_two_mesh_dimensions_stay_clean() -> None:
 
 
 @pytest.mark.slow
-def test_flat_shards_without_a_layout_are_left_out_and_accuse_nobody() -> None:
+def test_flat_shards_are_joined_and_weights_without_their_names_left_out() -> None:
     report = step_on(MODEL, wrap="flat_shards", patience=60)
     assert report.findings == () and report.verdict == "pass"
     compared = report.sections["ranks"]["compared"]
-    assert compared["forward"] > 10 > compared["gradient"]  # outputs are whole; of gradients only those that are in one piece
+    assert compared["forward"] > 10 and compared["gradient"] > 10
+    report = step_on(MODEL, wrap="flat_weights", patience=60)
+    assert report.findings == () and report.sections["ranks"]["compared"]["gradient"] == 0
+    assert {o.status for o in report.outcomes if o.probe in ("ranks.same-start", "ranks.gradients-agree", "ranks.step-agrees")} == {
+        "skipped"
+    }
 
 
 @pytest.mark.slow

@@ -89,6 +89,8 @@ def global_batch(subject: Subject, world: int) -> Batch:
     """The batch that both runs see: `input_ids` and `labels`, `[ROWS_A_RANK * world, seq_len]`. Rows have unequal numbers
     of labels, so that a mean of means is not the mean."""
     rows, length = ROWS_A_RANK * world, subject.sizes()[1]
+    even = -(-length // world) * world  # torch's sequence parallelism deals a sequence out in equal parts
+    length = even if even <= (subject.usable_positions or even) else length
     ids = torch.tensor(subject.token_ids(rows, length, seed=subject.seed))
     labels = ids.clone()
     for row in range(rows):

@@ -17,6 +17,7 @@ from .pair import Pair
 from .record import RankRecord
 
 EXACT = ("ranks.same-data", "ranks.same-start")  # what no arithmetic comes before
+OF_WEIGHTS = {"ranks.same-start": "start", "ranks.gradients-agree": "gradient", "ranks.step-agrees": "step"}
 SHORT = {"bfloat16", "float16"}  # in these, roundings are as large as what the rules on values look for
 
 
@@ -53,6 +54,8 @@ def compare_ranks(single: RankRecord, ranks: list[RankRecord], *, limit: float) 
         finding = check(pair)
         outcomes.append(Outcome(probe=probe, status="passed" if finding is None or finding.severity != "error" else "failed"))
         if finding is None:
+            if unnamed := without_names(pair, probe):
+                outcomes[-1] = Outcome(probe=probe, status="skipped", reason=unnamed)
             continue
         if findings and findings[0].severity == "error":  # one root: what parts later parts because of it
             findings[0] = replace(findings[0], also=(*findings[0].also, probe))
@@ -61,9 +64,20 @@ def compare_ranks(single: RankRecord, ranks: list[RankRecord], *, limit: float) 
             findings = [replace(finding, probe=probe, also=tuple(each.probe for each in findings))]
         else:
             findings.append(replace(finding, probe=probe))
-    compared = {stage: 0 if short else len(pair.held.of(stage)) for stage in ("forward", "gradient", "step", "state")}
+    compared = {
+        stage: 0 if short else len(set(pair.held.of(stage)) & set(pair.truth.of(stage)))
+        for stage in ("forward", "gradient", "step", "state")
+    }
     layers = errors_by_layer(pair, findings, stages=("start",) if short else ("start", "forward", "gradient", "step"))
     return Comparison(findings=findings, outcomes=outcomes, compared=compared, layers=layers, replicas=replica_counts(pair))
+
+
+def without_names(pair: Pair, probe: str) -> str | None:
+    """Why a rule on weights has compared nothing; None where it has."""
+    stage = OF_WEIGHTS.get(probe)
+    if stage is None or not pair.truth.of(stage) or set(pair.held.of(stage)) & set(pair.truth.of(stage)):
+        return None
+    return "no weight has its name of the other side: with the first FSDP, use_orig_params=True keeps the names"
 
 
 def in_short(records: list[RankRecord]) -> set[str]:

@@ -51,11 +51,12 @@ class Notes:
         return handles
 
     def gradients(self, only: Iterable[Tensor] | None = None) -> None:
-        """The gradients as they are, of all parameters or of some."""
+        """The gradients as they are, of all parameters or of some. A flat shard without an element gets none, and none is its part."""
         chosen = None if only is None else {id(parameter) for parameter in only}
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and (chosen is None or id(parameter) in chosen):
-                self.writer.tensor("gradient", self._name(name), parameter.grad, where=self._places[name])
+            gradient = parameter if parameter.grad is None and not parameter.numel() else parameter.grad
+            if gradient is not None and (chosen is None or id(parameter) in chosen):
+                self.writer.tensor("gradient", self._name(name), gradient, where=self._places[name])
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """The weights that an optimizer holds, and what it keeps of each, after its step."""

@@ -137,10 +137,16 @@ class Pair:
         return [known.get(rank) or self._rows_of_the_pipeline(rank, known) for rank in range(self.world)]
 
     def _rows_of_the_pipeline(self, rank: int, known: dict[int, list[int]]) -> list[int]:
-        """The rows that a later stage works on: those of the first stage at the same place of the other mesh dimension."""
-        mine = self.ranks[rank].coordinate
-        beside = [rows for other, rows in known.items() if len(mine) > 1 and self.ranks[other].coordinate[0] == mine[0]]
-        return (beside or list(known.values()))[0]
+        """The rows that a later stage works on: those of the first stage whose hidden states in one process come nearest to what
+        its modules are given. How the ranks are numbered does not tell: either dimension of a mesh may be the outer one."""
+        given = {name: held.of([rank])[0] for name, held in self.held.of("input").items() if rank in held.ranks}
+        pairs = [(held.parts[0], given[name]) for name, held in self.truth.of("input").items() if name in given]
+
+        def apart(rows: list[int]) -> float:
+            gaps = [distance(whole[rows], part) for whole, part in pairs if whole.ndim and len(whole) > max(rows, default=0)]
+            return sum(gap for gap in gaps if gap < float("inf"))
+
+        return min(known.values(), key=apart)
 
     def _groups(self) -> list[list[int]]:
         if self.rows is None or len(self.rows) != self.world:

@@ -18,7 +18,7 @@ from ..records import Where
 from ..report import Finding, Outcome, Report, SubjectInfo, with_reproduction
 from . import rules, step_rules
 from .calls import of_ranks, parted
-from .compare import in_short, too_short
+from .compare import in_short, too_short, without_names
 from .errors import errors_by_layer, replica_counts
 from .logical import as_one, gather
 from .pair import Pair
@@ -145,7 +145,8 @@ class _Judged:
     def _rule(self, probe: str, finding: Finding | None) -> None:
         """One root: what parts later parts because of it."""
         if finding is None:
-            self.outcomes.append(Outcome(probe=probe, status="passed"))
+            unnamed = without_names(self.pair, probe) if self.pair is not None else None
+            self.outcomes.append(Outcome(probe=probe, status="skipped" if unnamed else "passed", reason=unnamed))
         elif self._failed():
             first = self.findings[0]
             self.findings[0] = replace(first, also=(*first.also, probe))

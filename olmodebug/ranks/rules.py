@@ -115,7 +115,7 @@ def gradients(pair: Pair) -> Finding | None:
     gone = [
         name
         for name in pair.truth.of("gradient")
-        if name not in pair.held.of("gradient") and ("gradient", name) not in pair.held.unkept and not _is_sharded_flat(pair, name)
+        if name in pair.held.of("start") and name not in pair.held.of("gradient") and ("gradient", name) not in pair.held.unkept
     ]
     if not wrong and not gone:
         return None
@@ -185,12 +185,6 @@ def loss(pair: Pair) -> Finding | None:
         severity="error" if cause else "warning",
         cause=cause,
     )
-
-
-def _is_sharded_flat(pair: Pair, name: str) -> bool:
-    """Whether some ranks hold no element of a weight, as with flat shards, and so no gradient of it."""
-    held = pair.held.of("start").get(name)
-    return ("gradient", name) in pair.held.missing and held is not None and any(not part.numel() for part in held.parts)
 
 
 def _output(pair: Pair, name: str, expected: Tensor, held: Held) -> Finding:

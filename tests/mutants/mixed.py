@@ -10,17 +10,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.mutants.parallel import Mutant, counted, loss_of, my_rows
+from tests.mutants.pipeline import GPTStage, summed
 
 
 def step_of(*, backward=None, after=None, loss=loss_of):
@@ -108,6 +111,23 @@ def reduced_and_not_averaged(model, mesh):
     return sharded(model, mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float64)), step_of(after=more)
 
 
+def clean_offloaded(model, mesh):
+    return sharded(model, mesh, offload_policy=CPUOffloadPolicy(pin_memory=False)), step_of()
+
+
+# --- compiled
+
+
+def clean_compiled(model, mesh):
+    return torch.compile(DistributedDataParallel(model), backend="aot_eager"), step_of()
+
+
+def clean_compiled_in_shards(model, mesh):
+    for block in model.transformer.h:
+        block.compile(backend="aot_eager")
+    return sharded(model, mesh), step_of()
+
+
 # --- shards with replicas, on four ranks
 
 
@@ -123,6 +143,53 @@ def hybrid_initialised_apart(model, mesh):
     torch.manual_seed(dist.get_rank() // 2)  # one seed a replica, and nothing broadcasts
     model.apply(model._init_weights)
     return hybrid(model), step_of()
+
+
+# --- replicas of a pipeline, on four ranks
+
+
+def replicated_pipeline(model, dims, *, reduced=True):
+    """Two stages by two replicas; `dims` names the dimensions of the mesh, the outer one first."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=dims)
+    number, replica = mesh["pp"].get_local_rank(), mesh["dp"].get_local_rank()
+    blocks = range(len(model.transformer.h))[number : None if number else 1]
+    stage = GPTStage(model, blocks, first=number == 0, last=number == 1)
+
+    def train_step(model, optimizer, batch):
+        optimizer.zero_grad()
+        ids, labels = batch["input_ids"][replica::2], batch["labels"][replica::2]
+        share = 1 / counted(batch["labels"])
+        schedule = ScheduleGPipe(
+            PipelineStage(model, number, 2, torch.device("cpu"), group=mesh.get_group("pp")),
+            n_microbatches=2,
+            loss_fn=lambda logits, target: summed(logits, target) * share,
+            scale_grads=False,
+        )
+        if number == 0:
+            schedule.step(ids)
+        else:
+            schedule.step(target=labels)
+        tied = model.transformer.wte.weight if number == 0 else model.lm_head.weight
+        dist.all_reduce(tied.grad, group=mesh.get_group("pp"))
+        if reduced:
+            for p in model.parameters():
+                dist.all_reduce(p.grad, group=mesh.get_group("dp"))
+        optimizer.step()
+        return {}
+
+    return stage, train_step
+
+
+def clean_replicas_of_a_pipeline(model, mesh):
+    return replicated_pipeline(model, ("dp", "pp"))
+
+
+def clean_pipeline_of_replicas(model, mesh):
+    return replicated_pipeline(model, ("pp", "dp"))
+
+
+def replicas_of_a_pipeline_apart(model, mesh):
+    return replicated_pipeline(model, ("pp", "dp"), reduced=False)
 
 
 # --- activations recomputed
@@ -174,6 +241,40 @@ def clean_tensor_parallel_mlp(model, mesh):
     return tensor_parallel(model, mesh, plan), all_rows
 
 
+def clean_sequence_parallel_by_plan(model, mesh):
+    """Norms and the residual stream split along the sequence, attention and MLP by heads and columns."""
+    whole, split = Replicate(), Shard(1)
+    plan = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=whole, output_layouts=whole),
+        "model.layers.0": PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(split,), use_local_output=True),
+        "model.norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=split, output_layouts=whole),
+    }
+    for i in range(len(model.model.layers)):
+        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        gathered = {"input_kwarg_layouts": {"hidden_states": split}, "desired_input_kwarg_layouts": {"hidden_states": whole}}
+        plan |= {f"{attention}.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
+        plan |= {f"{mlp}.{name}": ColwiseParallel() for name in ("gate_proj", "up_proj")}
+        plan |= {f"model.layers.{i}.{name}": SequenceParallel() for name in ("input_layernorm", "post_attention_layernorm")}
+        plan |= {
+            attention: PrepareModuleInput(**gathered),
+            f"{attention}.o_proj": RowwiseParallel(output_layouts=split),
+            mlp: PrepareModuleInput(input_layouts=(split,), desired_input_layouts=(whole,)),
+            f"{mlp}.down_proj": RowwiseParallel(output_layouts=split),
+        }
+    return tensor_parallel(model, mesh, plan), all_rows
+
+
+def sequence_parallel_norm_not_reduced(model, mesh):
+    """A norm that sees its rank's part of the sequence, as a plain module: nothing sums its gradient."""
+    model, step = clean_sequence_parallel_by_plan(model, mesh)
+    norm = model.model.layers[1].post_attention_layernorm
+    plain = type(norm)(norm.weight.shape[0], eps=norm.variance_epsilon)
+    plain.weight = nn.Parameter(norm.weight.to_local().detach().clone())
+    model.model.layers[1].post_attention_layernorm = plain
+    return model, step
+
+
 def row_parallel_without_its_sum(model, mesh):
     """The output of the second half of the MLP stays each rank's share."""
     model, step = clean_tensor_parallel_mlp(model, mesh)
@@ -186,22 +287,40 @@ def row_parallel_without_its_sum(model, mesh):
 
 
 LLAMA = "transformers:LlamaForCausalLM"
-OF_LLAMA = ("clean_tensor_parallel_mlp", "row_parallel_without_its_sum")
-ON_FOUR = ("clean_hybrid", "hybrid_initialised_apart")
+OF_LLAMA = (
+    "clean_tensor_parallel_mlp",
+    "row_parallel_without_its_sum",
+    "clean_sequence_parallel_by_plan",
+    "sequence_parallel_norm_not_reduced",
+)
+ON_FOUR = (
+    "clean_hybrid",
+    "hybrid_initialised_apart",
+    "clean_replicas_of_a_pipeline",
+    "clean_pipeline_of_replicas",
+    "replicas_of_a_pipeline_apart",
+)
 CLEAN = (
     "clean_accumulation",
     "clean_accumulation_by_flag",
     "clean_reduced_in_float64",
     "clean_in_bfloat16",
+    "clean_offloaded",
+    "clean_compiled",
+    "clean_compiled_in_shards",
     "clean_hybrid",
+    "clean_replicas_of_a_pipeline",
+    "clean_pipeline_of_replicas",
     "clean_checkpointed",
     "clean_tensor_parallel_mlp",
+    "clean_sequence_parallel_by_plan",
 )
 
 MUTANTS = (
     Mutant(wrap="flag_set_after_the_forward", row="T06", probe="ranks.gradients-agree", place="", words=("own rows",)),
     Mutant(wrap="reduced_and_not_averaged", row="D02", probe="ranks.gradients-agree", place="", words=("summed over ranks",)),
     Mutant(wrap="hybrid_initialised_apart", row="I05", probe="ranks.same-start", place="transformer.wte", words=("initialised apart",)),
+    Mutant(wrap="replicas_of_a_pipeline_apart", row="T06", probe="ranks.gradients-agree", place="", words=("each rank keeps its share",)),
     Mutant(wrap="checkpointed_gradients_never_reduced", row="T06", probe="ranks.gradients-agree", place="", words=("own rows",)),
     Mutant(
         wrap="row_parallel_without_its_sum",
@@ -209,5 +328,12 @@ MUTANTS = (
         probe="ranks.forward-agrees",
         place="model.layers.1.mlp",
         words=("all_reduce is missing",),
+    ),
+    Mutant(
+        wrap="sequence_parallel_norm_not_reduced",
+        row="D03",
+        probe="ranks.gradients-agree",
+        place="model.layers.1.post_attention_layernorm",
+        words=("each rank keeps its share",),
     ),
 )

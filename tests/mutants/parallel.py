@@ -310,6 +310,11 @@ def flat_shards(model, mesh):
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
+def flat_weights(model, mesh):
+    """The same with one flat weight in the place of all."""
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
 def own_mesh(model, mesh):
     own = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     plan = {f"transformer.h.0.mlp.{name}": style for name, style in (("c_fc", ColwiseParallel()), ("c_proj", RowwiseParallel()))}
