@@ -96,6 +96,16 @@ def test_micro_batches_are_put_together(alone: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_optimizer_that_drives_another_is_noted_when_it_has_ended(alone: Path, tmp_path: Path) -> None:
+    text = SCRIPT.read_text().replace("import sys", "import sys\nfrom torch.distributed.optim import ZeroRedundancyOptimizer")
+    zero = "ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW"
+    (tmp_path / "script.py").write_text(text.replace("torch.optim.AdamW(model.parameters()", zero))
+    report = compare_recorded(alone, run_recorded(tmp_path, "many", tmp_path / "script.py", "ddp", 2), command="", id="x")
+    assert report.findings == ()
+    assert report.sections["ranks"]["compared"]["step"] == 15
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_of_a_parallel_script_is_found(name: str, alone: Path, tmp_path: Path) -> None:
     kind, right, wrong, probe, words = FAULTS[name]
@@ -144,6 +154,24 @@ def test_a_step_is_noted_once_and_changes_nothing(one_rank: Path) -> None:
     assert names["norm"] == ["grad_norm"]
 
 
+def test_a_trial_whose_gradients_are_thrown_away_is_no_part_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    trial = "    F.cross_entropy(model(data[:2])[:, :-1].flatten(0, 1), data[:2, 1:].flatten()).backward()\n    optimizer.zero_grad()\n"
+    loop = "    for step in range(3):\n"
+    text = SCRIPT.read_text()
+    assert loop in text
+    script: dict[str, Any] = {"__name__": "script"}
+    exec(compile(text.replace(loop, trial + loop), "script.py", "exec"), script)
+    (tmp_path / "journal").mkdir()
+    with Watch(("loop",), Journal(tmp_path / "journal"), tmp_path / "one"):
+        script["main"]()
+    (record,) = read_records(tmp_path / "one")
+    noted = [(event.stage, event.name, event.shape) for event in record.events()]
+    assert [shape for stage, _, shape in noted if stage == "data"] == [(8, 9)]
+    assert [name for stage, name, _ in noted if stage in ("loss", "norm")] == ["loss", "grad_norm"]
+    assert len([stage for stage, _, _ in noted if stage == "gradient"]) == 15
+
+
 def test_a_run_agrees_with_itself_and_a_record_is_never_written_over(one_rank: Path, capsys: Any) -> None:
     assert main(["parity", str(one_rank), str(one_rank), "--json", str(one_rank.parent / "r.json")]) == 0
     body = json.loads((one_rank.parent / "r.json").read_text())
@@ -184,6 +212,17 @@ def written(folder: Path, many: list[Tensor], **options: Any) -> Any:
     for rank, ids in enumerate(many):
         write(folder / "many", rank, len(many), step(ids, GRADIENT), **options)
     return compare_recorded(folder / "one", folder / "many", command="", id="x")
+
+
+def test_a_factor_that_ranks_and_micro_batches_both_make_is_told_as_both(tmp_path: Path) -> None:
+    def in_micro_batches(rows: Tensor, gradient: Tensor) -> list[tuple[str, str, Tensor]]:
+        return [each for each in step(rows, gradient) if each[0] != "data"] + [("data", "input_ids", row[None]) for row in rows]
+
+    write(tmp_path / "one", 0, 1, in_micro_batches(IDS, GRADIENT))
+    for rank, rows in enumerate((IDS[:2], IDS[2:])):
+        write(tmp_path / "many", rank, 2, in_micro_batches(rows, GRADIENT * 2))
+    (finding,) = compare_recorded(tmp_path / "one", tmp_path / "many", command="", id="x").of("error")
+    assert "summed over ranks" in str(finding.cause) and "2 micro-batches are summed" in str(finding.cause)
 
 
 def test_runs_that_saw_other_rows_conclude_nothing(tmp_path: Path) -> None:

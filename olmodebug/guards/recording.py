@@ -1,13 +1,14 @@
 """The first training step of a process, noted for a comparison across processes: `olmodebug run --record FOLDER`.
 
 A step begins with the first forward of a model with trainable weights, and ends when that model is called again after an
-optimizer has stepped, or with the process. Nothing of it changes what the script computes.
+optimizer has stepped, or with the process. What came before is no part of it where the script throws the gradients away.
+Nothing of it changes what the script computes.
 """
 
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,30 @@ class Recording:
         self.dtypes: set[str] = set()
         self.optimizers: list[str] = []
         self.losses = 0
+        self.driven = False  # whether another optimizer has stepped inside of the one that steps
         self.noted: set[int] = set()  # parameters whose gradient is noted
         self.done = False
 
     def listen(self) -> None:
         events = self.watch.events
-        self.handles.append(register_module_forward_pre_hook(self._guarded(self._called)))
+        self._watch_calls()
         self.watch.undo.callback(self._remove)
         if torch.distributed.is_available():
             from torch.distributed.fsdp import FullyShardedDataParallel
 
             events.wrap(self.watch.undo, FullyShardedDataParallel, "clip_grad_norm_", events.told("clip", after="clipped"))
         events.on("backward", self._loss)
+        events.on("zeroed", lambda args, kwargs, spot: self._thrown_away([p for group in args[0].param_groups for p in group["params"]]))
+        events.on("module_zeroed", lambda args, kwargs, spot: self._thrown_away(args[0].parameters()))
         events.on("clip", lambda args, kwargs, spot: self._gradients())
         events.on("clipped", self._norm)
         events.on("step", lambda optimizer, spot: self._gradients())
         events.on("stepped", self._stepped)
         self.watch.preparers.append(self._collective)
         self.watch.observers.append(self._dtype)
+
+    def _watch_calls(self) -> None:
+        self.handles.append(register_module_forward_pre_hook(self._guarded(self._called)))
 
     def finish(self) -> None:
         """The process ends: a step that an optimizer took is whole."""
@@ -107,6 +114,19 @@ class Recording:
         if self._on() and self.writer is not None and len(roots) == 1 and roots[0].numel() == 1:
             self.writer.tensor("loss", "loss" if self.losses == 1 else f"loss#{self.losses}", roots[0].detach().double())
 
+    def _thrown_away(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients are reset after a backward and before any step: that was a trial, and the step is still to come."""
+        if not self._on() or not self.losses or self.optimizers or self.writer is None:
+            return
+        mine = {id(parameter) for notes in self.notes.values() for parameter in notes.model.parameters()}
+        if not any(id(parameter) in mine and parameter.grad is not None for parameter in parameters):
+            return
+        self._remove()
+        self.writer.discard()
+        self.writer, self.losses = None, 0
+        self.notes, self.known, self.noted, self.dtypes = {}, set(), set(), set()
+        self._watch_calls()
+
     def _gradients(self) -> None:
         """Gradients as they are before they are clipped, or before the step where nothing clips them; each once."""
         for notes in self.notes.values() if self._on() else ():
@@ -121,9 +141,12 @@ class Recording:
     def _stepped(self, optimizer: torch.optim.Optimizer, spot: object) -> None:
         if not self._on():
             return
-        for notes in self.notes.values():
+        inside = self.watch.events.stepping > 1  # as in ZeRO: whole weights are there when the outer one has ended
+        if inside or not self.driven:
+            self.optimizers.append(type(optimizer).__name__)
+        self.driven = inside
+        for notes in self.notes.values() if not inside else ():
             notes.after(optimizer)
-        self.optimizers.append(type(optimizer).__name__)
 
     def _on(self) -> bool:
         return not self.done and bool(self.notes)

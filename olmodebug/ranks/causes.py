@@ -96,7 +96,7 @@ def _of_factor(pair: Pair, factor: float) -> str | None:
         causes.append("they are summed over ranks where they should be averaged")
     if not pair.held.staged and abs(factor - 1 / pair.world) < near:
         causes.append("they are divided by the number of ranks once too often")
-    if count > pair.truth.micro_batches == 1 and abs(factor - count) < near * count:
+    if count > 1 and abs(factor - count) < near * count:
         causes.append(f"the mean losses of {count} micro-batches are summed, and not divided by {count}")
     return ", or ".join(causes) or None
 

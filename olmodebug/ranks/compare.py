@@ -75,8 +75,10 @@ def compare_ranks(single: RankRecord, ranks: list[RankRecord], *, limit: float) 
 def without_names(pair: Pair, probe: str) -> str | None:
     """Why a rule on weights has compared nothing; None where it has."""
     stage = OF_WEIGHTS.get(probe)
-    if stage is None or not pair.truth.of(stage) or set(pair.held.of(stage)) & set(pair.truth.of(stage)):
+    if stage is None or set(pair.held.of(stage)) & set(pair.truth.of(stage)):
         return None
+    if stage != "start" and set(pair.held.of("start")) & set(pair.truth.of("start")):
+        return "no weight was noted on both sides"
     return "no weight has its name of the other side: with the first FSDP, use_orig_params=True keeps the names"
 
 

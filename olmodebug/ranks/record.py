@@ -95,6 +95,11 @@ class RankWriter:
         self._write({"stage": "end", "dtypes": sorted(dtypes), "optimizers": sorted(set(optimizers))})
         self.lines.close()
 
+    def discard(self) -> None:
+        """Take the record away again, as if nothing had been noted."""
+        self.lines.close()
+        self.path.with_suffix(".jsonl").unlink()
+
     def _write(self, body: dict[str, Any]) -> None:
         self.lines.write(json.dumps(body) + "\n")
         self.lines.flush()

@@ -29,6 +29,9 @@ def ranks_view(section: Mapping[str, Any]) -> Group:
     other = f"{plural(beside['world'], 'rank')} ({beside['strategy']})" if beside else "one process with the same weights and batch"
     return Group(
         row("ranks", f"{section['world']} ({section['strategy']}), beside {other}"),
-        row("compared", ", ".join(counts) or ("nothing: the step did not come to its end" if section["compared"] is None else START)),
+        row(
+            "compared",
+            ", ".join(counts) or ("nothing: the steps cannot be held against each other" if section["compared"] is None else START),
+        ),
         row("called", alike),
     )
