@@ -58,7 +58,7 @@ class Events:
         self.wrap(undo, nn.Module, "zero_grad", self.told("module_zeroed"))
         self.wrap(undo, nn.Module, "eval", self.told("module_eval"))
         for name in ("clip_grad_norm_", "clip_grad_value_"):
-            wrapped = self.wrap(undo, torch.nn.utils.clip_grad, name, self._clipping)
+            wrapped = self.wrap(undo, torch.nn.utils.clip_grad, name, self.clipping)
             self._put(undo, torch.nn.utils, name, wrapped)
         for name in ("scale", "unscale_", "step", "update"):
             self.wrap(undo, torch.amp.GradScaler, name, self._scaler(name))
@@ -103,13 +103,16 @@ class Events:
 
         return make
 
-    def _clipping(self, original: Any) -> Any:
+    def clipping(self, original: Any) -> Any:
+        """A wrapper of what clips the gradients of parameters, or of a module as the first FSDP does, that tells of them before and after."""
+
         def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(parameters, (Tensor, list, tuple)):  # a generator can be read once; torch makes a list of it, too
+            if not isinstance(parameters, (Tensor, nn.Module, list, tuple)):  # a generator can be read once; torch makes a list of it, too
                 parameters = list(parameters) or parameters
-            self.tell("clip", (parameters, *args), kwargs, line_here(sys._getframe(1)))
+            told = list(parameters.parameters()) if isinstance(parameters, nn.Module) else parameters
+            self.tell("clip", (told, *args), kwargs, line_here(sys._getframe(1)))
             result = original(parameters, *args, **kwargs)
-            self.tell("clipped", (parameters, *args), kwargs, result)
+            self.tell("clipped", (told, *args), kwargs, result)
             return result
 
         return clip

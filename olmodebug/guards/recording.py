@@ -45,7 +45,7 @@ class Recording:
         if torch.distributed.is_available():
             from torch.distributed.fsdp import FullyShardedDataParallel
 
-            events.wrap(self.watch.undo, FullyShardedDataParallel, "clip_grad_norm_", events.told("clip", after="clipped"))
+            events.wrap(self.watch.undo, FullyShardedDataParallel, "clip_grad_norm_", events.clipping)
         events.on("backward", self._loss)
         events.on("zeroed", lambda args, kwargs, spot: self._thrown_away([p for group in args[0].param_groups for p in group["params"]]))
         events.on("module_zeroed", lambda args, kwargs, spot: self._thrown_away(args[0].parameters()))
