@@ -112,6 +112,9 @@ class Mixer(nn.Module):
         if how == "running-mean":
             counts = torch.arange(1, seq + 1, dtype=hidden.dtype)[:, None]
             return hidden.cumsum(1) / counts
+        if how == "windows":  # padded and cut into windows of sizes that are nobody's
+            windows = F.pad(hidden, (0, 0, 0, -seq % 8)).unflatten(1, (-1, 8))
+            return (windows - windows.mean(2, keepdim=True)).flatten(1, 2)[:, :seq]
         if how == "branches":  # which ops run depends on the last token, so the two runs cannot be aligned
             if hidden[0, -1, 0] > hidden[0, -2, 0]:
                 return hidden + hidden.mean(1, keepdim=True)
@@ -226,6 +229,11 @@ def test_two_faults_are_both_found_in_the_order_they_run_and_confirmed_together(
 def test_the_same_fault_in_every_layer_is_one_culprit() -> None:
     (found,) = culprits_of(toy("no-mask", layers=3), "causality")
     assert (found.where.module, found.where.line, found.confirmed) == ("attention.0", line_of("softmax"), True)
+
+
+def test_between_padding_and_cutting_nothing_is_blamed_but_the_module() -> None:
+    (found,) = culprits_of(toy("", "windows"), "causality")
+    assert (found.module_only, found.where.module, found.where.op) == (True, "mixer.0", None)
 
 
 def test_what_cannot_be_aligned_is_placed_at_the_smallest_module() -> None:

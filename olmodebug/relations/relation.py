@@ -22,6 +22,7 @@ from ..sources import Sources, Spot, short_path
 from ..tracing.tracer import Kept, Recording, record
 
 MOST_CULPRITS = 4
+PADS = ("constant_pad_nd",)
 WRITES = ("index_put_", "_index_put_impl_", "index_copy_", "copy_", "scatter_")
 
 
@@ -191,6 +192,8 @@ def first_break(left: Recording, right: Recording, *, part: Part, limit: float) 
         if inputs_agree and "differs" in outputs:
             if source is not None and left.events[source].op in WRITES and _sees_later(event, mine, part):
                 source = None  # to write into a cache is right; who reads it must not see all of it
+            if source is not None and left.events[source].op in PADS:
+                break  # padding mixes nothing, and behind it the sequence is not known by its size until it is cut again
             blamed = left.events[source] if source is not None else None
             return Culprit(
                 where=blamed.where if blamed else event.where,
