@@ -394,7 +394,7 @@ class Subject:
         """Whether the model keeps keys and values itself, and is told where new tokens stand or when a new sequence starts."""
         form = self.convention
         counts = form.use_cache is not None and form.cache is None and self._method(RESET_NAMES) is not None
-        return form.start is not None or (form.places is not None and self._method(SETUP_NAMES) is not None) or counts
+        return form.start is not None or (form.places is not None and self.makes_new_caches) or counts
 
     @property
     def makes_new_caches(self) -> bool:
@@ -407,8 +407,8 @@ class Subject:
         if reset is not None:
             try:
                 self._with_sizes(reset, batch_size, length)
-            except RuntimeError:  # nothing is there yet that it could empty
-                if setup is None:
+            except (RuntimeError, AttributeError):  # nothing is there yet that it could empty
+                if setup is None and self.convention.places is None:
                     raise
         if self.convention.sets_up:  # some make none where the last one is large enough, whatever is in it
             if not self._bare:
