@@ -22,6 +22,8 @@ from olmodebug.convention import (
     read_signature,
 )
 from olmodebug.errors import SubjectError
+from olmodebug.examine import run_probe
+from olmodebug.probe import select, shipped_probes
 from olmodebug.subject import from_model
 
 LOGITS, LOSS = torch.zeros(2, 5, 7), torch.tensor(1.5)
@@ -253,3 +255,31 @@ def test_a_cache_that_wants_more_than_can_be_guessed_is_left_alone() -> None:
     subject = from_model(Strict())
     assert (subject.convention.places, subject.keeps_its_cache, subject.model.cache) == (None, False, None)
     assert subject.assumptions[-1].endswith("(ValueError: a mask must be given beside a cache)")
+
+
+class Emptied(nn.Module):
+    """Makes its cache where it is first told places, and has a method to empty it, which needs one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.kept = nn.Embedding(29, 29), None
+
+    def reset_cache(self) -> None:
+        self.kept.zero_()
+        self.kept = None
+
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        x = self.embed(idx)
+        if input_pos is None:
+            return x.cumsum(1)
+        if self.kept is None:
+            self.kept = x.new_zeros(len(idx), 40, 29)
+        self.kept[:, input_pos] = x
+        return self.kept.cumsum(1)[:, input_pos]
+
+
+def test_a_cache_that_only_has_a_method_to_empty_it_is_the_models_own() -> None:
+    torch.manual_seed(0)
+    subject = from_model(Emptied())
+    assert subject.keeps_its_cache
+    assert run_probe(next(iter(select(shipped_probes(), "matches-full-forward"))), subject).outcome.status == "passed"
