@@ -191,7 +191,8 @@ def _ways(twin: Subject, seq: int, *, prefill: tuple[int, ...] = (), brief: bool
 
 
 def _uneven(seq: int, first: int = 0) -> tuple[int, ...]:
-    sizes: list[int] = [first] if first else []
+    """Chunks of uneven widths, the second of them of several tokens where there is room."""
+    sizes = [first or max(1, min(UNEVEN[0], seq - 2))]
     while sum(sizes) < seq:
         sizes.append(min(UNEVEN[len(sizes) % len(UNEVEN)], seq - sum(sizes)))
     return tuple(sizes)
