@@ -674,11 +674,10 @@ def settle_convention(subject: Subject) -> Convention:
                 "it gives the logits of the last position only, so those of every position are taken from its prefix"
             )
             return replace(subject.convention, last_only=True, cache=None)
-        if _is_sequence_first(subject, case):
+        if (reason := _sequence_first(subject, case)) is not None:
             subject.convention = replace(subject.convention, sequence_first=True)
             subject.assumptions.append(
-                "ids are [seq_len, batch]: the first dimension is read in order and the second stays apart; where yours are "
-                "[batch, seq_len], it mixes the rows (batch_first=True)"
+                f"ids are [seq_len, batch]: {reason}; where yours are [batch, seq_len], it mixes the rows (batch_first=True)"
             )
         subject.convention = _with_own_cache(subject, case)
         return _with_handed_cache(subject, _with_loss_method(subject))
@@ -759,7 +758,8 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
 
 def _with_whole_mask(subject: Subject, case: Case) -> Convention | None:
     """The convention without a mask of the padding, where one [batch, seq_len] is not accepted and the argument holds the
-    whole attention mask, causality included: then it is causal as the mask says, and sees everything where that hides nothing."""
+    whole attention mask, causality included: then it is causal as the mask says, and sees everything where that hides nothing.
+    Where it is never causal, one that may be left out is left out."""
     form, (batch, seq) = subject.convention, (case.batch_size, case.seq_len)
     if form.attention_mask is None or subject.adapter is not None:
         return None
@@ -767,6 +767,7 @@ def _with_whole_mask(subject: Subject, case: Case) -> Convention | None:
         subject.call(case, attention_mask=torch.ones(batch, seq, dtype=torch.long, device=subject.device))
         return None
     last = replace(case, input_ids=tuple((*row[:-1], row[0]) for row in case.input_ids))
+    never: list[bool] = []
     for whole in WHOLE_MASKS:
         told = replace(form, attention_mask=None, whole_mask=(form.attention_mask, whole))
         with suppress(Exception):
@@ -782,7 +783,8 @@ def _with_whole_mask(subject: Subject, case: Case) -> Convention | None:
                     f"{form.attention_mask} is the whole mask [batch, 1, seq_len, seq_len], causality included; no padding is asked of it"
                 )
                 return told
-    return None
+            never.append(all(apart))
+    return replace(form, attention_mask=None) if never and all(never) and form.attention_mask not in form.required else None
 
 
 def whole_mask(kind: str, seq: int, *, hide: bool = True, device: torch.device | str = "cpu") -> Tensor:
@@ -793,12 +795,11 @@ def whole_mask(kind: str, seq: int, *, hide: bool = True, device: torch.device |
     return later if kind == "hidden" else ~later
 
 
-def _is_sequence_first(subject: Subject, case: Case) -> bool:
-    """Whether ids are read as `[seq_len, batch]`: what stands in the first row of the first dimension reaches the rows after
-    it, the last row reaches none before it, and along the second dimension nothing reaches anything, nor does a place
-    there matter, which would make it the positions of rows that are mixed by mistake."""
+def _sequence_first(subject: Subject, case: Case) -> str | None:
+    """Why ids are read as `[seq_len, batch]`: read so, the model breaks fewer rules than as `[batch, seq_len]`. The rules: what
+    comes later reaches nothing before it, rows do not reach each other, and it does not matter which row it is."""
     if subject.adapter is not None or subject.convention.multiple > 1 or subject.device.type == "meta":
-        return False
+        return None
     ids = torch.tensor(case.input_ids)
     other = torch.tensor(subject.token_ids(*ids.shape, seed=1))
     other = torch.where(other == ids, other.roll(1, 0), other)
@@ -806,19 +807,28 @@ def _is_sequence_first(subject: Subject, case: Case) -> bool:
     def logits(changed: Tensor) -> Tensor:
         return subject.logits(replace(case, input_ids=tuple(map(tuple, changed.tolist()))))
 
+    def same(one: Tensor, two: Tensor) -> bool:
+        rounding = 64 * torch.finfo(one.dtype).eps * one.abs().max()  # a maximum over all rows that is taken off rounds anew
+        return bool((one - two).abs().max() <= rounding)
+
+    def reaches(dim: int) -> tuple[bool, bool]:
+        """Whether the first place of a dimension reaches later ones, and the last place earlier ones."""
+        size = ids.shape[dim]
+        first, last = (logits(torch.where(torch.arange(size).view(-1, *(1,) * (1 - dim)) == at, other, ids)) for at in (0, size - 1))
+        kept = [same(plain.narrow(dim, at, size - 1), moved.narrow(dim, at, size - 1)) for at, moved in ((1, first), (0, last))]
+        return not kept[0], not kept[1]
+
     with suppress(Exception):  # what cannot be compared, as fake tensors
-        plain, first = logits(ids), logits(torch.cat((other[:1], ids[1:])))
-        rounding = 64 * torch.finfo(plain.dtype).eps * plain.abs().max()  # a maximum over all rows that is taken off rounds anew
-
-        def same(one: Tensor, two: Tensor) -> bool:
-            return bool((one - two).abs().max() <= rounding)
-
-        if same(plain[1:], first[1:]):
-            return False
-        last, column = logits(torch.cat((ids[:-1], other[-1:]))), logits(torch.cat((other[:, :1], ids[:, 1:]), 1))
-        alike = logits(ids[:1, :1].expand_as(ids))
-        return same(plain[:-1], last[:-1]) and same(plain[:, 1:], column[:, 1:]) and same(alike, alike[:, :1])
-    return False
+        plain = logits(ids)
+        later, earlier = reaches(0)
+        if not (later or earlier):
+            return None
+        alike, along = logits(ids[:1, :1].expand_as(ids)), reaches(1)
+        as_given = along[1] + (later or earlier) + (not same(alike, alike[:1]))
+        turned = earlier + any(along)
+        if same(alike, alike[:, :1]) and turned < as_given:
+            return "the first dimension is read in order and the second stays apart" if not turned else "read so, it breaks fewer rules"
+    return None
 
 
 def _with_handed_cache(subject: Subject, form: Convention) -> Convention:

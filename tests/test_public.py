@@ -11,7 +11,8 @@ from tests.scoreboard import findings_on, judge
 SHARP = frozenset(
     """
     hf/decode-positions-lag lit/freqs-one-late course/triu-without-past lit/mask-rows-from-zero serving/keys-and-values-into-slot-0
-    serving/slots-one-late-and-around serving/slots-from-the-end
+    serving/slots-one-late-and-around serving/slots-from-the-end wordlm/mask-transposed wordlm/centred-over-rows
+    megatron/rows-read-as-time
     """.split()
 )
 
@@ -27,6 +28,13 @@ def test_a_fault_of_a_public_model_is_caught_placed_and_explained(mutant: Mutant
     assert row["detected"], row["elsewhere"]
     assert row["placed"], f"expected {mutant.function}, observed {row['places']}"
     assert row["explained"], f"expected one of {mutant.words}, observed {row['words']}"
+
+
+@pytest.mark.parametrize("name", ["wordlm/centred-over-time", "wordlm/centred-over-rows", "megatron/softmax-over-queries"])
+def test_a_sequence_that_comes_first_is_not_taken_for_the_batch(name: str, tmp_path: Path) -> None:
+    mutant = next(m for m in PUBLIC if m.name == name)
+    findings = findings_on(f"{materialize(mutant, tmp_path)}:{mutant.build}", "batch. or causality.no-future")
+    assert {f["probe"].partition(".")[0] for f in findings if f["severity"] == "error"} == set(mutant.topics)
 
 
 @pytest.mark.parametrize("mutant", marked(LEGAL))

@@ -3,10 +3,8 @@
 A hypothesis that its own test does not confirm is not told. What was tested and is not the reason is listed.
 """
 
-import ast
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +13,9 @@ from ..compare import difference
 from ..records import Event, Where
 from ..report import Scalar
 from ..tracing.tracer import Kept, Recording
+from .edits import call_of, insert_before_method, mask_operand, mask_scores, set_dimension, set_keyword
 from .relation import Culprit, Part
-from .repair import Edit, Expressions, expressions
+from .repair import Edit, expressions
 
 REDUCTIONS = {
     "mean": "mean",
@@ -178,14 +177,14 @@ def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     scores, dim = culprit.left.arguments["self"], int(culprit.left.arguments["dim"]) % max(1, culprit.left.inputs[0].ndim)
     weights = culprit.left.outputs[0]
     tree = expressions(culprit.spot)
-    call = _call(tree, culprit, ("softmax",))
+    call = call_of(tree, culprit, ("softmax",))
     if weights.ndim >= 2 and dim != weights.ndim - 1 and weights.shape[-1] != part.seq:
         return Diagnosis(
             cause=f"softmax runs over dimension {dim} of {tuple(weights.shape)}, which holds tokens: what one of them gets depends on the others",
             fix="normalise what belongs to one token: dim=-1",
         )
     if weights.ndim >= 2 and dim == weights.ndim - 2:
-        edits = _set_dimension(tree, call) if tree and call else ()
+        edits = set_dimension(tree, call) if tree and call else ()
         return Diagnosis(
             cause="softmax runs over the queries (dim=-2), so the weights of one query depend on all the others",
             fix="normalise over the keys: dim=-1",
@@ -203,7 +202,7 @@ def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     if diagnosis.cause and undone is not None:
         return undone
     if diagnosis.cause and diagnosis.cause.startswith("no causal mask") and tree and call:
-        diagnosis.edits = _mask_scores(tree, call)
+        diagnosis.edits = mask_scores(tree, call)
         diagnosis.fix = "mask the later keys before the softmax: scores.masked_fill(ones(T, T).triu(1), finfo.min)"
     return diagnosis
 
@@ -286,7 +285,7 @@ def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     mask = next((arguments[name] for name in ("attn_mask", "attn_bias") if isinstance(arguments.get(name), Tensor)), None)
     causal = bool(arguments.get("is_causal", False))
     tree = expressions(culprit.spot)
-    call = _call(tree, culprit, ("scaled_dot_product_attention",))
+    call = call_of(tree, culprit, ("scaled_dot_product_attention",))
     if mask is None and not causal:
         if hidden == OTHER_ROWS:
             return _along_the_batch(culprit, part)
@@ -298,7 +297,7 @@ def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
         return Diagnosis(
             cause="no causal mask: scaled_dot_product_attention is called without is_causal=True and without attn_mask",
             fix="pass is_causal=True",
-            edits=_set_keyword(tree, call, "is_causal", "True") if tree and call else (),
+            edits=set_keyword(tree, call, "is_causal", "True") if tree and call else (),
         )
     if mask is None:
         if hidden == "padded tokens":
@@ -460,6 +459,16 @@ def _layout(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
                 "",
             )
         )
+    if before.ndim > 2 and len(shape) > 1 and before.shape[0] != before.shape[1] and part.seq in (*before.shape[:2], *shape[:2]):
+        trials.append(
+            (
+                f"the reshape, which moves no element, reads {tuple(before.shape)} as {tuple(shape)}: the sequence is one of its first two "
+                "dimensions, and they are in the wrong order for that",
+                "transpose(0, 1) before the reshape",
+                lambda t: t.transpose(0, 1).reshape(shape),
+                ".transpose(0, 1)",
+            )
+        )
     place = shape.index(part.seq) if list(shape).count(part.seq) == 1 else 0
     if len(shape) > 4 and place > 1 and before.shape[:2] == (shape[0], part.seq):
         rest = [size for dim, size in enumerate(shape) if dim not in (0, place)]
@@ -479,8 +488,8 @@ def _layout(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
         except RuntimeError:
             continue
         if holds:
-            call = _call(tree, culprit, ("reshape", "view", "contiguous", "flatten"))
-            edits = _insert_before_method(tree, call, insert) if tree and call and insert else ()
+            call = call_of(tree, culprit, ("reshape", "view", "contiguous", "flatten"))
+            edits = insert_before_method(tree, call, insert) if tree and call and insert else ()
             evidence: dict[str, Scalar] = {"read as": f"{tuple(before.shape)} -> {tuple(shape)}"}
             return Diagnosis(cause=cause, fix=fix, edits=edits, evidence=evidence)
     return Diagnosis()
@@ -525,7 +534,7 @@ def _broadcast(culprit: Culprit, part: Part) -> Diagnosis:
                 "the queries, not with the batch; nothing fails because batch equals seq_len here"
             ),
             fix=f"use {spread}",
-            edits=_mask_operand(tree, culprit) if tree and culprit.event.op.startswith("add") else (),
+            edits=mask_operand(tree, culprit) if tree and culprit.event.op.startswith("add") else (),
             evidence={"mask": str(tuple(narrow.shape)), "scores": str(tuple(wide.shape))},
         )
     if narrow.ndim == 3 and part.batch == wide.shape[1]:
@@ -585,98 +594,11 @@ def mask_added_as_number(recording: Recording) -> tuple[int, Kept] | None:
 def unmasked_softmax_edits(culprit: Culprit) -> tuple[Edit, ...]:
     """The edit that masks the later keys in front of the culprit's softmax."""
     tree = expressions(culprit.spot)
-    call = _call(tree, culprit, ("softmax",))
-    return _mask_scores(tree, call) if tree and call else ()
+    call = call_of(tree, culprit, ("softmax",))
+    return mask_scores(tree, call) if tree and call else ()
 
 
 def mask_operand_edits(culprit: Culprit) -> tuple[Edit, ...]:
     """The edit that turns an added 0/1 mask into an additive one of shape [batch, 1, 1, seq_len]."""
     tree = expressions(culprit.spot)
-    return _mask_operand(tree, culprit) if tree else ()
-
-
-def _call(tree: Expressions | None, culprit: Culprit, names: tuple[str, ...]) -> ast.Call | None:
-    """The call of one of these functions or methods that was running at the culprit's place."""
-    if tree is None or culprit.spot is None:
-        return None
-    for node in tree.at(culprit.spot):
-        if isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in names:
-                return node
-    return None
-
-
-def _mask_scores(tree: Expressions, call: ast.Call) -> tuple[Edit, ...]:
-    """softmax(X) -> softmax(X with later keys at finfo.min), for an X that is a plain name."""
-    target: ast.expr | None = call.args[0] if call.args else None
-    if isinstance(call.func, ast.Attribute) and not (isinstance(call.func.value, ast.Name) and call.func.value.id in ("F", "torch")):
-        plain_module = isinstance(call.func.value, ast.Attribute) and call.func.value.attr == "functional"
-        target = target if plain_module else call.func.value
-    if not isinstance(target, ast.Name | ast.Attribute):
-        return ()
-    x = tree.source(target)
-    later = f"torch.ones({x}.shape[-2:], dtype=torch.bool, device={x}.device).triu({x}.shape[-1] - {x}.shape[-2] + 1)"
-    return (tree.replace(target, f"{x}.masked_fill({later}, torch.finfo({x}.dtype).min)"),)
-
-
-def _set_dimension(tree: Expressions, call: ast.Call) -> tuple[Edit, ...]:
-    for keyword in call.keywords:
-        if keyword.arg == "dim":
-            return (tree.replace(keyword.value, "-1"),)
-    method = isinstance(call.func, ast.Attribute) and not (isinstance(call.func.value, ast.Name) and call.func.value.id in ("F", "torch"))
-    position = 0 if method else 1
-    if len(call.args) > position:
-        return (tree.replace(call.args[position], "-1"),)
-    return ()
-
-
-def _set_keyword(tree: Expressions, call: ast.Call, name: str, value: str) -> tuple[Edit, ...]:
-    for keyword in call.keywords:
-        if keyword.arg == name:
-            return (tree.replace(keyword.value, value),)
-    if any(keyword.arg is None for keyword in call.keywords) or not (call.args or call.keywords):
-        return ()
-    last: Any = ([*call.args, *[k.value for k in call.keywords]])[-1]
-    return (tree.replace(last, f"{tree.source(last)}, {name}={value}"),)
-
-
-def _insert_before_method(tree: Expressions, call: ast.Call, text: str) -> tuple[Edit, ...]:
-    """E.reshape(...) -> E.transpose(1, 2).reshape(...); `view` becomes `reshape`, since the transpose breaks its stride."""
-    node: ast.expr = call
-    while (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("reshape", "view", "contiguous", "flatten")
-    ):
-        inner = node.func.value
-        if not (isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute) and inner.func.attr == "contiguous"):
-            receiver = tree.source(inner)
-            wrapped = receiver if isinstance(inner, ast.Name | ast.Attribute | ast.Call | ast.Subscript) else f"({receiver})"
-            rest = tree.source(node)[len(receiver) :]
-            if rest.startswith(".view("):
-                rest = ".reshape(" + rest[len(".view(") :]
-            return (tree.replace(node, f"{wrapped}{text}{rest}"),)
-        node = inner
-    return ()
-
-
-def _mask_operand(tree: Expressions, culprit: Culprit) -> tuple[Edit, ...]:
-    """`scores + mask` -> `scores + (1 - mask as [batch, 1, 1, seq_len]) * finfo.min`."""
-    assert culprit.left is not None and culprit.spot is not None
-    sizes = [t.numel() for t in culprit.left.inputs[:2]]
-    for node in tree.at(culprit.spot):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            pair: tuple[ast.expr, ast.expr] = (node.left, node.right)
-        elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
-            pair = (node.target, node.value)
-        else:
-            continue
-        small = 0 if sizes[0] < sizes[1] else 1
-        mask, scores = tree.source(pair[small]), tree.source(pair[1 - small])
-        if not isinstance(pair[1 - small], ast.Name | ast.Attribute):
-            return ()
-        flat = culprit.left.inputs[small].ndim == 2
-        spread = f"({mask})[:, None, None, :]" if flat else f"({mask})"
-        return (tree.replace(pair[small], f"(1.0 - {spread}.to({scores}.dtype)) * torch.finfo({scores}.dtype).min"),)
-    return ()
+    return mask_operand(tree, culprit) if tree else ()

@@ -59,6 +59,8 @@ _BASES = {
     "course": "course_style",
     "torchnn": "torchnn_style",
     "serving": "serving_style",
+    "wordlm": "wordlm_style",
+    "megatron": "megatron_style",
 }
 
 

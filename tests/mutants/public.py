@@ -2,7 +2,8 @@
 
 from .catalog import Mutant, _mutant, _neutral
 
-_GROUPED = "build_grouped"
+_GROUPED, _OPTIONAL = "build_grouped", "build_optional"
+_WORDS = "x = self.drop(self.input_emb(src) * math.sqrt(self.ninp) + self.pe[: len(src)])"
 
 PUBLIC: tuple[Mutant, ...] = (
     # ---------------------------------------------------------------- positions of new tokens
@@ -89,6 +90,76 @@ PUBLIC: tuple[Mutant, ...] = (
         "cache",
         "ends 1 too early",
         (".tril(diagonal=past_len)", ".tril(diagonal=max(past_len - 1, 0))"),
+    ),
+    # ---------------------------------------------------------------- the sequence comes first
+    _mutant(
+        "wordlm/no-mask",
+        "M02",
+        "TransformerModel.forward",
+        "causality",
+        "no causal mask",
+        ("mask=self.src_mask if has_mask else None", "mask=None"),
+    ),
+    _mutant(
+        "wordlm/mask-transposed",
+        "M01",
+        "TransformerModel.forward",
+        "causality",
+        "the causal mask is inverted",
+        ("torch.log(torch.tril(", "torch.log(torch.triu("),
+    ),
+    _mutant(
+        "wordlm/centred-over-time",
+        "N02",
+        "TransformerModel.forward",
+        "causality",
+        "the mean over the sequence",
+        (_WORDS, _WORDS + "\n        x = x - x.mean(0, keepdim=True)"),
+    ),
+    _mutant(
+        "wordlm/centred-over-rows",
+        "N02",
+        "TransformerModel.forward",
+        "batch",
+        "the mean over the batch",
+        (_WORDS, _WORDS + "\n        x = x - x.mean(1, keepdim=True)"),
+    ),
+    _mutant(
+        "wordlm/read-backwards",
+        "M02",
+        "RNNModel.forward",
+        "causality",
+        "it reverses a dimension that holds the sequence",
+        ("self.rnn(self.drop(self.encoder(input)), hidden)", "self.rnn(self.drop(self.encoder(input)).flip(0), hidden)"),
+        ("self.drop(output)", "self.drop(output.flip(0))"),
+        build="build_rnn",
+    ),
+    _mutant(
+        "megatron/rows-read-as-time",
+        "A08",
+        "GPTModel.forward",
+        "batch causality",
+        "in the wrong order",
+        ("x = x.transpose(0, 1).contiguous()", "x = x.view(x.shape[1], x.shape[0], -1)"),
+        build=_OPTIONAL,
+    ),
+    _mutant(
+        "megatron/heads-merged-without-transpose",
+        "A08",
+        "Layer.attention",
+        "batch causality",
+        "reads (20, 11, 7) as (11, 5, 28)",
+        (").transpose(0, 1).reshape(s, b, h))", ").reshape(s, b, h))"),
+        build=_OPTIONAL,
+    ),
+    _mutant(
+        "megatron/softmax-over-queries",
+        "A08",
+        "Layer.attention",
+        "causality",
+        "softmax runs over the queries",
+        (".min).softmax(-1)", ".min).softmax(-2)"),
+        build=_OPTIONAL,
     ),
     # ---------------------------------------------------------------- slots of a cache
     _mutant(
