@@ -96,6 +96,26 @@ def test_weights_that_a_step_changes_between_forward_and_backward_are_told_at_th
     assert said(run, "optimizer.step()") == ("loop.backward-runs", "error", True)
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_gradients_that_are_shards_are_followed_too(reset: bool) -> None:
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    def run() -> None:
+        weight = nn.Parameter(DTensor.from_local(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for _ in range(3):
+            weight.to_local().pow(2).sum().backward()
+            optimizer.step()
+            if reset:
+                optimizer.zero_grad()
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert [f.probe for f in found(run)] == ([] if reset else ["loop.gradients-reset"])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def bad_steps_are_dropped() -> None:
     model, optimizer = made()
     for number in range(8):
@@ -501,6 +521,11 @@ def test_an_id_that_fills_the_ends_of_rows_is_told_as_padding_and_one_that_does_
 def test_a_label_beyond_the_classes_is_mended_with_the_number_that_this_loss_ignores() -> None:
     (finding,) = found(lambda: F.cross_entropy(torch.randn(3, 5), torch.tensor([1, -1, 7]), ignore_index=-1))
     assert "give -1 where nothing is asked" in (finding.fix or "")
+
+
+def test_what_torch_refuses_for_another_reason_than_sizes_is_not_called_a_shape() -> None:
+    assert said(lambda: torch.ones(2, dtype=torch.complex64).to_mkldnn(), "to_mkldnn") == ("process.survives", "error", True)
+    assert said(lambda: torch.ones(2, 3).view(4), ".view(4)")[0] == "shape.fits"
 
 
 LEGAL = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..sources import Spot
 from ..units import plural
-from .gradients import Followed, follow, parameters, written_since
+from .gradients import Followed, follow, local, parameters, written_since
 from .place import text_of
 from .scheduling import UNSCALE
 
@@ -62,7 +62,7 @@ class Applying:
     def _reset(self, optimizer: Any, spot: Spot | None) -> None:
         """Gradients that no step has applied are about to go."""
         fresh = written_since(optimizer, self.applied.get(optimizer, []))
-        if any(bool(grad.any()) for f in fresh if (grad := f.gradient()) is not None):
+        if any(bool(local(grad).any()) for f in fresh if (grad := f.gradient()) is not None):
             self.wiped[optimizer] = spot
 
     def _module_reset(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
@@ -179,4 +179,4 @@ class Applying:
 
 def _has_gradients(optimizer: Any) -> bool:
     grads = (p.grad for p in parameters(optimizer))
-    return any(grad is not None and bool(torch.as_tensor(grad != 0).any()) for grad in grads)
+    return any(grad is not None and (grad.layout != torch.strided or bool((local(grad) != 0).any())) for grad in grads)

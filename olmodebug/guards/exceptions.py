@@ -31,6 +31,8 @@ from .excerpts import lines_at
 from .place import Place
 
 FITS = "shape.fits"
+RAISED = "process.survives"  # torch refused something else than what did not fit
+SIZES = re.compile(r"size|shape|dimension|\bdim\b|dtype|scalar type|device|stride|elements|broadcast", re.IGNORECASE)
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
 
 FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
@@ -51,7 +53,7 @@ def explain_exception(error: BaseException) -> Finding | None:
         text = operands(error, at.spot, {})
         first = str(error).strip().partition("\n")[0]
         return Finding(
-            probe=FITS,
+            probe=FITS if SIZES.search(first) or isinstance(error, IndexError) else RAISED,
             severity="error",
             message=f"{type(error).__name__}: {first}" + (f" ({text})" if text else ""),
             where=where,

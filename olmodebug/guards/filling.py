@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..sources import Spot
 from ..units import plural
-from .gradients import sample
+from .gradients import local, sample
 
 FILLED = "loop.weights-filled"
 
@@ -30,7 +30,7 @@ class Filling:
         """Nothing waits for the end."""
 
     def _emptied(self, module: Any, shared: Any, spot: Spot | None) -> None:
-        memory = [(name, p, _local(p)) for name, p in module.named_parameters()]
+        memory = [(name, p, local(p)) for name, p in module.named_parameters()]
         found = [(name, weakref.ref(p), p._version, sample(t).clone()) for name, p, t in memory if t.device.type != "meta" and t.numel()]
         self.left.append((weakref.ref(module), spot, found))
 
@@ -60,12 +60,6 @@ def _as_left(weight: Any, held: set[int], version: int, before: Tensor) -> bool:
     initialisation may give."""
     if weight is None or id(weight) not in held or weight._version != version:
         return False
-    now = sample(_local(weight)).clone()
+    now = sample(local(weight)).clone()
     several = bool((before != before[0]).any())
     return several and now.shape == before.shape and torch.equal(now.view(torch.uint8), before.view(torch.uint8))  # bits: nan is not nan
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """The memory of a parameter; of one that is sharded over ranks, this rank's."""
-    local = getattr(parameter, "_local_tensor", None)  # private: DTensor.to_local() would be recorded by autograd
-    return local if isinstance(local, Tensor) else parameter

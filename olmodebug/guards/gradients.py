@@ -29,7 +29,7 @@ class Followed:
         p = self.parameter()
         if p is None or p.grad is None or p.grad is not self.gradient() or p.grad._version != self.version:
             return False
-        return self.values is None or torch.equal(sample(p.grad), self.values)
+        return self.values is None or torch.equal(sample(local(p.grad)), self.values)
 
     def is_same(self, other: "Followed") -> bool:
         """Whether both are one tensor, and nothing was written to it in between."""
@@ -52,11 +52,23 @@ def has_plain_gradient(parameter: Tensor) -> bool:
     return grad is not None and grad.layout == torch.strided and type(grad) is Tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The memory of a tensor on this rank: its own part where it is sharded over ranks; asking for more would be a collective."""
+    held = getattr(tensor, "_local_tensor", None)  # private: DTensor.to_local() would be recorded by autograd
+    return held if isinstance(held, Tensor) else tensor
+
+
+def has_dense_gradient(parameter: Tensor) -> bool:
+    """Whether there is a dense gradient, whole or this rank's part of it."""
+    grad = parameter.grad
+    return grad is not None and grad.layout == torch.strided and type(local(grad)) is Tensor
+
+
 def follow(optimizer: Any, *, values: bool = False) -> list[Followed]:
     """The gradients of the smallest parameters of an optimizer that have one."""
-    smallest = heapq.nsmallest(FOLLOWED, (p for p in parameters(optimizer) if has_plain_gradient(p)), key=Tensor.numel)
+    smallest = heapq.nsmallest(FOLLOWED, (p for p in parameters(optimizer) if has_dense_gradient(p)), key=Tensor.numel)
     pairs = [(p, p.grad) for p in smallest if p.grad is not None]
-    return [Followed(weakref.ref(p), weakref.ref(g), g._version, sample(g).clone() if values else None) for p, g in pairs]
+    return [Followed(weakref.ref(p), weakref.ref(g), g._version, sample(local(g)).clone() if values else None) for p, g in pairs]
 
 
 def written_since(optimizer: Any, before: list[Followed], *, values: bool = False) -> list[Followed]:

@@ -338,11 +338,12 @@ PAGES: dict[str, str] = {
         A fault it catches: three float32 copies of the logits of a large vocabulary.
         """,
     "process.survives": """
-        No process of the script dies of a signal of its own.
+        No process of the script dies of a signal of its own, or of an error of torch that no other rule explains.
 
-        What must hold: a segmentation fault, abort or bus error does not happen in Python code that uses torch.
+        What must hold: a segmentation fault, abort or bus error does not happen in Python code that uses torch, and torch refuses
+        nothing.
 
-        Why it matters: there is no traceback; the innermost line of the script at the death is in the report.
+        Why it matters: a signal leaves no traceback; the innermost line of the script at the death is in the report.
 
         A fault it catches: an extension that was built for another version of torch.
         """,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..report import Finding
 from ..sources import Spot
 from .excerpts import lines_at
-from .gradients import Followed, follow, has_plain_gradient, nearest_leaf, sample
+from .gradients import Followed, follow, has_plain_gradient, local, nearest_leaf, sample
 from .place import text_of, where_of
 
 RESET = "loop.gradients-reset"
@@ -147,7 +147,7 @@ class Resetting:
 def _state(followed: Followed) -> str:
     """`same` where the very tensor that was applied is still the gradient, unchanged and not zero; `gone`, `changed`."""
     p = followed.parameter()
-    if p is None or p.grad is None or not bool(p.grad.any()):
+    if p is None or p.grad is None or not bool(local(p.grad).any()):
         return "gone"
     return "same" if followed.is_unchanged() else "changed"
 
