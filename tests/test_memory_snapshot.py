@@ -76,7 +76,9 @@ def test_the_command_draws_a_snapshot_and_its_json_keeps_to_the_schema(
     body = json.loads(Path("r.json").read_text())
     schema = json.loads((Path(olmodebug.__file__).parent / "report.schema.json").read_text())
     jsonschema.validate(body, schema)
-    assert max(map(len, drawn(body["sections"]["memory"]).splitlines())) <= 80
+    text = drawn(body["sections"]["memory"])
+    assert max(map(len, text.splitlines())) <= 80
+    assert "forward, b backward" not in text  # a snapshot knows no phases
 
 
 def test_a_file_that_is_missing_is_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from ..units import bytes_text, plural, seconds_text
 from .layout import Line, line, row
 
 Section = Mapping[str, Any]
+PHASES = ("forward", "backward", "optimizer", "prefill", "decode")  # each has a letter of its own under the timeline
 
 WIDTH = 80
 BARS = " ▁▂▃▄▅▆▇█"
@@ -120,10 +121,10 @@ def _timeline(section: Section) -> Iterator[Line]:
     marks = [" "] * columns
     for mark in timeline["marks"]:
         column = min(columns - 1, mark["point"] * columns // len(points))
-        letter = {"forward": "f", "backward": "b", "optimizer": "o", "prefill": "p", "decode": "d"}.get(mark["phase"], " ")
-        marks[column] = letter
-    yield line((f"{'':>11}{''.join(marks)}".rstrip(), "dim"))
-    yield line(("           f forward, b backward, o optimizer, p prefill, d decode", "dim"))
+        marks[column] = mark["phase"][0] if mark["phase"] in PHASES else " "
+    if legend := [f"{phase[0]} {phase}" for phase in PHASES if phase[0] in marks]:
+        yield line((f"{'':>11}{''.join(marks)}".rstrip(), "dim"))
+        yield line((f"{'':>11}{', '.join(legend)}", "dim"))
 
 
 def _what_ifs(section: Section) -> Iterator[Line]:
