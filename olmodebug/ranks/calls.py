@@ -15,6 +15,7 @@ from ..records import Where
 
 WHOLE_TENSORS = ("allreduce", "broadcast")  # of these every rank must give the same shape; shards may be uneven
 TWO_RANKS = ("send", "recv", "recv_any_source")  # from one rank to another: no other rank has to call them
+CALL = '{"stage": "collective",'  # how the line of a collective begins, as the writer writes it
 MOST_NAMED = 6  # ranks in a sentence
 
 
@@ -49,11 +50,14 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("rank-*.jsonl")) if folder.is_dir() else []
 
 
-def lines_of(file: Path) -> Iterator[dict[str, Any]]:
-    """What a record notes, without its first line. ReportError where it is damaged before its last line."""
+def lines_of(file: Path, *, calls: bool | None = None) -> Iterator[dict[str, Any]]:
+    """What a record notes, without its first line; with `calls` the collectives alone, or all else alone, and the other lines are
+    not parsed. ReportError where it is damaged before its last line."""
     with file.open(encoding="utf-8") as lines:
         next(lines, None)
         for number, line in enumerate(lines, start=2):
+            if calls is not None and line.startswith(CALL) != calls:
+                continue
             try:
                 yield json.loads(line)
             except ValueError:  # a process that was killed leaves half a line, always the last
@@ -64,14 +68,13 @@ def lines_of(file: Path) -> Iterator[dict[str, Any]]:
 
 def collectives_of(file: Path) -> Iterator[Collective]:
     """The collectives of one record in the order they were started."""
-    for body in lines_of(file):
-        if body["stage"] == "collective":
-            yield Collective(op=body["op"], shape=tuple(body["shape"]), group=tuple(body.get("group", ())), where=Where(**body["where"]))
+    for body in lines_of(file, calls=True):
+        yield Collective(op=body["op"], shape=tuple(body["shape"]), group=tuple(body.get("group", ())), where=Where(**body["where"]))
 
 
 def has_ended(file: Path) -> bool:
     """Whether the step of a record came to its end."""
-    return any(body["stage"] == "end" for body in lines_of(file))
+    return any(body["stage"] == "end" for body in lines_of(file, calls=False))
 
 
 def first_unlike(files: Sequence[Path]) -> Unlike | None:

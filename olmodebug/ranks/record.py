@@ -23,7 +23,6 @@ from .calls import Collective, collectives_of, files_in, lines_of
 VERSION = 2
 MOST_TENSOR_BYTES = 512 * 2**20  # of one rank; larger runs are compared by digest only
 STAGES = ("data", "start", "forward", "loss", "gradient", "norm", "step", "state")
-NO_TENSOR = ("collective", "end")  # lines of a record that hold none
 
 # Prefixes that wrappers put before a module's own path.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -122,8 +121,8 @@ class RankRecord:
 
     def events(self) -> Iterator[RankEvent]:
         """Its tensors in the order they were noted."""
-        for body in lines_of(self.file):
-            if body["stage"] not in NO_TENSOR:
+        for body in lines_of(self.file, calls=False):
+            if body["stage"] != "end":
                 values = {
                     **body,
                     "shape": tuple(body["shape"]),
@@ -139,7 +138,10 @@ class RankRecord:
 
     def end(self) -> dict[str, list[str]] | None:
         """`dtypes` and `optimizers` of a step that came to its end; None of one that was cut off."""
-        return next(({k: list(body[k]) for k in ("dtypes", "optimizers")} for body in lines_of(self.file) if body["stage"] == "end"), None)
+        return next(
+            ({k: list(body[k]) for k in ("dtypes", "optimizers")} for body in lines_of(self.file, calls=False) if body["stage"] == "end"),
+            None,
+        )
 
     def load(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """The tensors of some keys, under the names that they are asked by; what a process that was killed left out is not there."""

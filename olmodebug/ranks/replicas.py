@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from .calls import Unlike, first_unlike
+from .calls import Unlike, first_unlike, lines_of
 from .record import RankRecord
 
 
@@ -18,14 +18,14 @@ def unlike_replicas(ranks: list[RankRecord], *, stages: Iterable[str] = ("start"
     """
     wanted = set(stages)
     whole = {
-        (event.stage, event.name): event.digest
-        for event in ranks[0].events()
-        if event.stage in wanted and set(event.placements) <= {"replicate"}
+        (event["stage"], event["name"]): event["digest"]
+        for event in lines_of(ranks[0].file, calls=False)
+        if event["stage"] in wanted and set(event["placements"]) <= {"replicate"}
     }
     other: dict[tuple[str, str], list[int]] = {}
     for rank, record in enumerate(ranks[1:], start=1):
-        for event in record.events():
-            digest = whole.get((event.stage, event.name))
-            if digest is not None and digest != event.digest:
-                other.setdefault((event.stage, event.name), []).append(rank)
+        for event in lines_of(record.file, calls=False):
+            place = event["stage"], event.get("name", "")
+            if place in whole and whole[place] != event["digest"]:
+                other.setdefault(place, []).append(rank)
     yield from ((*place, other[place]) for place in whole if place in other)
