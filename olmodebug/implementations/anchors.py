@@ -18,6 +18,8 @@ from ..tracing.tracer import Recording
 
 # Ops that give memory whose contents nobody has written.
 UNWRITTEN = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+# Ops whose numbers are the same whatever the tensor holds that they take their shape from.
+CONSTANT = (*UNWRITTEN, "zeros_like", "new_zeros", "ones_like", "new_ones", "full_like", "new_full")
 # How token ids become numbers: here the way of the data starts.
 LOOKUPS = ("embedding", "index_select", "index")
 MOST_NUMBERS = 4_000_000  # of one tensor; anchors of larger ones would cost more than they tell
@@ -87,7 +89,7 @@ def graph_of(recording: Recording, *, batch: int, seq: int, logits: Tensor | Non
             if found is not None:
                 sources.append(found)
                 inside = inside or nodes[found].data
-        inside = inside or event.op in LOOKUPS and bool(event.parameters)
+        inside = (inside and event.op not in CONSTANT) or event.op in LOOKUPS and bool(event.parameters)
         for output, (info, value) in enumerate(zip(event.outputs, kept.outputs, strict=True)):
             columns = None if event.op in UNWRITTEN else columns_of(value, batch=batch, seq=seq)
             nodes.append(Node(event=index, output=output, columns=columns, tensor=value, inputs=sources, data=inside))
@@ -212,11 +214,12 @@ def _join(left: Graph, right: Graph, limit: float) -> None:
 
 def first_bad(graph: Graph) -> list[int]:
     """Where this run leaves the other: nodes of the first op of the data's way that nothing anchored is made of any more."""
+    fine: list[bool] = []  # whole numbers have no anchor: they are as good as what they were made of
     for index, node in enumerate(graph.nodes):
-        event = graph.event(index)
-        if not node.data or not node.leads or node.good or event.op in UNWRITTEN or not node.tensor.is_floating_point():
-            continue
-        if all(graph.nodes[source].good or not graph.nodes[source].data for source in node.inputs):
+        known = all(fine[source] or not graph.nodes[source].data for source in node.inputs)
+        counts = node.tensor.is_floating_point() or node.tensor.is_complex()
+        fine.append(node.good if counts else known)
+        if node.data and node.leads and not node.good and counts and known and graph.event(index).op not in UNWRITTEN:
             return [index]
     return []
 

@@ -5,8 +5,6 @@ sides have, and that the reference's is what another rule gives on the same inpu
 the difference between the runs, and it vanishes with the reference's rule.
 """
 
-import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +15,7 @@ from torch import Tensor
 from ..compare import difference
 from ..sources import Spot
 from ..tracing.norms import NormCall, norm_calls
-from .aligned import Aligned, traced
+from .aligned import Aligned
 from .anchors import Columns, Graph, columns_of, same
 from .hypotheses import Cause
 
@@ -32,7 +30,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "no activation": lambda x: x,
 }
-GROUPS = 8  # of tensors that are a constant times the reference's, tried by running
 NEAR = 40  # how many ops behind the parting a tensor may lie to be looked at
 
 
@@ -91,123 +88,6 @@ def activation(parting: Parting) -> Cause | None:
                 module=left.event(mine[1]).where.module,
             )
     return None
-
-
-def factor(parting: Parting) -> Cause | None:
-    """A constant factor: the scale of the scores, of the embeddings, of the logits. With it taken out, the logits agree."""
-    for group, ratio in _scaled_groups(parting):
-        if _agrees_without(parting, group, ratio):
-            return _factor_cause(parting, group[0], ratio)
-    return None
-
-
-def _scaled_groups(parting: Parting) -> Iterator[tuple[list[int], float]]:
-    """Tensors of one function that are one constant times a tensor of the reference, the first in the run first."""
-    left, right = parting.left, parting.right
-    stray = list(_strays(right, parting.other))
-    groups: dict[tuple[str | None, float], list[int]] = {}
-    ratios: dict[int, float] = {}
-    for index in _strays(left, parting.node):
-        read = [a for source in left.nodes[index].inputs if (a := left.nodes[source].anchor) is not None]
-        ratio = next((r for other in [*stray, *read] if (r := _ratio(left, index, right, other, parting.limit))), None)
-        if ratio is not None:
-            ratios[index] = ratio
-    for other in stray:  # what the reference multiplies and the subject leaves as it is
-        for source in right.nodes[other].inputs:
-            twin = right.nodes[source].anchor
-            if twin is not None and twin not in ratios and (ratio := _ratio(left, twin, right, other, parting.limit)):
-                ratios[twin] = ratio
-    bare = {i for i in ratios if left.nodes[i].anchor is not None}  # of these the last is the nearest to where the factor is missing
-    for index, ratio in sorted(ratios.items()):
-        if not any(abs(ratios.get(source, 0.0) / ratio - 1) < parting.limit for source in _made_of(left, index)):
-            groups.setdefault((left.event(index).where.function, float(f"{ratio:.4g}")), []).append(index)
-    for group in sorted(groups.values(), key=lambda g: (g[0] in bare, -g[0] if g[0] in bare else g[0]))[:GROUPS]:
-        yield group, ratios[group[0]]
-
-
-def _made_of(graph: Graph, index: int, depth: int = 4) -> Iterator[int]:
-    """The tensors that a tensor is made of, a few ops back."""
-    if depth:
-        for source in graph.nodes[index].inputs:
-            yield source
-            yield from _made_of(graph, source, depth - 1)
-
-
-def _strays(graph: Graph, start: int | None) -> Iterator[int]:
-    last = len(graph.nodes) if start is None else min(start + NEAR, len(graph.nodes))
-    for index, node in enumerate(graph.nodes[:last]):
-        if node.anchor is None and node.leads and node.columns is not None and node.columns.positioned:
-            yield index
-
-
-def _ratio(left: Graph, index: int, right: Graph, other: int, limit: float) -> float | None:
-    mine, theirs = left.nodes[index].columns, right.nodes[other].columns
-    if mine is None or theirs is None or mine.matrix.shape != theirs.matrix.shape or left.nodes[index].data != right.nodes[other].data:
-        return None
-    ratio = mine.scale / theirs.scale
-    if abs(ratio - 1) < 10 * limit:
-        return None
-    scaled = Columns(projection=mine.projection / ratio, matrix=mine.matrix / ratio, scale=theirs.scale, positioned=mine.positioned)
-    return ratio if same(scaled, theirs, limit) else None
-
-
-def _agrees_without(parting: Parting, group: list[int], ratio: float) -> bool:
-    """Whether the logits agree when every tensor made at these lines, in every layer, is divided by the factor."""
-    keys = _repeated(parting.left)
-    wanted = {keys[parting.left.nodes[i].event] for i in group}
-    events = {index for index, key in keys.items() if key in wanted}
-
-    def change(index: int, outputs: list[Tensor]) -> None:
-        if index in events:
-            for output in outputs:
-                output.div_(ratio)
-
-    changed = traced(parting.aligned.left.subject, parting.aligned.case, change=change)
-    return parting.aligned.gap(changed.recording.result) is None
-
-
-def _repeated(graph: Graph) -> dict[int, tuple[object, ...]]:
-    """What makes an op the same op in every layer: its place, its module without the layer's number, and its turn there."""
-    turns: dict[tuple[object, ...], int] = {}
-    found: dict[int, tuple[object, ...]] = {}
-    for event in graph.recording.events:
-        place = (event.op, event.where.function, event.where.line)
-        turn = turns[(*place, event.where.module)] = turns.get((*place, event.where.module), -1) + 1
-        found[event.index] = (*place, re.sub(r"\d+", "#", event.where.module), turn)
-    return found
-
-
-def _factor_cause(parting: Parting, index: int, ratio: float) -> Cause:
-    shape = parting.left.nodes[index].tensor.shape
-    seq = parting.left.seq
-    scores = len(shape) >= 2 and shape[-2:] == (seq, seq)
-    what = "the attention scores are" if scores else "the tensor here is"
-    details = ""
-    layout = parting.aligned.left.layout
-    query = next((t for s, t in parting.aligned.weights.items() if s.endswith(".q.weight")), None)
-    if scores and layout.heads and query is not None:
-        width = query.shape[0] // layout.heads
-        mine = _as_power(ratio / math.sqrt(width), width, query.shape[1])
-        details = f" (its scale is {mine} if the reference's is 1/sqrt(head_dim {width}))"
-    return Cause(
-        name="scale" if scores else "constant factor",
-        text=f"{what} {ratio:.6g} times the reference's, in every element{details}; divided by it, the logits agree",
-        fix="scale the scores by 1/sqrt(head_dim), once"
-        if scores
-        else f"multiply by {1 / ratio:.6g}, or leave the factor out on both sides",
-        spot=parting.spot(index),
-        module=parting.left.event(index).where.module,
-        op=parting.left.event(index).op,
-        evidence={"factor": ratio},
-    )
-
-
-def _as_power(value: float, width: int, hidden: int) -> str:
-    known = {
-        "1": 1.0, f"1/head_dim {width}": 1 / width, f"1/sqrt(hidden_size {hidden})": hidden**-0.5, f"1/hidden_size {hidden}": 1 / hidden,
-        f"sqrt(head_dim {width})": width**0.5,
-    }  # fmt: skip
-    return next((name for name, number in known.items() if abs(value / number - 1) < 1e-4), f"{value:.6g}")
 
 
 def eps(parting: Parting) -> Cause | None:
@@ -359,7 +239,7 @@ def visible_keys(parting: Parting) -> Cause | None:
         if torch.equal(seen, wanted) or not _same_scores(p, q, parting.limit):
             return None
         return Cause(
-            name="window" if _window(seen) and _window(wanted) else "mask",
+            name="window" if not bool((seen | wanted).triu(1).any()) and (_window(seen) or _window(wanted)) else "mask",
             text=f"a query sees {_words(seen)} where the reference lets it see {_words(wanted)}; among the keys that both see, the weights stand in the same proportion",
             fix="let a query see itself and the keys before it, of a window the last W with itself: key > query - W",
             spot=parting.spot(parting.node),
@@ -409,5 +289,4 @@ ON_TENSORS: dict[str, Callable[[Parting], Cause | None]] = {
     "activation (gelu, gelu with tanh, silu, relu)": activation,
     "visible keys (causal mask, window)": visible_keys,
     "softcap": softcap,
-    "a constant factor (scale)": factor,
 }

@@ -6,7 +6,7 @@ has not; then named causes are tried, and the one with which the difference vani
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +28,10 @@ from .anchors import Graph, first_bad, last_leading, positions_first
 from .backward import GradientGap, NoGradients, gradient_gap
 from .captured import ON_TENSORS, Parting, differing_eps, eps_cause
 from .casts import cast_order
+from .factors import ON_FACTORS
 from .hypotheses import ON_WEIGHTS, Cause
+from .left_out import ON_USES
+from .norm_rules import ON_NORMS
 from .turned import ON_ROTATION
 from .wiring import ON_WIRING, caller, weights_read
 
@@ -43,6 +46,7 @@ UPSTREAM = {"qkv order": DIVIDES, "fused projection order": DIVIDES, "fused gate
 class Verdict:
     """What the comparison of the outputs found: the difference, where it starts, why, and what was tried in vain."""
 
+    aligned: Aligned  # of the ways to map the weights the one with which the cause was established
     gap: Difference
     where: Where
     parting: tuple[int, int | None]  # the first wrong node of either run
@@ -67,7 +71,7 @@ def compare(
     unasked = "the outputs differ already"
     if gap is not None:
         verdict = locate(aligned, gap)
-        tried = verdict.tried
+        aligned, tried = verdict.aligned, verdict.tried
         findings.append(_output_finding(aligned, verdict, scripts))
     else:
         findings += _argument_findings(aligned)
@@ -92,19 +96,38 @@ def compare(
 
 def locate(aligned: Aligned, gap: Difference) -> Verdict:
     """Where the subject leaves the reference, and the cause with which the difference vanishes."""
+    tried: list[tuple[str, bool]] = []
+    for hypotheses in (_on_weights, _on_captured):
+        for way in (aligned, *aligned.others):  # a way to map the weights that looked no better may be the right one with the fault undone
+            way.load()
+            cause = _tried(hypotheses(way), tried if way is aligned else [])
+            if cause is not None:
+                return _verdict(way, way.gap() or gap, cause, tried)
+    aligned.load()
+    return _verdict(aligned, gap, None, tried)
+
+
+def _verdict(aligned: Aligned, gap: Difference, cause: Cause | None, tried: list[tuple[str, bool]]) -> Verdict:
+    parting = _parting(aligned)
+    place = _place(aligned, parting.left, parting.node, cause)
+    return Verdict(aligned=aligned, gap=gap, where=place, parting=(parting.node, parting.other), cause=cause, tried=tried)
+
+
+def _parting(aligned: Aligned) -> Parting:
     left, right = aligned.graphs()
     mine, theirs = first_bad(left), first_bad(right)
-    start = mine[0] if mine else last_leading(left)
-    tried: list[tuple[str, bool]] = []
-    cause = _tried(((name, partial(h, aligned)) for name, h in ON_WEIGHTS.items()), tried)
-    if cause is None and aligned.others:  # a way that looked worse may be the right one with the fault undone
-        cause = _on_other_ways(aligned)
-    if cause is None:
-        parting = Parting(aligned=aligned, left=left, right=right, node=start, other=theirs[0] if theirs else None)
-        captured = {**ON_ROTATION, **ON_TENSORS, **ON_WIRING}
-        cause = _tried(((name, partial(h, parting)) for name, h in captured.items()), tried)
-    parting_nodes = (start, theirs[0] if theirs else None)
-    return Verdict(gap=gap, where=_place(aligned, left, start, cause), parting=parting_nodes, cause=cause, tried=tried)
+    return Parting(
+        aligned=aligned, left=left, right=right, node=mine[0] if mine else last_leading(left), other=theirs[0] if theirs else None
+    )
+
+
+def _on_weights(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | None]]]:
+    return ((name, partial(h, aligned)) for name, h in {**ON_WEIGHTS, **ON_USES}.items())
+
+
+def _on_captured(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | None]]]:
+    parting = _parting(aligned)
+    return ((name, partial(h, parting)) for name, h in {**ON_ROTATION, **ON_NORMS, **ON_TENSORS, **ON_FACTORS, **ON_WIRING}.items())
 
 
 def _tried(hypotheses: Iterable[tuple[str, Callable[[], Cause | None]]], tried: list[tuple[str, bool]]) -> Cause | None:
@@ -114,19 +137,6 @@ def _tried(hypotheses: Iterable[tuple[str, Callable[[], Cause | None]]], tried: 
         tried.append((name, cause is not None))
         if cause is not None:
             return cause
-    return None
-
-
-def _on_other_ways(aligned: Aligned) -> Cause | None:
-    try:
-        for other in aligned.others:
-            other.load()
-            cause = _tried(((name, partial(h, other)) for name, h in ON_WEIGHTS.items()), [])
-            if cause is not None:
-                aligned.by_value = other.by_value
-                return cause
-    finally:
-        aligned.load()
     return None
 
 

@@ -51,6 +51,16 @@ def angles(parting: Parting) -> Cause | None:
 def _described(aligned: Aligned, one: Angles, other: Angles) -> tuple[str, str, str]:
     mine, theirs = one.frequencies, other.frequencies
     pairs = len(mine)
+    if float((mine / theirs - 1).abs().max()) < 1e-4:
+        lengths = [float(torch.hypot(t.cos, t.sin).mean()) for t in (one, other)]
+        if abs(lengths[0] / lengths[1] - 1) > 1e-3:
+            text = f"the cosines and sines of RoPE are {lengths[0] / lengths[1]:.6g} times the reference's"
+            return "RoPE factor", text, "scale the cosines and sines by the attention factor of the configuration, once, or not at all"
+        return (
+            "RoPE positions",
+            "the angles of RoPE belong to other positions than the reference's",
+            "count positions as the reference does",
+        )
     bases = [_base(mine), _base(theirs)]
     if bases[0] is not None and bases[1] is not None:
         width = 2 * pairs
@@ -229,43 +239,46 @@ SCORES = ("bmm", "baddbmm")
 
 
 def turned_at_all(parting: Parting) -> Cause | None:
-    """q or k that goes into the scores as it was projected, or is turned the other way, where the reference turns both."""
-    left, right = parting.left, parting.right
-    tables = angle_tables(right.recording, right.seq)
-    layer = next((s.partition(".")[0] for s in parting.aligned.weights if s.endswith(".q.weight")), None)
-    if not tables or layer is None or f"{layer}.k.weight" not in parting.aligned.weights:
+    """q or k that goes into the scores of a layer as it was projected, or is turned the other way, where the reference does otherwise."""
+    weights = parting.aligned.weights
+    tables = angle_tables(parting.right.recording, parting.right.seq) or angle_tables(parting.left.recording, parting.left.seq)
+    layers = [s.partition(".")[0] for s in weights if s.endswith(".q.weight")]
+    if not tables:
         return None
-    table = tables[0]
-    back = replace(table, sin=-table.sin)
-    states: dict[str, str] = {}
-    for kind in ("q", "k"):
-        if not any(
-            _holds(right, rope(x, table), parting.limit, leads=True)
-            for x in _projected(parting, right, layer, kind)
-            for rope in (_halves, _pairs)
-        ):
+    for layer in [layer for layer in layers if f"{layer}.k.weight" in weights]:
+        mine, theirs = (
+            {kind: _state(parting, graph, layer, kind, tables[0]) for kind in ("q", "k")} for graph in (parting.left, parting.right)
+        )
+        if None in (*mine.values(), *theirs.values()):
             return None
-        mine = list(_projected(parting, left, layer, kind))
-        if any(_holds(left, rope(x, table), parting.limit, leads=True) for x in mine for rope in (_halves, _pairs)):
-            states[kind] = "turned"
-        elif any(_holds(left, rope(x, back), parting.limit, leads=True) for x in mine for rope in (_halves, _pairs)):
-            states[kind] = "turned the other way"
-        elif any(_scored(left, x, parting.limit) for x in mine):
-            states[kind] = "not turned"
-        else:
-            return None
-    wrong = {kind: state for kind, state in states.items() if state != "turned"}
-    if not wrong:
-        return None
-    both = set(states.values()) != {"turned"} and len(set(states.values())) == 1
-    words = f"q and k are {states['q']}" if both else " and ".join(f"{kind} is {state}" for kind, state in wrong.items())
-    missing = "not turned" in wrong.values()
+        wrong = {kind: (mine[kind], theirs[kind]) for kind in mine if mine[kind] != theirs[kind]}
+        if wrong:
+            return _turned_otherwise(parting, layer, wrong)
+    return None
+
+
+def _state(parting: Parting, graph: Graph, layer: str, kind: str, table: Angles) -> str | None:
+    """What RoPE does to the queries or the keys of a layer; None where that is not seen."""
+    projected = list(_projected(parting, graph, layer, kind))
+    for words, angles in (("turned", table), ("turned the other way", replace(table, sin=-table.sin))):
+        if any(_holds(graph, rope(x, angles), parting.limit, leads=True) for x in projected for rope in (_halves, _pairs)):
+            return words
+    return "not turned" if any(_scored(graph, x, parting.limit) for x in projected) else None
+
+
+def _turned_otherwise(parting: Parting, layer: str, wrong: dict[str, tuple[str | None, str | None]]) -> Cause:
+    kinds, states = list(wrong), set(wrong.values())
+    words = f"q and k are {wrong['q'][0]}" if len(kinds) == 2 and len(states) == 1 else " and ".join(f"{k} is {wrong[k][0]}" for k in kinds)
+    missing = "not turned" in {mine for mine, _ in states}
+    extra = all(theirs == "not turned" for _, theirs in states)
+    does = "leaves them as they were projected" if extra else "turns both" if missing else "turns both forward"
+    fix = "apply RoPE to q and to k" if missing else "x * cos + rotate_half(x) * sin, where rotate_half gives (-x2, x1)"
     return Cause(
-        name="RoPE missing" if missing else "RoPE direction",
-        text=f"{words} by the angles of RoPE where the reference turns both{'' if missing else ' forward'}; seen on the captured projections",
-        fix="apply RoPE to q and to k" if missing else "x * cos + rotate_half(x) * sin, where rotate_half gives (-x2, x1)",
+        name="RoPE missing" if missing else "RoPE not wanted" if extra else "RoPE direction",
+        text=f"{words} by the angles of RoPE in layer {layer} where the reference {does}; seen on the captured projections",
+        fix=f"leave layer {layer} without RoPE" if extra else fix,
         spot=parting.spot(parting.node),
-        module=left.event(parting.node).where.module,
+        module=parting.left.event(parting.node).where.module,
     )
 
 

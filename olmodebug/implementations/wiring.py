@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..sources import Spot, code_of
+from .aligned import traced
 from .anchors import Graph, same
 from .captured import Parting, _columns
 from .hypotheses import Cause
 from .mapping import Layout
+from .repaired import repeated
 
 ADDS = ("add", "add_")
 
@@ -51,17 +53,40 @@ def other_weight(parting: Parting) -> Cause | None:
     one, two = _columns(parting.left, (left - bias_a) / a), _columns(parting.right, (right - bias_b) / b)
     if one is None or two is None or not same(one, two, 100 * parting.limit / float(min(a.abs().min(), b.abs().min()))):
         return None
+    if not _agrees_with_weight(parting, index, slot, wanted):
+        return None
     never = wanted not in {slot for _, slot in weights_read(parting.left, aligned.left.layout)}
     name, used = aligned.left.layout.slots[wanted].parameter, aligned.left.layout.slots[slot].parameter
     tail = f"; {name} is used for no logit" if never else ""
     spot, module = _user(parting, index, used)
     return Cause(
         name="weight used twice" if never else "another weight",
-        text=f"{used} is applied where the reference applies {name}, to the same tensor{tail}; with its weight the outputs agree",
+        text=f"{used} is applied where the reference applies {name}, to the same tensor{tail}; with its weight there, the logits agree",
         fix=f"use {name} here",
         spot=spot,
         module=module,
     )
+
+
+def _agrees_with_weight(parting: Parting, node: int, slot: str, wanted: str) -> bool:
+    """Whether the logits agree when this use, in every layer, takes the weight that the reference takes there."""
+    graph, weights = parting.left, parting.aligned.weights
+    keys = repeated(graph)
+    inside = slot.partition(".")[0] == wanted.partition(".")[0]
+    exchanged: dict[int, tuple[Tensor, Tensor | float, Tensor, Tensor | float]] = {}
+    for index, read in weights_read(graph, parting.aligned.left.layout):
+        other = f"{read.partition('.')[0]}.{wanted.partition('.')[2]}" if inside else wanted
+        alike = read == slot or (inside and read.partition(".")[2] == slot.partition(".")[2])
+        if alike and keys[graph.nodes[index].event] == keys[graph.nodes[node].event] and other in weights:
+            exchanged[graph.nodes[index].event] = (weights[read], _bias(parting, read), weights[other], _bias(parting, other))
+
+    def change(index: int, outputs: list[Tensor]) -> None:
+        if index in exchanged:
+            a, bias_a, b, bias_b = exchanged[index]
+            outputs[0].copy_((outputs[0] - bias_a) / a * b + bias_b)
+
+    changed = traced(parting.aligned.left.subject, parting.aligned.case, change=change)
+    return parting.aligned.gap(changed.recording.result) is None
 
 
 def _user(parting: Parting, node: int, parameter: str) -> tuple[Spot | None, str]:
@@ -94,6 +119,8 @@ def missing_norm(parting: Parting) -> Cause | None:
     aligned = parting.aligned
     read = {slot for _, slot in weights_read(parting.left, aligned.left.layout)}
     wanted = weights_read(parting.right, aligned.right.layout)
+    if any(aligned.weights[slot].ndim > 1 for _, slot in wanted if slot not in read):
+        return None  # more is left out than a norm
     skipped = [(i, s) for i, s in wanted if s not in read and aligned.weights[s].ndim == 1 and "norm" in s]
     for node, slot in skipped:
         source = _consumer_reads_input(parting, node)
