@@ -105,7 +105,10 @@ class NoLogits(Exception):
 
 
 def read_signature(forward: Callable[..., object]) -> Convention:
-    """The convention that the names in a signature say; SubjectError when a required argument cannot be guessed."""
+    """The convention that the names in a signature say; SubjectError when there is no forward, or a required argument
+    cannot be guessed."""
+    if getattr(forward, "__func__", forward) is nn.Module.forward:
+        raise SubjectError("the model has no forward(); state the call with --adapter")
     try:
         signature = inspect.signature(forward)
     except (TypeError, ValueError):  # a scripted or compiled forward

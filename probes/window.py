@@ -23,7 +23,7 @@ LONGEST = 256
 MASKED = 5e3
 WINDOW_NAMES = ("sliding_window", "sliding_window_size")
 # Under these names the query's own key is counted by some and not by others: only a window that no layer has is judged.
-LOOSE_NAMES = ("window", "window_size", "local_window", "local_window_size", "attention_window")
+LOOSE_NAMES = ("window", "window_size", "local_window", "local_window_size", "attention_window", "attention_window_size")
 WINDOWED, FULL = "sliding_attention", "full_attention"
 
 

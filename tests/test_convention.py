@@ -57,6 +57,11 @@ def test_the_first_argument_is_the_ids_where_no_name_is_known() -> None:
     assert read_signature(plain).ids == "tokens"
 
 
+def test_a_model_without_a_forward_is_refused_with_the_way_out() -> None:
+    with pytest.raises(SubjectError, match=r"no forward\(\); state the call with --adapter"):
+        from_model(nn.Module())
+
+
 def test_what_must_be_given_is_the_ids_before_what_may_be() -> None:
     assert read_signature(lambda input, return_type="logits", tokens=None: None).ids == "input"
 
