@@ -1,5 +1,7 @@
 """The storage tracer: what it says of fake tensors is what happens with real ones, and what torch's own instruments count."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -200,3 +202,55 @@ def test_what_a_card_adds_up_elsewhere_is_views_and_what_runs_again(prepared: Pr
     hidden = (plan.batch_size, plan.seq_len, prepared.subject.model.config.hidden_size)
     added = [a for a in trace.allocations if a.op == "add" and a.phase == "backward" and a.step == 2 and a.shape == hidden]
     assert len(added) == kept * prepared.subject.model.config.num_hidden_layers
+
+
+class Keeping(nn.Module):
+    """Returns its logits and keeps the loss, which its caller fetches."""
+
+    def __init__(self, returns: bool = False) -> None:
+        super().__init__()
+        self.returns = returns
+        self.embed, self.head = nn.Embedding(2003, 24), nn.Linear(24, 2003, bias=False)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> object:
+        logits, loss = self.head(self.embed(tokens)), None
+        if targets is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if self.returns:
+            return logits, loss
+        self.last_loss = loss
+        return logits
+
+
+def profiled_peak(model: nn.Module, ids: torch.Tensor, run: Callable[[torch.optim.Optimizer], None]) -> int:
+    """The most bytes beside the parameters in a second step, as torch's profiler counts them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=True)
+    run(optimizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        run(optimizer)
+    now = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(("returns", "holds"), [(True, True), (True, False), (False, True)])
+def test_a_step_holds_what_the_callers_loop_holds(returns: bool, holds: bool) -> None:
+    """`logits, loss = model(...)` holds the logits through the backward pass, and a loss kept by the model is the only one."""
+    model, ids = Keeping(returns), torch.zeros(4, 32, dtype=torch.long)
+
+    def own_loop(optimizer: torch.optim.Optimizer) -> None:
+        out = model(ids, ids)
+        loss = out[1] if returns else model.last_loss
+        if not holds:
+            del out
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    plan = StepPlan(batch_size=4, seq_len=32, precision="fp32", optimizer="sgd", keep_outputs=holds)
+    trace = trace_fake(Prepared(from_model(Keeping(returns)), plan.weight_dtype), plan, None)
+    parameters = sum(p.numel() * 4 for p in model.parameters())
+    assert peak_of(trace.allocations, trace.events) - parameters == pytest.approx(profiled_peak(model, ids, own_loop), rel=0.01)

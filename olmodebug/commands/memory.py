@@ -52,6 +52,11 @@ def declare(commands: Commands) -> None:
     step.add_argument("--checkpointing", action="store_true", help="each block is recomputed in the backward pass")
     step.add_argument("--loss", choices=("model", "chunked"), default="model", help="chunked: head and cross-entropy over chunks of tokens")
     step.add_argument("--accumulation", type=positive, default=1, metavar="N", help="micro-batches of a step (default 1)")
+    step.add_argument(
+        "--keep-outputs",
+        action="store_true",
+        help="the outputs live through the backward pass, as in out = model(...); out.loss.backward()",
+    )
     step.add_argument("--inference", action="store_true", help="no training: a prompt of --seq-len, then --new-tokens from the cache")
     step.add_argument("--new-tokens", type=positive, default=2, metavar="N", help="tokens decoded after the prompt (default 2)")
     card = one.add_argument_group("the card")
@@ -190,6 +195,7 @@ def _order(arguments: argparse.Namespace) -> "MemoryOrder":
             "loss": arguments.loss,
             "checkpointing": arguments.checkpointing,
             "accumulation": arguments.accumulation,
+            "keep_outputs": arguments.keep_outputs,
             "inference": arguments.inference,
             "new_tokens": arguments.new_tokens if arguments.inference else 0,
         },

@@ -24,6 +24,7 @@ def memory(
     loss: LossKind = "model",
     checkpointing: bool = False,
     accumulation: int = 1,
+    keep_outputs: bool = False,
     inference: bool = False,
     new_tokens: int = 0,
     gpu: str | None = DEFAULT_GPU,
@@ -43,6 +44,7 @@ def memory(
         loss=loss,
         checkpointing=checkpointing,
         accumulation=accumulation,
+        keep_outputs=keep_outputs,
         inference=inference,
         new_tokens=new_tokens,
     )

@@ -48,7 +48,7 @@ class Largest:
 
 
 def changes(plan: StepPlan, settings: AllocatorSettings) -> Iterator[tuple[str, StepPlan, AllocatorSettings]]:
-    """The changes worth trying: those that the plan does not make already."""
+    """The changes worth knowing: those that the plan does not make already."""
     if not plan.inference:
         if not plan.checkpointing:
             yield "gradient checkpointing", replace(plan, checkpointing=True), settings
@@ -58,6 +58,8 @@ def changes(plan: StepPlan, settings: AllocatorSettings) -> Iterator[tuple[str, 
             yield "checkpointing and chunked cross-entropy", replace(plan, checkpointing=True, loss="chunked"), settings
         if plan.optimizer == "adamw":
             yield "fused optimizer", replace(plan, optimizer="adamw-fused"), settings
+        if plan.loss == "model" and not plan.keep_outputs:
+            yield "outputs held: out = model(...)", replace(plan, keep_outputs=True), settings
     if plan.batch_size > 1:
         accumulation = plan.accumulation * 2 if plan.batch_size % 2 == 0 and not plan.inference else plan.accumulation
         text = "half the batch, twice the micro-batches" if accumulation != plan.accumulation else "half the batch"

@@ -34,7 +34,8 @@ class StepPlan:
 
     `fp16-amp` and `bf16-amp` keep float32 weights and compute under autocast, the first with a GradScaler; `bf16` has
     bfloat16 weights, gradients and optimizer state; `fp16` is for inference. `chunked` computes the head and the loss over chunks of tokens that
-    are recomputed in the backward pass. `new_tokens` is used by inference alone.
+    are recomputed in the backward pass. `keep_outputs` is what `out = model(...); out.loss.backward()` does: the logits live until
+    the next forward has made others. `new_tokens` is used by inference alone.
     """
 
     batch_size: int = 8
@@ -44,6 +45,7 @@ class StepPlan:
     loss: LossKind = "model"
     checkpointing: bool = False
     accumulation: int = 1
+    keep_outputs: bool = False
     inference: bool = False
     new_tokens: int = 0
 
@@ -74,6 +76,7 @@ class StepPlan:
         parts += ["gradient checkpointing"] if self.checkpointing else []
         parts += ["chunked cross-entropy"] if self.loss == "chunked" else []
         parts += [f"{self.accumulation} micro-batches a step"] if self.accumulation > 1 else []
+        parts += ["outputs held"] if self.keep_outputs else []
         return ", ".join(parts)
 
 
@@ -120,10 +123,13 @@ def step(
     `phase(name)` is called as each part begins: forward, backward, optimizer.
     """
     losses = []
+    held = None
     for input_ids in batches:
         phase("forward")
         with autocast_of(plan.precision, device):
-            loss = loss_of(subject, plan, input_ids)
+            loss, outputs = loss_and_outputs(subject, plan, input_ids)
+        held = outputs if plan.keep_outputs else None
+        del outputs
         if plan.accumulation > 1:
             loss = loss / plan.accumulation
         losses.append(loss.detach())
@@ -137,13 +143,19 @@ def step(
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    del held
     return losses
 
 
 def loss_of(subject: Subject, plan: StepPlan, input_ids: Tensor) -> Tensor:
     """The next-token loss: the model's own where it takes labels, else cross-entropy of its logits in float32."""
+    return loss_and_outputs(subject, plan, input_ids)[0]
+
+
+def loss_and_outputs(subject: Subject, plan: StepPlan, input_ids: Tensor) -> tuple[Tensor, Any]:
+    """The loss, and what the model returned with it."""
     if plan.loss == "chunked":
-        return chunked_loss(subject, input_ids)
+        return chunked_loss(subject, input_ids), None
     form = subject.convention
     arguments = call_arguments(subject, input_ids)
     if form.labels:
@@ -151,10 +163,18 @@ def loss_of(subject: Subject, plan: StepPlan, input_ids: Tensor) -> Tensor:
         arguments[form.labels] = input_ids.roll(-1, 1) if form.labels_aligned else input_ids
     result = run(subject, arguments)
     loss = find_loss(result)
+    if loss is None and form.labels:
+        loss = kept_loss(subject.model)
     if loss is not None:
-        return loss
-    output = find_logits(result, batch_size=len(input_ids), seq_len=input_ids.shape[1])
-    return F.cross_entropy(output.logits.float().flatten(0, 1), next_tokens(input_ids).flatten(), ignore_index=IGNORE_INDEX)
+        return loss, result
+    logits = find_logits(result, batch_size=len(input_ids), seq_len=input_ids.shape[1]).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), next_tokens(input_ids).flatten(), ignore_index=IGNORE_INDEX), result
+
+
+def kept_loss(model: nn.Module) -> Tensor | None:
+    """The loss that a model which returns its logits alone keeps for its caller (`self.last_loss = ...`); None where it is unclear."""
+    scalars = [value for value in vars(model).values() if isinstance(value, Tensor) and value.ndim == 0 and value.grad_fn is not None]
+    return scalars[0] if len(scalars) == 1 else None
 
 
 def chunked_loss(subject: Subject, input_ids: Tensor) -> Tensor:
