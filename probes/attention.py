@@ -22,11 +22,10 @@ from olmodebug.tracing.tracer import Recording, record
 
 # Published architectures that leave the scores unscaled.
 UNSCALED = ("gpt_neo", "t5", "mt5", "umt5")
+# Settings that say by which power of which number the scores are multiplied (Granite; lit-gpt; Gemma).
+DECLARED_SCALES = {"attention_multiplier": 1.0, "attention_scores_scalar": -0.5, "query_pre_attn_scalar": -0.5}
 # Settings by which a configuration chooses its own scale; where one is present the choice is the model's.
 OWN_SCALE = (
-    "attention_multiplier",
-    "attention_scores_scalar",
-    "query_pre_attn_scalar",
     "scale_attn_weights",
     "attn_scale",
     "softmax_scale",
@@ -41,7 +40,8 @@ def scaled_by_head_size(subject: Subject) -> Iterator[Finding]:
     """Scores are the products of queries and keys divided by the square root of head_dim, once.
 
     Why: without it, or with it twice, the softmax is far too sharp or too flat; training still works, worse.
-    Catches: hidden_size ** -0.5 instead of head_dim ** -0.5; a scale that scaled_dot_product_attention applies again.
+    Catches: hidden_size ** -0.5 instead of head_dim ** -0.5; a scale that scaled_dot_product_attention applies again; one that
+    the config declares and nothing reads.
     """
     if any(subject.setting(name) not in (None, False) for name in OWN_SCALE):
         not_applicable("its configuration chooses a scale of its own")
@@ -136,18 +136,25 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
         return None
     index, scale, sizes, factors = found
     head_dim = sum(sizes)
-    expected = head_dim**-0.5
+    declared = next(
+        ((n, v**power) for n, power in DECLARED_SCALES.items() if isinstance(v := subject.setting(n), int | float) and v > 0), None
+    )
+    expected = head_dim**-0.5 if declared is None else declared[1]
     if math.isclose(scale, expected, rel_tol=1e-3):
         return None
     lengths = _lengths(recording, index, seq)
     multiplied = math.isclose(scale, head_dim**0.5, rel_tol=1e-3)
     # What queries and keys of one length are scaled by is a choice, but for scores as large as the square of the length.
-    if lengths is not None and not (multiplied and lengths > head_dim / 2):
+    if declared is None and lengths is not None and not (multiplied and lengths > head_dim / 2):
         return None
     width, heads = subject.setting(*WIDTH_NAMES), subject.setting(*HEAD_NAMES)
     if not isinstance(width, int) and (table := first_embedding(subject.model)) is not None:
         width = table.embedding_dim
     slips: list[tuple[float, str, str]] = []
+    if declared is not None:
+        slips.append(
+            (head_dim**-0.5, f"the scale is head_dim ** -0.5, and the {declared[0]} of the config is not read", "use the config's scale")
+        )
     if factors > 1:  # 1 / head_dim at once is a choice (muP)
         slips.append((1.0 / head_dim, "the scale is applied twice", "scale once: scaled_dot_product_attention does it by itself"))
     if isinstance(width, int) and width != head_dim:
@@ -171,11 +178,11 @@ def _judged(subject: Subject, twin: Subject) -> Found | None:
     return Found(
         probe="",
         severity="warning",
-        message=f"attention scores are scaled by {scale:.4g}, and 1/sqrt(head_dim) is {expected:.4g}",
+        message=f"attention scores are scaled by {scale:.4g}, and {f'the config declares {declared[0]}:' if declared else '1/sqrt(head_dim) is'} {expected:.4g}",
         where=where,
         source=source_lines(where),
         cause=told[0],
-        fix=told[1],
+        fix=told[1] if declared is None else "multiply the scores by the config's scale",
         expected=f"{expected:.4g}",
         observed=f"{scale:.4g}",
         evidence={"head_dim": head_dim},

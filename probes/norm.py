@@ -171,15 +171,16 @@ def eps_as_configured(subject: Subject) -> Iterator[Finding]:
     """Every norm over the hidden size uses the eps that the configuration declares.
 
     Why: at small activations a wrong eps shrinks the output; weights trained with another give random words.
-    Catches: an eps argument that is not passed on, so that the default of the norm's class counts.
+    Catches: an eps argument that is not passed on, so that the default of the norm's class counts; one that is never added.
     """
     declared = {value for name in EPS_NAMES if isinstance(value := subject.setting(name), float)}
-    if not declared:
-        not_applicable("its config declares no eps")
     twin = subject.twin()
     batch, seq = twin.sizes()
     case = Case(name="a batch", input_ids=twin.token_ids(batch, seq))
     calls = norm_calls(_recorded(twin, case))
+    if not declared:
+        yield from _eps_left_out(twin, calls, case)
+        not_applicable("its config declares no eps")
     if not calls:
         not_applicable("no norm with an eps was recognised in a run")
     width = _hidden_width(subject)
@@ -399,18 +400,32 @@ def _near(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-6 * max(abs(a), abs(b))
 
 
+def _eps_left_out(twin: Subject, calls: list[NormCall], case: Case) -> Iterator[Found]:
+    """Norms that hold an eps, which they do not add."""
+    seen: set[tuple[str | None, int | None]] = set()
+    for call in calls:
+        held = [v for n, v in vars(twin.model.get_submodule(call.where.module)).items() if "eps" in n and isinstance(v, float) and v > 0]
+        if call.eps == 0.0 and len(held) == 1 and (call.where.file, call.where.line) not in seen:
+            seen.add((call.where.file, call.where.line))
+            same = [other for other in calls if other.where.line == call.where.line and other.eps == 0.0]
+            yield replace(_wrong_eps(call, set(held), len(calls), same, case), severity="warning")
+
+
 def _wrong_eps(call: NormCall, declared: set[float], total: int, same: list[NormCall], case: Case) -> Found:
     wanted = ", ".join(f"{eps:g}" for eps in sorted(declared))
     # BioGPT's weights, for one, were trained with torch's default and its config says another number that nobody reads.
     default = call.where.op in FUSED and call.eps == torch.nn.LayerNorm(1).eps
+    cause = "the norm is made with torch's default eps" if default else f"eps {call.eps:g} is added here, whatever the config says"
+    if not call.eps:
+        cause = "the root is taken of the mean square alone: a row of zeros becomes NaN, and a small one is blown up"
     return Found(
         probe="",
         severity="warning" if default else "error",
-        message=f"this {call.kind} uses eps {call.eps:g}, and the config declares {wanted}",
+        message=f"this {call.kind} {f'uses eps {call.eps:g}' if call.eps else 'adds no eps'}, and {wanted} is declared",
         where=call.where,
         source=source_lines(call.where),
-        cause="the norm is made with torch's default eps" if default else f"eps {call.eps:g} is added here, whatever the config says",
-        fix="pass the config's eps on to the norm",
+        cause=cause,
+        fix="pass the config's eps on to the norm" if call.eps else "add it under the root: torch.rsqrt(mean_square + eps)",
         expected=f"eps {wanted}",
         observed=f"eps {call.eps:g}",
         evidence={"norms with this eps": f"{len(same)} of {total}", "width": call.width},

@@ -1,4 +1,4 @@
-"""Faults first seeded in public models are caught, placed and explained; what is legal beside them gets no error."""
+"""Faults first seeded in public models are caught, placed and explained; what is legal beside them gets neither error nor warning."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SHARP = frozenset(
     """
     hf/decode-positions-lag lit/freqs-one-late course/triu-without-past lit/mask-rows-from-zero serving/keys-and-values-into-slot-0
     serving/slots-one-late-and-around serving/slots-from-the-end wordlm/mask-transposed wordlm/centred-over-rows
-    megatron/rows-read-as-time
+    megatron/rows-read-as-time course/eps-held-and-left-out course/eps-outside-the-root lit/declared-scale-unread
     """.split()
 )
 
@@ -38,6 +38,6 @@ def test_a_sequence_that_comes_first_is_not_taken_for_the_batch(name: str, tmp_p
 
 
 @pytest.mark.parametrize("mutant", marked(LEGAL))
-def test_what_is_legal_beside_it_gets_no_error(mutant: Mutant, tmp_path: Path) -> None:
-    findings = findings_on(f"{materialize(mutant, tmp_path)}:{mutant.build}", "cache. or causality. or batch.")
-    assert [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] in ("error", "broke")] == []
+def test_what_is_legal_beside_it_is_not_told(mutant: Mutant, tmp_path: Path) -> None:
+    findings = findings_on(f"{materialize(mutant, tmp_path)}:{mutant.build}", "cache. or causality. or batch. or norm. or attention.")
+    assert [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] != "note"] == []

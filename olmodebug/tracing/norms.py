@@ -25,7 +25,7 @@ LARGE = 1e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormCall:
-    """One normalisation of a run: where its eps is added, the eps, and the size of the dimension it is taken over."""
+    """One normalisation of a run: where its eps is added, the eps (0: none is), and the size of the dimension it is taken over."""
 
     where: Where
     eps: float
@@ -174,10 +174,12 @@ def _by_hand(recording: Recording, written: dict[int, int], root: Event) -> Norm
         return None
     event, kept = recording.events[before], recording.kept[before]
     eps = _number(kept.arguments.get("other"))
-    if event.op not in ("add", "add_") or eps is None:
-        return None
-    mean_index = written_before(recording, event.inputs[0].storage, before)
-    if mean_index is None or recording.events[mean_index].op not in MEANS:
+    mean_index: int | None = before
+    if event.op in MEANS and not _is_added_to(recording, root):
+        event, eps = root, 0.0
+    elif event.op in ("add", "add_"):
+        mean_index = written_before(recording, event.inputs[0].storage, before)
+    if eps is None or mean_index is None or recording.events[mean_index].op not in MEANS:
         return None
     mean = recording.events[mean_index]
     dims = recording.kept[mean_index].arguments.get("dim")
@@ -186,6 +188,13 @@ def _by_hand(recording: Recording, written: dict[int, int], root: Event) -> Norm
         return None
     kind = "RMS norm" if mean.op == "mean" else "layer norm"
     return NormCall(where=event.where, eps=eps, width=shape[-1], kind=kind)
+
+
+def _is_added_to(recording: Recording, root: Event) -> bool:
+    """Whether a number is added to a root, or it is held above one, before it divides: an eps outside of the root."""
+    made = {info.storage for info in root.outputs}
+    reader = next((e for e in recording.events[root.index + 1 :] if made & {info.storage for info in e.inputs}), None)
+    return reader is not None and reader.op in ("add", "add_", "clamp", "clamp_min", "clamp_", "maximum")
 
 
 def written_before(recording: Recording, storage: int, index: int) -> int | None:

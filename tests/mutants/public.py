@@ -196,9 +196,47 @@ PUBLIC: tuple[Mutant, ...] = (
         ("        self.keys[:, :, places] = k", "        places = (places + 1) % self.keys.shape[2]\n        self.keys[:, :, places] = k"),
         build="build_prepared",
     ),
+    # ---------------------------------------------------------------- an eps and a scale that are declared
+    _mutant(
+        "hf/eps-left-out",
+        "N01",
+        "MyRMSNorm.forward",
+        "norm",
+        "adds no eps",
+        ("torch.rsqrt(variance + self.variance_epsilon)", "torch.rsqrt(variance)"),
+    ),
+    _mutant(
+        "course/eps-held-and-left-out",
+        "N01",
+        "ScaledNorm.forward",
+        "norm",
+        "adds no eps, and 1e-05 is declared",
+        ("torch.sqrt(variance + self.eps)", "torch.sqrt(variance)"),
+        severity="warning",
+    ),
+    _mutant(
+        "lit/declared-scale-unread",
+        "A03",
+        "CausalSelfAttention.scaled_dot_product_attention",
+        "attention",
+        "the query_pre_attn_scalar of the config is not read",
+        ("    norm_eps: float = 1e-5\n", "    norm_eps: float = 1e-5\n    query_pre_attn_scalar: int = 144\n"),
+        severity="warning",
+    ),
 )
 
 LEGAL: tuple[Mutant, ...] = (
+    _neutral("course/eps-outside-the-root", ("torch.sqrt(variance + self.eps)", "(torch.sqrt(variance) + self.eps)")),
+    _neutral(
+        "course/norm-without-an-eps",
+        ("torch.sqrt(variance + self.eps)", "torch.sqrt(variance)"),
+        ("        self.eps = 1e-5\n        self.scale", "        self.scale"),
+    ),
+    _neutral(
+        "lit/declared-scale",
+        ("    norm_eps: float = 1e-5\n", "    norm_eps: float = 1e-5\n    query_pre_attn_scalar: int = 144\n"),
+        ("1.0 / math.sqrt(self.config.head_size)", "1.0 / math.sqrt(self.config.query_pre_attn_scalar)"),
+    ),
     _neutral(  # slots may be taken in any order that mask and readers agree on
         "serving/slots-from-the-end",
         ("        self.keys[:, :, places] = k", "        places = self.keys.shape[2] - 1 - places\n        self.keys[:, :, places] = k"),
