@@ -523,7 +523,7 @@ class Subject:
                 twin.model.set_experts_implementation("eager")  # type: ignore[operator]
         twin.config = config_of(twin.model) or self.config
         twin.model.train(training)
-        if dtype != self.dtype and not twin.runs() and self.runs():
+        if dtype != self.dtype and twin.health() < self.health():
             note = f"runs in {str(self.dtype).removeprefix('torch.')} only, so it was checked in that, with a wider limit"
             if dtype == torch.float64 and note not in self.assumptions:
                 self.assumptions.append(note)
@@ -540,12 +540,16 @@ class Subject:
 
     def runs(self) -> bool:
         """Whether a short forward goes through and gives finite logits."""
+        return self.health() == 2
+
+    def health(self) -> int:
+        """2 where a short forward goes through and gives finite logits, 1 where they are not finite, 0 where it raises."""
         case = self.first_case()
         with settled(self.model, seed=self.seed), quiet():
             try:
-                return bool(torch.isfinite(self.logits(case)).all())
+                return 1 + bool(torch.isfinite(self.logits(case)).all())
             except Exception:
-                return False
+                return 0
 
     def _copy(self) -> nn.Module:
         try:

@@ -261,3 +261,20 @@ def test_a_forward_that_needs_its_first_position_is_called_with_nought() -> None
 
     subject = from_model(Started())
     assert subject.forward({subject.convention.ids: torch.tensor([[1, 2, 3]])}).shape == (1, 3, 31)
+
+
+class Single(nn.Module):
+    """Starts from a state in the default dtype, and divides by it: it runs in float32 only, and its logits are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(19, 8), nn.Linear(8, 19)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros(len(input_ids), input_ids.shape[1], 8)
+        return self.head(state) / (self.embed(input_ids) * 0).sum(-1, keepdim=True)
+
+
+def test_a_model_that_runs_in_its_own_dtype_only_stays_in_it_where_its_logits_are_not_finite_too() -> None:
+    twin = from_model(Single()).twin()
+    assert (twin.dtype, twin.runs()) == (torch.float32, False)
