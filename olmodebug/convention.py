@@ -22,6 +22,8 @@ SETUP_NAMES = ("set_kv_cache", "setup_caches", "setup_cache", "setup_kv_cache")
 # A cache that the caller makes, with one of these methods or as an empty dict, and every forward fills.
 HANDED_NAMES = ("cache", "kv_cache", "caches", "kv_caches", *CACHE_NAMES)
 MAKER_NAMES = ("make_cache", "init_cache", "new_cache", "create_cache", "empty_cache", "make_kv_cache", "init_kv_cache", "allocate_cache")
+# The state of a recurrent model that the caller must hand over, as the model's own method makes it for so many rows.
+STATE_NAMES, STATE_MAKERS = ("hidden", "hidden_state", "hx", "h", "state", "states"), ("init_hidden", "init_state", "begin_state")
 RESET_NAMES = ("reset_kv_cache", "reset_cache", "clear_kv_cache", "clear_cache", "reset_caches", "clear_caches")  # before a new sequence
 LOSS_METHODS = ("loss", "compute_loss", "loss_fn")  # where forward gives logits only: method(ids, labels)
 LOSS_ATTRIBUTES = ("last_loss",)  # llama2.c gives bare logits and leaves the loss here
@@ -37,7 +39,8 @@ class Convention:
     (`labels`). `mask_hides`: the mask is True where it hides, as torch.nn's are. `hands_cache`: the caller makes the
     cache and hands it to every forward. `loss_method` takes the labels where forward takes none.
     `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take the
-    positions of the new tokens, or the first of them, where the model keeps its cache itself. `required` have no
+    positions of the new tokens, or the first of them, where the model keeps its cache itself. `state`: what the model's
+    own method makes for so many rows, given to every call. `required` have no
     default: what no case states is given as counted positions, a mask of ones, the ids themselves as labels.
     `whole_mask`: an argument for a mask `[batch, 1, seq_len, seq_len]` with causality in it, and what True says in
     it. `in_dict`: one argument holds all by their names. `sequence_first`: ids are `[seq_len, batch]`, and so are the
@@ -56,6 +59,7 @@ class Convention:
     hands_cache: bool = False
     places: str | None = None
     start: str | None = None
+    state: str | None = None
     labels: str | None = None
     loss_method: str | None = None
     labels_aligned: bool = False
@@ -71,7 +75,7 @@ class Convention:
 
     def __str__(self) -> str:
         labels = None if self.loss_method else self.labels
-        names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.places, self.start, labels]
+        names = [self.ids, self.attention_mask, self.position_ids, self.cache, self.places, self.start, self.state, labels]
         text = ", ".join([*(name for name in names if name), *(f"{name}=True" for name in self.flags)])
         text = f"forward({{{text}}})" if self.in_dict else f"forward({text})"
         if self.sequence_first:
@@ -143,7 +147,9 @@ def read_signature(forward: Callable[..., object]) -> Convention:
     )
     stated = {convention.attention_mask, convention.position_ids, convention.labels}
     convention = replace(convention, required=tuple(name for name in names if name in without_default & stated))
-    unknown = [name for name in names if name in without_default - stated - {ids, convention.start}]
+    if any(hasattr(getattr(forward, "__self__", None), name) for name in STATE_MAKERS):
+        convention = replace(convention, state=next((name for name in STATE_NAMES if name in without_default), None))
+    unknown = [name for name in names if name in without_default - stated - {ids, convention.start, convention.state}]
     if unknown:
         raise SubjectError(
             f"forward() requires {', '.join(unknown)}, which cannot be guessed; give it a default or state the call with --adapter"

@@ -26,6 +26,7 @@ from .convention import (
     RESET_NAMES,
     SETUP_NAMES,
     SHIFTED_LABELS,
+    STATE_MAKERS,
     Convention,
     NoLogits,
     Output,
@@ -362,8 +363,9 @@ class Subject:
             form.labels: ids.clone,
             form.start: lambda: 0,
             form.places: lambda: torch.arange(ids.shape[1], device=ids.device),
+            form.state: lambda: self._method(STATE_MAKERS)(len(ids)),  # type: ignore[misc]
         }
-        needed = (*form.required, form.start, form.places if form.sets_up else None)
+        needed = (*form.required, form.start, form.state, form.places if form.sets_up else None)
         formed |= {name: neutral[name]() for name in needed if name and name not in formed} | dict.fromkeys(form.flags, True)
         missing = -ids.shape[1] % form.multiple
         for name, value in formed.items():
@@ -678,7 +680,7 @@ def settle_convention(subject: Subject) -> Convention:
                 "it gives the logits of the last position only, so those of every position are taken from its prefix"
             )
             return replace(subject.convention, last_only=True, cache=None)
-        if (reason := _sequence_first(subject, case)) is not None:
+        if not subject.convention.sequence_first and (reason := _sequence_first(subject, case)) is not None:
             subject.convention = replace(subject.convention, sequence_first=True)
             subject.assumptions.append(
                 f"ids are [seq_len, batch]: {reason}; where yours are [batch, seq_len], it mixes the rows (batch_first=True)"
@@ -732,6 +734,12 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
         with suppress(Exception):
             told = replace(subject, convention=trial, _last=[], _twins={}).call(replace(case, labels=case.input_ids))
             return trial if told.loss is not None else replace(trial, labels=None)
+    if form.state:  # the rows that its state is for say which dimension holds them
+        trial = replace(form, sequence_first=True)
+        with suppress(Exception):
+            replace(subject, convention=trial, _last=[], _twins={}).call(case)
+            subject.assumptions.append(f"ids are [seq_len, batch]: {form.state} is made for the rows of the second dimension")
+            return trial
     if form.attention_mask in form.required and (whole := _with_whole_mask(subject, case)) is not None:
         return whole
     if form.places and subject.keeps_its_cache:

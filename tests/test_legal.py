@@ -38,6 +38,8 @@ def asked(build: str, probes: str) -> Report:
         ("gates_style:build", "reach-every-parameter"),  # gates of zero, and a table of positions in three dimensions
         ("wordlm_style:build", "batch or no-future"),  # ids [seq_len, batch]
         ("wordlm_style:build_rnn", "batch or no-future"),
+        ("wordlm_style:build_stateful", "batch or no-future or gradients"),  # a state that the caller hands over
+        ("wordlm_style:build_stateful_rows", "batch or no-future or gradients"),
         ("megatron_style:build", "batch or no-future or loss"),  # a whole mask that must be given, and a loss for each token
         ("megatron_style:build_optional", "batch or padding.mask-is-accepted"),
         ("rwkv_style:build", "rows-and-branches-alive or residual-stream-kept"),  # zero on both sides, a norm in the first block

@@ -42,9 +42,33 @@ class RNNModel(nn.Module):
         return F.log_softmax(self.decoder(self.drop(output)), dim=-1), hidden
 
 
+class StatefulModel(nn.Module):
+    """The state is the caller's, made by `init_hidden`, and the logits are flat."""
+
+    def __init__(self, ntoken=53, ninp=20, nhid=24, nlayers=2, batch_first=False):
+        super().__init__()
+        self.encoder, self.decoder = nn.Embedding(ntoken, ninp), nn.Linear(nhid, ntoken)
+        self.rnn, self.sizes = nn.GRU(ninp, nhid, nlayers, batch_first=batch_first), (nlayers, nhid)
+
+    def init_hidden(self, bsz):
+        return next(self.parameters()).new_zeros(self.sizes[0], bsz, self.sizes[1])
+
+    def forward(self, input, hidden):
+        output, hidden = self.rnn(self.encoder(input), hidden)
+        return self.decoder(output).flatten(0, 1), hidden
+
+
 def build():
     return TransformerModel()
 
 
 def build_rnn():
     return RNNModel()
+
+
+def build_stateful():
+    return StatefulModel()
+
+
+def build_stateful_rows():
+    return StatefulModel(batch_first=True)
