@@ -1,5 +1,6 @@
 """The committed reports: valid, free of machine paths, and every drawing of one is what its JSON gives today."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -8,9 +9,10 @@ import jsonschema
 import pytest
 
 import olmodebug.report
+from olmodebug.render.terminal import console
 from olmodebug.report import read
 from tests.readme import PICTURES, SHOWN, picture, words
-from tests.reports import REPORTS, SAMPLES, drawings
+from tests.reports import REPORTS, SAMPLES, drawings, view
 from tests.test_render_html import check_page
 
 SCHEMA = json.loads(Path(olmodebug.report.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
@@ -56,3 +58,11 @@ def test_a_picture_of_the_readme_shows_what_the_report_says_today_and_loads_noth
 def test_a_drawing_shows_each_section_once() -> None:
     text = (REPORTS / "memory-olmo1-4M.txt").read_text(encoding="utf-8")
     assert text.count("at the peak, by category") == 1
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_sample_can_be_drawn_in_ascii_and_nothing_of_ours_is_escaped(name: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console(stream, width=80).print(view(read(REPORTS / f"{name}.json")))
+    stream.flush()
+    assert "\\u2" not in stream.buffer.getvalue().decode("ascii")

@@ -18,7 +18,10 @@ BODY_UNDER_HEAD = 4  # columns; the body's indent in that case
 
 LABEL = 13  # columns: two of margin, the longest label ("reproduce"), two between label and text
 
-ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "—": "-", "…": "...", "→": "->", "×": "x", "≤": "<=", "≥": ">="})
+ASCII = str.maketrans(
+    {"✓": "+", "✗": "x", "–": "-", "—": "-", "…": "...", "→": "->", "×": "x", "≤": "<=", "≥": ">=", "·": "."}
+    | dict(zip("▁▂▃▄▅▆▇█", ".:-=+*%#", strict=True))  # bars and timelines
+)
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: a terminal would obey them
 
