@@ -131,6 +131,7 @@ def explain_run(subject: Subject, run: Callable[[], Any], error: BaseException, 
     if (named := operands(original, spot, names)) and isinstance(original, RuntimeError):
         explanation.message += f" ({named})"
         explanation.observed = named
+    _view_out_of_order(original, explanation)
     return explanation
 
 
@@ -150,6 +151,19 @@ def operands(error: BaseException, spot: Spot | None, names: dict[int, str]) -> 
         if isinstance(value, Tensor):
             shapes[node.id] = named_shape(tuple(value.shape), names)  # type: ignore[attr-defined]
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) if set(shapes.values()) - {"()"} else ""
+
+
+def _view_out_of_order(error: BaseException, explanation: Explanation) -> None:
+    """`x.view(...)` of what does not lie in memory as its dimensions say."""
+    tree = expressions(explanation.spot)
+    if tree is None or explanation.spot is None or "view size is not compatible" not in str(error):
+        return
+    calls = (node.func for node in tree.at(explanation.spot) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    func = next((func for func in calls if func.attr == "view"), None)
+    if func is not None:
+        explanation.cause = f"`{tree.source(func.value)}` does not lie in memory in the order of its dimensions, as after a transpose, and view never copies"
+        explanation.fix = "reshape in the place of view: it copies where it must"
+        explanation.edits = (tree.replace(func, f"{tree.source(func.value)}.reshape"),)
 
 
 def _already_exists(error: BaseException, explanation: Explanation) -> bool:

@@ -543,6 +543,7 @@ REENTRANT: dict[str, Callable[[Checkpointed, Tensor], Tensor]] = {
     "closure": lambda model, x: torch.utils.checkpoint.checkpoint(_calls(model.block), x, use_reentrant=True),
     "method": lambda model, x: torch.utils.checkpoint.checkpoint(model.block.forward, x, use_reentrant=True),
     "partial": lambda model, x: torch.utils.checkpoint.checkpoint(functools.partial(model.block), x, use_reentrant=True),
+    "imported before": lambda model, x: checkpoint(lambda y: model.block(y), x, use_reentrant=True),
     "sequential": lambda model, x: checkpoint_sequential(model.blocks, 2, x, use_reentrant=True),
 }
 UNTOUCHED: dict[str, Callable[[Checkpointed, Tensor], Tensor]] = {

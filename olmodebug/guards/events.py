@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 import torch.utils.data
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..sources import Spot
 from .place import line_here
@@ -64,7 +64,7 @@ class Events:
             self.wrap(undo, torch.amp.GradScaler, name, self._scaler(name))
         for kind in _scheduler_kinds():
             self.wrap(undo, kind, "step", self._scheduled)
-        self.wrap(undo, torch.utils.checkpoint, "checkpoint", self.told("checkpoint"))
+        self._wrap_checkpoints(undo)
         self.wrap(undo, torch.optim.Optimizer, "__init__", self.told("optimizer_made"))
         self.wrap(undo, torch.utils.data.DataLoader, "__iter__", self.told("loader_iter"))
         self.wrap(undo, nn.Module, "to_empty", self._emptied)
@@ -75,6 +75,17 @@ class Events:
         wrapper = functools.wraps(original)(make(original))
         self._put(undo, holder, name, wrapper)
         return wrapper
+
+    def _wrap_checkpoints(self, undo: contextlib.ExitStack) -> None:
+        """Reentrant checkpoints, below the public function, of which a script may hold the original since before."""
+        original = CheckpointFunction.apply
+
+        def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+            self.tell("checkpoint", (function, *args), {}, line_here(sys._getframe(1)))
+            return original(function, preserve_rng_state, *args)
+
+        CheckpointFunction.apply = staticmethod(apply)  # type: ignore[method-assign, assignment]
+        undo.callback(delattr, CheckpointFunction, "apply")  # it is inherited again
 
     def _put(self, undo: contextlib.ExitStack, holder: Any, name: str, value: Any) -> None:
         undo.callback(setattr, holder, name, vars(holder)[name])

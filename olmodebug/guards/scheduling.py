@@ -253,7 +253,7 @@ class Scheduling:
     # Checkpointing
 
     def _checkpoint(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
-        if kwargs.get("use_reentrant") is not True or not self.watch.events.grad or not args:
+        if not self.watch.events.grad:
             return
         if any(isinstance(value, Tensor) and value.requires_grad for value in args[1:]):
             return

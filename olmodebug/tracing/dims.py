@@ -35,6 +35,8 @@ def dimension_names(subject: Subject, *, batch: int, seq: int) -> dict[int, str]
 
 
 def named_shape(shape: tuple[int, ...], names: dict[int, str]) -> str:
-    """`(3, 4, 11, 11)` as `(B=3, heads=4, T=11, T=11)`; a size without a name stands alone."""
-    inner = ", ".join(f"{names[size]}={size}" if size in names else str(size) for size in shape)
+    """`(3, 4, 11, 11)` as `(B=3, heads=4, T=11, T=11)`; a size without a name stands alone, and so does a second batch."""
+    batch = next((place for place, size in enumerate(shape) if names.get(size) == "B"), None)
+    named = [size in names and (names[size] != "B" or place == batch) for place, size in enumerate(shape)]
+    inner = ", ".join(f"{names[size]}={size}" if has else str(size) for size, has in zip(shape, named, strict=True))
     return f"({inner},)" if len(shape) == 1 else f"({inner})"

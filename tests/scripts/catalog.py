@@ -162,6 +162,10 @@ FAULTS: tuple[Fault, ...] = (
         "plain_loop/heads-times-wrong-size", "shape.fits", "query, key, value = self.qkv",
         ("view(batch, length, 3, 4, 8)", "view(batch, length, 3, 4, 16)"), loud=True,
     ),
+    _fault(
+        "plain_loop/view-after-transpose", "shape.fits", "mixed = (scores.softmax(-1)",
+        (".transpose(1, 2).reshape(batch", ".transpose(1, 2).view(batch"), words="view never copies", loud=True,
+    ),
     # hf_trainer
     _fault(
         "hf_trainer/padding-is-learned", "loop.padding-unlabelled", "trainer.train()",
