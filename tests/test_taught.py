@@ -1,5 +1,6 @@
 """What models by other people taught: legal designs that were loud, and faults that were quiet or told with another's cause."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import olmodebug
 from olmodebug.examine import Result, run_probe
 from olmodebug.probe import shipped_probes
 from olmodebug.subject import Subject, from_model
@@ -250,3 +252,17 @@ class Shifted(nn.Module):
 def test_a_filter_or_a_shift_that_looks_ahead_is_told_by_how_far(kind: str, words: str) -> None:
     causes = [str(f.cause) for f in ask("causality.no-future", Shifted(kind)).findings]
     assert [words in cause for cause in causes] == ([True] if words else [])
+
+
+def test_three_faults_that_notebooks_pass_on_are_told_apart_each_at_its_line() -> None:
+    file = Path(__file__).parent / "mutants" / "notebook.py"
+    report = olmodebug.check(f"{file}:Decoder", select_probes="eval-repeats or no-future or made-where-the-inputs-are")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    told = {f.probe: (lines[(f.where.line or 1) - 1].strip(), f.cause or "") for f in report.of("error")}
+    assert {probe: line for probe, (line, _) in told.items()} == {
+        "determinism.eval-repeats": "return F.scaled_dot_product_attention(q, k, self.v(x), dropout_p=0.1, is_causal=True)",
+        "causality.no-future": "rms = torch.linalg.norm(x, dim=(1, 2), keepdim=True) / x[0].numel() ** 0.5",
+        "device.made-where-the-inputs-are": 'q, k = (torch.einsum("btd,tde->bte", y, turn) for y in (self.q(x), self.k(x)))',
+    }
+    words = ("dropout is not switched off", "the norm over the sequence", "a plain attribute")
+    assert all(word in cause for word, (_, cause) in zip(words, told.values(), strict=True)), told
