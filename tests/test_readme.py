@@ -140,6 +140,17 @@ def test_its_pictures_are_the_ones_that_are_made_and_its_links_lead_somewhere() 
         assert (ROOT / target).exists(), target
 
 
+def test_its_numbers_of_faults_are_those_of_the_catalogs() -> None:
+    from tests.mutants import implementation_faults, mixed, parallel, pipeline
+    from tests.scripts import catalog
+
+    broken = sum(len(kind.MUTANTS) for kind in (parallel, pipeline, mixed))
+    assert f"{len(catalog.FAULTS)} faults in ten small training scripts" in TEXT and len(catalog.SCRIPTS) == 10
+    assert f"{len(implementation_faults.FAULTS)} seeded faults against a reference implementation" in TEXT
+    assert f"{broken} broken parallel training steps" in TEXT
+    assert "57 faults" in (ROOT / "reports" / "parity-faults.md").read_text(encoding="utf-8") and "57 faults in the reference" in TEXT
+
+
 def test_it_names_every_probe() -> None:
     assert all(f"`{item.name}`" in TEXT for item in declared_probes())
 
