@@ -439,6 +439,7 @@ next         olmodebug probes --verbose
         (report(FAILED, found=(replace(FINDING, reproduce=None),)), "olmodebug replay 3f9a"),
         (report(FAILED, id=""), "olmodebug check olmo_model.py:OLMo --verbose"),
         (report(PASSED, found=(WARNING,)), "olmodebug check olmo_model.py:OLMo -k half"),
+        (report(PASSED, found=(replace(WARNING, reproduce=None),)), "olmodebug report 3f9a --verbose"),
         (report(PASSED, BROKE), "olmodebug report 3f9a --verbose"),
         (report(), "olmodebug probes"),
     ],

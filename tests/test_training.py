@@ -132,7 +132,8 @@ def test_a_nan_stops_the_run_and_the_op_that_made_it_is_named(dataset: Dataset, 
     assert ending.stopped == "nan" and len(steps) == 1 and ending.batch is not None
     finding = diagnose(under_test, ending.batch, ending.steps, "float32", reason="nan")
     assert "div" in (finding.where.op or "") and finding.where.file == "tests/test_training.py"
-    assert finding.cause is None
+    assert finding.cause == "division by 0"
+    assert isinstance(finding.evidence["largest_input"], float) and 0 < finding.evidence["largest_input"] < 10
 
 
 def test_weights_that_are_not_finite_are_named_and_no_op_is_blamed(dataset: Dataset, tmp_path: Path) -> None:

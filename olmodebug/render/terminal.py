@@ -131,7 +131,8 @@ def _next_command(report: Report, verbose: bool) -> str:
     repeat = f"olmodebug report {report.id}" if report.id else report.environment.command
     repeat = repeat or f"olmodebug check {report.subject.spec}"
     worst = {"fail": report.of("error"), "pass": report.of("warning"), "error": ()}[report.verdict]
-    commands = [finding.reproduce or (f"olmodebug replay {report.id}" if report.id else "") for finding in worst]
+    again = f"olmodebug replay {report.id}" if report.id and report.verdict == "fail" else ""  # a warning is no failure to replay
+    commands = [finding.reproduce or again for finding in worst]
     return next(filter(None, commands), "olmodebug probes --verbose" if verbose else f"{repeat} --verbose")
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 
+from ..guards.undefined import cause_of
 from ..report import Finding
 from ..settle import settled
 from ..subject import Subject
@@ -40,15 +42,19 @@ def diagnose(subject: Subject, batch: Tensor, step: int, dtype: str, *, reason: 
             probe=PROBE, severity="error", message=f"{message}; the same batch alone does not show it again", evidence={"dtype": dtype}
         )
     inputs = [str(info) for info in first.inputs]
-    largest = max((info.absmax for info in first.inputs if info.absmax is not None and math.isfinite(info.absmax)), default=math.nan)
+    with settled(subject.model, seed=subject.seed), _FirstBad(first.op) as again:
+        LossOf(subject, None, dtype)(piece).backward()
+    largest = {"largest_input": again.largest} if again.largest is not None else {}
     return Finding(
         probe=PROBE,
         severity="error",
         message=f"{message}; {first.op} in the {first.phase} pass is the first op that gives nan or inf, from finite inputs",
         where=first.where,
+        cause=again.cause,
+        fix=again.fix,
         expected="finite values",
         observed=f"{first.op}({', '.join(inputs)}) gives nan or inf",
-        evidence={"dtype": dtype, "largest_input": largest, "row_of_the_batch": row},
+        evidence={"dtype": dtype, **largest, "row_of_the_batch": row},
         case=as_case(piece),
     )
 
@@ -56,6 +62,29 @@ def diagnose(subject: Subject, batch: Tensor, step: int, dtype: str, *, reason: 
 def _reason(reason: str) -> str:
     words = {"nan": "the loss or the gradient is not finite", "overflow": "gradients overflow at every loss scale down to 1e-4"}
     return words.get(reason, reason)
+
+
+class _FirstBad(TorchDispatchMode):
+    """The first op of a name that gives nan or inf from finite inputs, asked why as the guards ask it."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op.strip("_")
+        self.largest: float | None = None
+        self.cause: str | None = None
+        self.fix: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mine = self.largest is None and func.__name__.partition(".")[0].strip("_") == self.op
+        given = [t.abs().max() for t in args if isinstance(t, Tensor) and t.numel() and t.is_floating_point()] if mine else []
+        output = func(*args, **(kwargs or {}))
+        made = output[0] if isinstance(output, tuple | list) and output else output
+        if given and isinstance(made, Tensor) and all(map(math.isfinite, given)) and not bool(torch.isfinite(made).all()):
+            self.largest = max(map(float, given))
+            if not func._schema.is_mutable:  # its arguments are no longer what they were
+                what = "nan" if bool(made.isnan().any()) else "inf"
+                self.cause, self.fix = cause_of(self.op, func, args, kwargs or {}, made, what, None)
+        return output
 
 
 def _makes_bad(event: Any) -> bool:

@@ -23,7 +23,11 @@ def draw(section: Section) -> Markup:
     if data:
         parts.append(paragraph(_data(data)))
     if any(run["steps"] for run in runs):
-        parts += [_curve(runs, data), _rates(runs)]
+        parts += [
+            _curve(runs, data),
+            _folded(runs, "rate", "Learning rate"),
+            _folded(runs, "grad_norm", "Norm of the gradient, before it was clipped"),
+        ]
     parts.append(_table(runs))
     parts += [_run(run) for run in runs]
     return Markup("").join(parts)
@@ -68,19 +72,18 @@ def _curve(runs: Sequence[Section], data: Section | None) -> Markup:
     return Markup("<h3>Loss</h3>") + picture + legend(words)
 
 
-def _rates(runs: Sequence[Section]) -> Markup:
-    """Gradient norms, folded: the first thing to look at when a loss jumps."""
+def _folded(runs: Sequence[Section], key: str, words: str) -> Markup:
+    """A number of each step, folded: what to look at when a loss jumps."""
     series = [
         Series(
             name=run["subject"],
-            values=[math.nan if step["grad_norm"] is None else float(step["grad_norm"]) for step in run["steps"]],
+            values=[math.nan if step[key] is None else float(step[key]) for step in run["steps"]],
             colour=COLOURS[index % len(COLOURS)],
         )
         for index, run in enumerate(runs)
     ]
-    return Markup("<details><summary>Norm of the gradient, before it was clipped</summary>{}</details>").format(
-        curves(series, title="gradient norm by step", start=1, floor=0.0)
-    )
+    picture = curves(series, title=f"{words.partition(',')[0].lower()} by step", start=1, floor=0.0)
+    return Markup("<details><summary>{}</summary>{}</details>").format(words, picture)
 
 
 def _table(runs: Sequence[Section]) -> Markup:
