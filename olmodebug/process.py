@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .forks import REFUSED, Forked, Forks, python_path
 from .records import Where
 
 SECONDS_TO_LOAD = 120.0  # torch and the probes, before the subject's own time begins; cold disks are slow
@@ -64,31 +65,30 @@ def launched(device: str) -> dict[str, str]:
     return {} if device.partition(":")[0] in HOST else {"CUDA_LAUNCH_BLOCKING": "1"}
 
 
-def run_child(child: Child, message: Mapping[str, Any], note: Callable[[Event], None], tick: Callable[[], None]) -> Death | None:
+def run_child(
+    child: Child, message: Mapping[str, Any], note: Callable[[Event], None], tick: Callable[[], None], *, forks: Forks | None = None
+) -> Death | None:
     """Run one child to its end; None when it told its end, else how it died.
 
     `note` gets every event but the last, `end`, and `tick` is called about five times a second. KeyboardInterrupt kills
-    the child and its whole process group.
+    the child and its whole process group. With `forks` the child is a fork of a process that has torch already, where
+    that can be.
     """
     read, write = os.pipe()
     sent = {"events": write, "stacks": str(child.stacks), "path": [str(Path.cwd()), *[p for p in sys.path if p]], **message}
     with child.output.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", child.module],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=(write,),
-            start_new_session=True,
-            env={**os.environ, **child.environment, "PYTHONPATH": _python_path()},
+        forked = (
+            None if forks is None else forks.start(child.module, sent, child.environment, events=write, output=output.fileno(), tick=tick)
         )
+        process = forked or _fresh(child, write, output.fileno())
     os.close(write)
-    assert process.stdin is not None
     ended = hung = False
     try:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(sent).encode())
-            process.stdin.close()
+        if isinstance(process, subprocess.Popen):
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(sent).encode())
+                process.stdin.close()
         ended, hung = _follow(child, read, process, note, tick)
         if not hung:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -99,6 +99,9 @@ def run_child(child: Child, message: Mapping[str, Any], note: Callable[[Event], 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
+    if forks is not None and forked is not None and code == REFUSED:
+        forks.able = False
+        return run_child(child, message, note, tick)
     if hung:
         return Death(text=f"gave no answer for {child.timeout_seconds:g} s", hung=True)
     if ended:
@@ -106,6 +109,19 @@ def run_child(child: Child, message: Mapping[str, Any], note: Callable[[Event], 
     if code < 0:
         return Death(text=f"died of {signal.Signals(-code).name}", signal=-code)
     return Death(text=f"ended with exit status {code}", exit_status=code)
+
+
+def _fresh(child: Child, write: int, output: int) -> "subprocess.Popen[bytes]":
+    """A child in an interpreter of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", child.module],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        pass_fds=(write,),
+        start_new_session=True,
+        env={**os.environ, **child.environment, "PYTHONPATH": python_path()},
+    )
 
 
 def innermost(stacks: Path) -> Where:
@@ -139,7 +155,7 @@ def last_line(output: Path) -> str | None:
 
 
 def _follow(
-    child: Child, read: int, process: "subprocess.Popen[bytes]", note: Callable[[Event], None], tick: Callable[[], None]
+    child: Child, read: int, process: "subprocess.Popen[bytes] | Forked", note: Callable[[Event], None], tick: Callable[[], None]
 ) -> tuple[bool, bool]:
     """Read the child's journal until it ends: (it told its end, it hangs)."""
     rest, last, started = b"", time.monotonic(), False
@@ -166,12 +182,6 @@ def _follow(
                     os.kill(process.pid, signal.SIGUSR1)  # faulthandler writes the stack
                     _wait_for(child.stacks)
                 return False, True
-
-
-def _python_path() -> str:
-    """The child must find olmodebug where this process did, installed or not."""
-    here = str(Path(__file__).parents[1])
-    return os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
 
 
 def _wait_for(stacks: Path, seconds: float = 1.0) -> None:

@@ -19,7 +19,11 @@ def serve(work: Callable[[dict[str, Any], Tell], None]) -> None:
     An exception of ours becomes the event `fault`. What the subject does to the process (sys.exit, an abort) is left to
     the parent, with the stack on disk.
     """
-    message = json.load(sys.stdin)
+    serve_message(work, json.load(sys.stdin))
+
+
+def serve_message(work: Callable[[dict[str, Any], Tell], None], message: dict[str, Any]) -> None:
+    """`serve` where the message is there already."""
     events = os.fdopen(message["events"], "w", encoding="utf-8")
     stacks = Path(message["stacks"]).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the process lives
     faulthandler.enable(file=stacks, all_threads=False)

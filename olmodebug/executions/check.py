@@ -16,6 +16,7 @@ from typing import Any
 from ..environment import environment
 from ..errors import OlmodebugError, UsageError
 from ..explain import source_lines
+from ..forks import Forks, forks
 from ..process import Child, Death, innermost, last_line, run_child
 from ..records import Where
 from ..report import Environment, Finding, Outcome, Report, SubjectInfo, finding_from, merge_by_root, with_reproduction
@@ -103,7 +104,7 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
     """The report on every pair of an order. UsageError when a side cannot be run, InternalFault when olmodebug broke."""
     started = time.monotonic()
     base = run.folder
-    with tempfile.TemporaryDirectory(prefix="olmodebug-parity-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="olmodebug-parity-") as scratch, forks(*_modules(order)) as forking:
         home = base / "bundles" if base is not None else Path(scratch)
         home.mkdir(parents=True, exist_ok=True)
         scripts = base / "scripts" if base is not None else None
@@ -121,7 +122,9 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
                     if key not in made:
                         folder = home / f"{len(made)}-{str(side.execution).replace(',', '-').replace(':', '')}.bundle"
                         other = left.job if side is right and left.job["spec"] != right.job["spec"] else None
-                        made[key], told = _one(order, side, weights, judged, folder, ticks, other, derive=judged and i == 0)
+                        made[key], told = _one(
+                            order, side, weights, judged, folder, ticks, other, derive=judged and i == 0, forking=forking
+                        )
                         found += told.findings
                         departed = told.departures or []
                         derived |= told.underived is not None
@@ -141,6 +144,13 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
             if not order.keep:
                 shutil.rmtree(home, ignore_errors=True)
     return report_of(order.command, run, sections, found, heads, time.monotonic() - started, derived=derived)
+
+
+def _modules(order: ParityOrder) -> tuple[str, ...]:
+    """What every child of an order imports before it looks at its subject."""
+    ours = tuple(f"olmodebug.{name}" for name in ("environment", "explain", "spec", "executions.run", "executions.lift"))
+    theirs = any(str(side.job["spec"]).startswith("transformers:") for pair in order.pairs for side in pair)
+    return (*ours, *(("transformers.modeling_utils",) if theirs else ()))
 
 
 def compare_bundles(left: Path, right: Path, run: Run, *, command: str) -> Report:
@@ -191,6 +201,7 @@ def _one(
     other: Mapping[str, Any] | None,
     *,
     derive: bool,
+    forking: Forks,
 ) -> tuple[Bundle | None, _Told]:
     """Run one side in a child; its bundle, or None with the finding that says why there is none."""
     told = _Told()
@@ -214,7 +225,7 @@ def _one(
         "reference": dict(other) if other is not None else None,
         "command": order.command,
     }
-    death = run_child(child, message, told.note, lambda: tick(f"{side.execution.words}: {told.step}"))
+    death = run_child(child, message, told.note, lambda: tick(f"{side.execution.words}: {told.step}"), forks=forking)
     if told.unusable is not None:
         raise UsageError(told.unusable)
     if told.fault is not None:
