@@ -1,4 +1,4 @@
-"""The process behind `forks`: it imports, and forks a child for every order that comes; it never runs anything itself."""
+"""`python -m olmodebug.fork_server`: the process behind `forks`, which imports, and forks a child for every order; it runs nothing itself."""
 
 import contextlib
 import importlib

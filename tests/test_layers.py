@@ -42,7 +42,7 @@ TOUCHES = ("print", "sys.argv", "sys.exit", "exit", "os.environ", "os.getenv", "
 # Their subject is the environment itself: the machine, what a child process inherits, the allocator's settings as torch
 # reads them, guards, which live in somebody else's process and are told there what to do, and the line that shows a
 # training run while it goes, which is drawn on a terminal or not at all.
-ENVIRONMENT = {"environment", "process", "supervise", "serve", "footprint.allocator", "guards", "render.training"}
+ENVIRONMENT = {"environment", "process", "forks", "supervise", "serve", "footprint.allocator", "guards", "render.training"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
