@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,13 @@ def test_a_layer_that_the_reference_leaves_without_rope(tmp_path: Path) -> None:
         ),
     )
     assert "turned by the angles of RoPE in layer 1 where the reference leaves them" in (told(LLAMA, bare).cause or "")
+
+
+def test_an_eps_that_these_values_do_not_show_has_a_script_of_the_two_sums(tmp_path: Path) -> None:
+    subject = subject_of(edited(tmp_path, ("norm_eps: float = 1e-5", "norm_eps: float = 1.01e-5")), "build")
+    other = reference_of("transformers:LlamaForCausalLM", subject_of(LLAMA, "build"))
+    finding = next(f for f in compare(subject, other, scripts=tmp_path / "scripts").findings if f.probe == "parity.arguments")
+    done = subprocess.run([sys.executable, "-I", str(finding.evidence["script"])], capture_output=True, text=True, check=True, cwd=tmp_path)
+    _, inputs, gap = done.stdout.splitlines()
+    assert inputs == "inputs that are equal: 1 of 1"
+    assert float(gap.split()[2]) == pytest.approx(1e-7, rel=0.2)  # 1 % of 1e-5

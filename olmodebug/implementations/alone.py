@@ -22,40 +22,49 @@ print("largest difference", float(gap.max()), "of", float(reference.abs().max())
 
 
 def script_of(aligned: Aligned, node: int, other: int | None, folder: Path) -> str | None:
-    """Write the script for the subject's first wrong op and the reference's op of that shape; its path, None without one.
-
-    Both ops are run here as the script runs them: what does not give the recorded tensors again is not written.
-    """
+    """Write the script for the subject's first wrong op and the reference's op of that shape; its path, None without one."""
     left, right = aligned.graphs()
     for mine, theirs in _pairs(left, right, node, other):
         if difference(left.value(mine), right.value(theirs), relative_limit=aligned.limit) is None:
             continue
-        tensors: dict[str, Tensor] = {}
-        parts = [
-            _part(graph, index, name, tensors, aligned.limit)
-            for graph, index, name in ((left, mine, "subject"), (right, theirs, "reference"))
-        ]
-        if None in parts:
-            continue
-        (code, place), (other_code, other_place) = (part for part in parts if part is not None)
-        ours = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith("subject/")}
-        held = [t for k, t in tensors.items() if k.startswith("reference/")]
-        equal = sum(any(t.shape == o.shape and difference(t, o, relative_limit=aligned.limit) is None for o in held) for t in ours.values())
-        title = f"{aligned.left.subject.spec} against {aligned.right.subject.spec}, with the same weights and tokens, in float64: where they part"
-        text = HEAD.format(title=title) + SCRIPT.format(
-            op=op_code(left.event(mine).op),
-            arguments=code,
-            output=left.nodes[mine].output,
-            other=op_code(right.event(theirs).op),
-            others=other_code,
-            other_output=right.nodes[theirs].output,
-            place=place,
-            other_place=other_place,
-            equal=equal,
-            total=len(ours),
-        )
-        return write_script(folder, f"part-{left.event(mine).op.strip('_')}", text, tensors)
+        script = script_of_ops(aligned, mine, theirs, folder)
+        if script is not None:
+            return script
     return None
+
+
+def script_of_ops(aligned: Aligned, mine: int, theirs: int, folder: Path) -> str | None:
+    """Write the script for one op of each side; its path.
+
+    Both ops are run here as the script runs them: what does not give the recorded tensors again is not written.
+    """
+    left, right = aligned.graphs()
+    tensors: dict[str, Tensor] = {}
+    parts = [
+        _part(graph, index, name, tensors, aligned.limit) for graph, index, name in ((left, mine, "subject"), (right, theirs, "reference"))
+    ]
+    if None in parts:
+        return None
+    (code, place), (other_code, other_place) = (part for part in parts if part is not None)
+    ours = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith("subject/")}
+    held = [t for k, t in tensors.items() if k.startswith("reference/")]
+    equal = sum(any(t.shape == o.shape and difference(t, o, relative_limit=aligned.limit) is None for o in held) for t in ours.values())
+    title = (
+        f"{aligned.left.subject.spec} against {aligned.right.subject.spec}, with the same weights and tokens, in float64: where they part"
+    )
+    text = HEAD.format(title=title) + SCRIPT.format(
+        op=op_code(left.event(mine).op),
+        arguments=code,
+        output=left.nodes[mine].output,
+        other=op_code(right.event(theirs).op),
+        others=other_code,
+        other_output=right.nodes[theirs].output,
+        place=place,
+        other_place=other_place,
+        equal=equal,
+        total=len(ours),
+    )
+    return write_script(folder, f"part-{left.event(mine).op.strip('_')}", text, tensors)
 
 
 def _pairs(left: Graph, right: Graph, node: int, other: int | None) -> list[tuple[int, int]]:

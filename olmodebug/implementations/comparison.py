@@ -23,7 +23,7 @@ from ..report import Finding, Outcome, Report, merge_by_root
 from ..sources import Spot, short_path
 from ..subject import Subject
 from .aligned import Aligned, Side, align
-from .alone import script_of
+from .alone import script_of, script_of_ops
 from .anchors import Graph, first_bad, last_leading, positions_first
 from .backward import GradientGap, NoGradients, gradient_gap
 from .captured import ON_TENSORS, Parting, differing_eps, eps_cause
@@ -74,7 +74,7 @@ def compare(
         aligned, tried = verdict.aligned, verdict.tried
         findings.append(_output_finding(aligned, verdict, scripts))
     else:
-        findings += _argument_findings(aligned)
+        findings += _argument_findings(aligned, scripts)
         try:
             gradients = gradient_gap(aligned)
             findings += _gradient_findings(aligned, gradients, findings)
@@ -245,13 +245,15 @@ def _output_finding(aligned: Aligned, verdict: Verdict, scripts: Path | None) ->
     )
 
 
-def _argument_findings(aligned: Aligned) -> list[Finding]:
+def _argument_findings(aligned: Aligned, scripts: Path | None) -> list[Finding]:
     """Arguments that differ although these values hardly show it."""
     found = _cast_findings(aligned)
     pair = differing_eps(aligned)
     if pair is None:
         return found
     one, other = pair
+    nodes = [graph.made_by(call.event) for graph, call in zip(aligned.graphs(), pair, strict=True)]
+    script = script_of_ops(aligned, nodes[0][0], nodes[1][0], scripts) if scripts is not None and all(nodes) else None
     cause = eps_cause(one, other, "on the weights of this comparison the outputs still agree, on small activations they do not")
     return [
         Finding(
@@ -261,7 +263,7 @@ def _argument_findings(aligned: Aligned) -> list[Finding]:
             cause=cause.text,
             fix=cause.fix,
             where=one.where,
-            evidence={"cause": "eps", "eps": one.eps, "reference_eps": other.eps},
+            evidence={"cause": "eps", "eps": one.eps, "reference_eps": other.eps, **({"script": script} if script else {})},
             case=aligned.case,
         ),
         *found,

@@ -28,6 +28,7 @@ class NormCall:
     """One normalisation of a run: where its eps is added, the eps (0: none is), and the size of the dimension it is taken over."""
 
     where: Where
+    event: int  # that adds the eps
     eps: float
     width: int
     kind: str
@@ -42,7 +43,7 @@ def norm_calls(recording: Recording) -> list[NormCall]:
             shape, eps = kept.arguments.get("normalized_shape"), kept.arguments.get("eps")
             if shape and isinstance(eps, float):
                 kind = "layer norm" if event.op == "native_layer_norm" else "RMS norm"
-                found.append(NormCall(where=event.where, eps=eps, width=int(shape[-1]), kind=kind))
+                found.append(NormCall(where=event.where, event=index, eps=eps, width=int(shape[-1]), kind=kind))
         elif event.op in ROOTS or (event.op == "pow" and _number(kept.arguments.get("exponent")) == -0.5):
             call = _by_hand(recording, written, event)
             if call is not None:
@@ -187,7 +188,7 @@ def _by_hand(recording: Recording, written: dict[int, int], root: Event) -> Norm
     if not shape or dims not in ([-1], [len(shape) - 1]):
         return None
     kind = "RMS norm" if mean.op == "mean" else "layer norm"
-    return NormCall(where=event.where, eps=eps, width=shape[-1], kind=kind)
+    return NormCall(where=event.where, event=event.index, eps=eps, width=shape[-1], kind=kind)
 
 
 def _is_added_to(recording: Recording, root: Event) -> bool:
