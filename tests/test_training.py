@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from olmodebug.errors import UsageError
 from olmodebug.spec import Job, resolve
 from olmodebug.subject import Subject, from_model
+from olmodebug.training.checkpoint import load_state
 from olmodebug.training.child import _sized
 from olmodebug.training.dataset import Dataset, open_dataset
 from olmodebug.training.diagnose_step import diagnose
@@ -133,6 +134,8 @@ def test_a_nan_stops_the_run_and_the_op_that_made_it_is_named(dataset: Dataset, 
     finding = diagnose(under_test, ending.batch, ending.steps, "float32", reason="nan")
     assert "div" in (finding.where.op or "") and finding.where.file == "tests/test_training.py"
     assert finding.cause == "division by 0"
+    kept = load_state(tmp_path / "resume.pt")  # the weights before the step, and the steps that they have taken
+    assert kept["step"] == 0 and kept["steps"] == [] and bool(kept["model"]["head.weight"].isfinite().all())
     assert isinstance(finding.evidence["largest_input"], float) and 0 < finding.evidence["largest_input"] < 10
 
 
@@ -145,6 +148,7 @@ def test_weights_that_are_not_finite_are_named_and_no_op_is_blamed(dataset: Data
     finding = diagnose(under_test, ending.batch, ending.steps, "float32", reason="nan")
     assert finding.message.startswith("step 1: model.layers.1.mlp.up_proj.weight holds nan or inf before the forward pass")
     assert finding.where.op is None
+    assert not (tmp_path / "resume.pt").exists()
 
 
 def test_a_parameter_without_gradient_is_listed(dataset: Dataset, tmp_path: Path) -> None:

@@ -234,6 +234,8 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
         head = find_head(subject)
     if ending.stopped in ("nan", "overflow"):
         tell("start", step="train.finite")
+        if (folder / "resume.pt").is_file():
+            tell("said", text=f"the last state with finite weights is kept in {folder / 'resume.pt'}")
         assert ending.batch is not None
         diagnosis = diagnose(subject, ending.batch, ending.steps, dtype, reason=ending.stopped)
         tell("failed", finding=plain(diagnosis), stopped=ending.stopped)

@@ -115,6 +115,8 @@ def train(subject: Subject, dataset: Dataset, recipe: Recipe, options: Options, 
         begun = time.perf_counter()
         seen = _step(subject, loss_of, batch, optimizers, scaler, recipe, options, watch, step)
         seen["seconds"] = time.perf_counter() - begun
+        if not seen["finite"] and not world.any(_has_bad_weights(model)):  # nothing was applied: weights are those before the step
+            _save(subject, optimizers, scaler, watch, recipe, options, step, before + begun - started)
         watch.steps.append(seen)
         tell("step", value=seen)
         row = row + 1 if seen["skipped"] else 0
@@ -211,6 +213,12 @@ def _step(
     if is_spike([s["loss"] for s in watch.steps], value, first=recipe.first_of_kind(step)):
         watch.spikes.append(step + 1)
     return seen
+
+
+def _has_bad_weights(model: nn.Module) -> bool:
+    """Whether a weight, or this rank's part of one, is not finite."""
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    return any(not bool(torch.isfinite(part).all()) for part in parts)
 
 
 def is_spike(losses: Sequence[float | None], value: float, *, first: int) -> bool:
