@@ -836,9 +836,10 @@ def _sequence_first(subject: Subject, case: Case) -> str | None:
         if not (later or earlier):
             return None
         alike, along = logits(ids[:1, :1].expand_as(ids)), reaches(1)
-        as_given = along[1] + (later or earlier) + (not same(alike, alike[:1]))
+        places = not same(alike, alike[:1])  # what picks tokens out of all rows reaches across, and knows no places
+        as_given = along[1] + (later or earlier) + places
         turned = earlier + any(along)
-        if same(alike, alike[:, :1]) and turned < as_given:
+        if same(alike, alike[:, :1]) and turned < as_given and (places or not turned):
             return "the first dimension is read in order and the second stays apart" if not turned else "read so, it breaks fewer rules"
     return None
 

@@ -214,7 +214,7 @@ def frequencies_as_configured(subject: Subject) -> Iterator[Finding]:
         not_applicable("no rotary angles were seen")
     for _, table in tables:
         frequencies = table.frequencies.sort(descending=True).values
-        if frequencies.numel() < 3 or float(frequencies[-1]) <= 0:
+        if frequencies.numel() < 3 or float(frequencies[-1]) <= 0 and _exponent_slip(frequencies, declared) is None:
             continue
         if any(_fits(frequencies, theta, factor) for theta, factor in declared):
             continue
@@ -318,6 +318,11 @@ def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:
             "x1 cos - x2 sin, x2 cos + x1 sin",
             fix="lay cos and sin out as the pairs are taken: cat((f, f)) for halves, repeat_interleave(2) for neighbours, within the rotary "
             "part only; and turn both members of a pair by the same cos and sin",
+        )
+    if difference(first.scores[:, :-1, 1:], first.scores[:, 1:, :-1], relative_limit=FLOAT32) is None:
+        return Diagnosis(
+            cause="queries and keys are turned in opposite directions: scores depend on the sum of the two positions",
+            fix="turn queries and keys alike, by the same sign of the angle",
         )
     same = _same_order(first)
     if same is not None:
@@ -597,6 +602,8 @@ def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tup
     elif isinstance(head_dim, int) and head_dim > 2 * pairs and _fits(frequencies, theta ** (2 * pairs / head_dim), factor):
         cause = f"the exponent of inv_freq is divided by head_dim {head_dim}, and only {2 * pairs} dimensions are rotated (rotary_dim)"
         fix = "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"
+    elif (slip := _exponent_slip(frequencies, declared)) is not None:
+        cause, fix = slip, "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"
     elif regular and abs(base - theta) > 0.01 * theta and abs(float(frequencies[0]) * factor - 1) < 1e-3 and _is_round(base):
         cause, fix = (
             f"the base in use is {base:.6g}; the config's {named} {theta:g} does not reach inv_freq",
@@ -605,6 +612,21 @@ def _wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tup
     else:
         return message, Diagnosis(evidence=evidence)
     return message, Diagnosis(cause=cause, fix=fix, evidence=evidence)
+
+
+def _exponent_slip(frequencies: Tensor, declared: list[tuple[float, float]]) -> str | None:
+    """Which slip of the exponent turns a declared theta into these frequencies; None where none does."""
+    rotary_dim = 2 * frequencies.numel()
+    slips = (
+        (2.0, f"is divided by half of the {rotary_dim} rotated dimensions"),
+        (0.5, "counts the pairs in steps of one, not of two: arange(0, rotary_dim, 2)"),
+        (float(rotary_dim), f"is not divided by the {rotary_dim} rotated dimensions"),
+    )
+    for theta, factor in declared:
+        for power, words in slips:
+            if power * math.log10(theta) < 300 and _fits(frequencies, theta**power, factor):
+                return f"the exponent of inv_freq {words}: the base in use is {theta:g} ** {power:g}"
+    return None
 
 
 def _placed(

@@ -24,6 +24,7 @@ from ..tracing.tracer import Kept, Recording, record
 MOST_CULPRITS = 4
 PADS = ("constant_pad_nd",)
 WRITES = ("index_put_", "_index_put_impl_", "index_copy_", "copy_", "scatter_")
+SCATTERS = (*WRITES, "index_put", "index_add", "index_add_", "index_copy", "scatter", "scatter_add", "scatter_add_", "scatter_reduce")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +170,7 @@ def _carried(events: Sequence[Event], start: int, stop: int) -> set[int]:
 def first_break(left: Recording, right: Recording, *, part: Part, limit: float) -> Culprit | None:
     """The first op whose restricted inputs agree and whose restricted outputs do not, else the smallest such module."""
     pending: dict[int, int] = {}  # storage -> the event that wrote a differing tensor without a recognised dimension
+    picked: set[int] = set()  # storages of what is picked by the tokens themselves, as an expert's are: its sizes say nothing
     for index, (event, other) in enumerate(zip(left.events, right.events, strict=False)):
         if event.key != other.key:
             break
@@ -178,12 +180,16 @@ def first_break(left: Recording, right: Recording, *, part: Part, limit: float) 
         source = None
         inputs_agree = True
         for a, b, info in zip(mine.inputs, theirs.inputs, other.inputs, strict=False):
-            state = _state(a, b, part, limit)
+            state = "pending" if info.storage in picked else _state(a, b, part, limit)
             if state == "pending":
                 source = pending.get(info.storage, source)
             elif state == "differs":
                 inputs_agree = False
         outputs = [_state(a, b, part, limit) for a, b in zip(mine.outputs, theirs.outputs, strict=True)]
+        if event.op == "nonzero" or event.op not in SCATTERS and picked & {info.storage for info in other.inputs}:
+            for state, info in zip(outputs, other.outputs, strict=True):
+                (picked.discard if state == "agrees" else picked.add)(info.storage)
+            continue
         for state, info in zip(outputs, other.outputs, strict=True):
             if state == "pending" and inputs_agree:
                 pending[info.storage] = pending.get(info.storage, index) if source is None else source
