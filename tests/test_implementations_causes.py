@@ -106,3 +106,26 @@ def test_an_eps_that_these_values_do_not_show_has_a_script_of_the_two_sums(tmp_p
     _, inputs, gap = done.stdout.splitlines()
     assert inputs == "inputs that are equal: 1 of 1"
     assert float(gap.split()[2]) == pytest.approx(1e-7, rel=0.2)  # 1 % of 1e-5
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        pytest.param(
+            (), "are the softmax of the router's logits, as it is, the reference's are .* divided by their sum", id="weights that do not add up to one"
+        ),
+        pytest.param(
+            (("norm_topk_prob: bool = False", "norm_topk_prob: bool = True"), ("F.softmax(self.gate(x), dim=-1)", "torch.sigmoid(self.gate(x))")),
+            "are the sigmoid of the router's logits.* the reference's are the softmax",
+            id="sigmoid for softmax",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_another_rule_for_the_weights_of_the_experts(edits: tuple[Edit, ...], words: str, tmp_path: Path) -> None:
+    subject = subject_of(edited(tmp_path, *edits), "build_moe")
+    subject.config.norm_topk_prob = True  # what the reference is built with
+    report = compare(subject, reference_of("transformers:MixtralForCausalLM", subject))
+    finding = next(f for f in report.findings if f.probe == "parity.outputs")
+    assert (finding.evidence["cause"], finding.where.function) == ("routing", "MoE.forward")
+    assert re.search(words, finding.cause or "")

@@ -32,6 +32,7 @@ from .factors import ON_FACTORS
 from .hypotheses import ON_WEIGHTS, Cause
 from .left_out import ON_USES
 from .norm_rules import ON_NORMS
+from .routing import ON_ROUTING
 from .turned import ON_ROTATION
 from .wiring import ON_WIRING, caller, weights_read
 
@@ -127,7 +128,10 @@ def _on_weights(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | No
 
 def _on_captured(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | None]]]:
     parting = _parting(aligned)
-    return ((name, partial(h, parting)) for name, h in {**ON_ROTATION, **ON_NORMS, **ON_TENSORS, **ON_FACTORS, **ON_WIRING}.items())
+    return (
+        (name, partial(h, parting))
+        for name, h in {**ON_ROTATION, **ON_NORMS, **ON_TENSORS, **ON_ROUTING, **ON_FACTORS, **ON_WIRING}.items()
+    )
 
 
 def _tried(hypotheses: Iterable[tuple[str, Callable[[], Cause | None]]], tried: list[tuple[str, bool]]) -> Cause | None:
