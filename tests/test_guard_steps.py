@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from olmodebug.guards.journal import Journal
 from olmodebug.guards.settings import GUARDS
@@ -486,6 +487,25 @@ def test_tokens_that_are_sampled_with_dropout_are_told(careful: bool) -> None:
     assert [(f.probe, f.severity) for f in found(run)] == ([] if careful else [("loop.evaluates-in-eval-mode", "warning")])
 
 
+def a_router_draws_inside_a_checkpointed_block() -> None:
+    model, optimizer = made()
+    model.dropout.p = 0.1
+
+    def block(x: Tensor) -> Tensor:
+        chosen = torch.multinomial(model.dropout(x).detach().flatten(0, 1).softmax(-1), 1)
+        return model.body(x) * chosen.view(*x.shape[:2], 1)
+
+    class Routed(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return model.head(checkpoint(block, model.embed(tokens), use_reentrant=True))
+
+    routed = Routed()
+    for _ in range(3):
+        loss_of(routed, ids()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 # Padding that only the rows show
 
 
@@ -531,6 +551,7 @@ def test_what_torch_refuses_for_another_reason_than_sizes_is_not_called_a_shape(
 LEGAL = (
     bad_steps_are_dropped, one_of_two_players_waits, closure_after_a_reset, clipped_before_and_after, measured_after_the_step,
     each_optimizer_clipped_before_its_step, unscaled_by_hand, one_loss_of_two_is_scaled, divided_afterwards,
+    a_router_draws_inside_a_checkpointed_block,
 )  # fmt: skip
 
 

@@ -68,11 +68,12 @@ class Evaluating:
             self._tell_dropout(here)
 
     def _sampled(self, args: Any, output: Any) -> None:
-        """Tokens drawn after a forward with dropout and without gradients."""
+        """Tokens drawn after a forward with dropout and without gradients; what a router draws inside of one is no token."""
         model = self.dropped() if self.dropped is not None else None
-        if model is not None and model.training and not torch.is_grad_enabled():
+        here = place.here(sys._getframe(3)) if model is not None and model.training and not torch.is_grad_enabled() else None
+        if here is not None and not here.modules:
             text = "tokens are sampled with dropout: the model is in train mode, and no gradient is recorded"
-            self._tell_dropout(place.here(sys._getframe(3)), text, "multinomial")
+            self._tell_dropout(here, text, "multinomial")
 
     def _tell_dropout(
         self,

@@ -1,4 +1,4 @@
-"""Ten training scripts under all guards, clean and with each fault: `python -m tests.benchmarks.guard_matrix > reports/guard.md`.
+"""Ten training scripts under all guards, clean and with each fault: `python -m tests.benchmarks.guard_matrix --page reports/guard.md`.
 
 Scripts that need processes of their own (torchrun, loader workers, the transformers Trainer) run under `olmodebug run`; the others
 run in this process under the same guards, which saves an import of torch each; `--all-processes` gives each a process of its own.
@@ -7,6 +7,8 @@ run in this process under the same guards, which saves an import of torch each; 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import platform
 import tempfile
 import time
@@ -22,7 +24,19 @@ from tests.test_guard_scripts import run_elsewhere, run_here
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.guard_matrix", description=__doc__)
     parser.add_argument("--all-processes", action="store_true", help="every script in a process of its own")
-    everywhere = parser.parse_args(argv).all_processes
+    parser.add_argument("--page", type=Path, help="write into this page; its sections below the tables stay")
+    options = parser.parse_args(argv)
+    if options.page is None:
+        return _measure(options.all_processes)
+    rest = options.page.read_text().partition("\n## ") if options.page.exists() else ("", "", "")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = _measure(options.all_processes)
+    options.page.write_text(out.getvalue() + rest[1] + rest[2])
+    return code
+
+
+def _measure(everywhere: bool) -> int:
+    """Run every script and every fault, and print the tables."""
     print("# Training scripts under the guards\n")
     print(f"`python -m tests.benchmarks.guard_matrix`, torch {torch.__version__}, Python {platform.python_version()}, CPU.\n")
     print("| script | | findings | |\n|---|---|---|---|")
