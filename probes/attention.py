@@ -16,10 +16,13 @@ from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
+from olmodebug.switches import with_grown_scores
 from olmodebug.tracing.dims import WIDTH_NAMES
 from olmodebug.tracing.products import LAYOUTS, met_states, product_at
 from olmodebug.tracing.tracer import Recording, record
 
+FINAL_CAPS = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap", "final_softcap")
+SCORE_CAPS = ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping", "attn_logits_soft_cap", "attention_softcap")
 # Published architectures that leave the scores unscaled.
 UNSCALED = ("gpt_neo", "t5", "mt5", "umt5")
 # Settings that say by which power of which number the scores are multiplied (Granite; lit-gpt; Gemma).
@@ -285,14 +288,54 @@ def _constant(recording: Recording, index: int, size: int) -> float | None:
 
 @probe()
 def softcap_as_configured(subject: Subject) -> Iterator[Finding]:
-    """Final logits stay within the configured final_logit_softcapping, however large the head's weights are.
+    """Final logits and attention scores stay within the softcaps of the configuration, however large the weights are.
 
     Why: a model trained with a softcap is too sure of itself without it.
     Catches: a softcap in the config that forward does not apply.
     """
-    cap = subject.setting("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap", "final_softcap")
-    if not isinstance(cap, int | float) or isinstance(cap, bool) or cap <= 0:
-        not_applicable("its config declares no softcap on the logits")
+    final, scores = (_declared_cap(subject, names) for names in (FINAL_CAPS, SCORE_CAPS))
+    if final is None and scores is None:
+        not_applicable("its config declares no softcap on the logits or on the scores")
+    if scores is not None:
+        yield from _uncapped_scores(subject, scores)
+    if final is not None:
+        yield from _uncapped_logits(subject, final)
+
+
+def _declared_cap(subject: Subject, names: tuple[str, ...]) -> float | None:
+    cap = subject.setting(*names)
+    return float(cap) if isinstance(cap, int | float) and not isinstance(cap, bool) and cap > 0 else None
+
+
+def _uncapped_scores(subject: Subject, cap: float) -> Iterator[Found]:
+    twin = with_grown_scores(subject.fresh_twin(), 1e3)
+    batch, seq = twin.sizes()
+    case = Case(name="query and key weights 1,000 times as large", input_ids=twin.token_ids(batch, seq, seed=35))
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=True)
+    for index, event in enumerate(recording.events):
+        met = recording.kept[index].inputs[0] if event.op in ("_softmax", "_safe_softmax") else None
+        if met is None or met.ndim < 3 or met.shape[-2:] != (seq, seq):
+            continue
+        largest = float(met.diagonal(dim1=-2, dim2=-1).abs().max())  # of each query with its own key, which no mask hides
+        if largest > cap * (1 + 1e-6):
+            where = place_of(recording.spots[index], module=event.where.module, op=event.op)
+            yield Found(
+                probe="",
+                severity="error",
+                message=f"attention scores reach {largest:.3g}, and the config declares a softcap of {cap:g} on them",
+                where=where,
+                source=source_lines(where),
+                cause="the softcap of the config is not applied to the scores: scaling queries and keys scales the scores beyond it",
+                fix=f"scores = {cap:g} * tanh(scores / {cap:g}), before the mask",
+                expected=f"at most {cap:g}",
+                observed=f"{largest:.3g}",
+                case=case,
+            )
+            return
+
+
+def _uncapped_logits(subject: Subject, cap: float) -> Iterator[Found]:
     twin = subject.fresh_twin()
     head = twin.model.get_output_embeddings() if hasattr(twin.model, "get_output_embeddings") else getattr(twin.model, "lm_head", None)  # type: ignore[operator]
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Event
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject, quiet
 from olmodebug.tracing.tracer import Recording, record
 
@@ -32,6 +34,8 @@ MEANING: dict[str, tuple[str, str | None]] = {
     "gelu_pytorch_tanh": ("gelu", "tanh"),
     "relu": ("relu", None),
 }
+# Ops that activations are made of where they are not one op.
+BENDS = {"sigmoid", "tanh", "erf", "exp", "softplus", "log_sigmoid_forward", "elu", "leaky_relu", "mish", "hardswish", "clamp", "maximum"}
 
 
 @probe()
@@ -39,7 +43,7 @@ def activation_as_configured(subject: Subject) -> Iterator[Finding]:
     """The activation that forward applies is the one that the configuration names.
 
     Why: a checkpoint trained with one activation is slightly wrong with another, and nothing fails.
-    Catches: F.gelu where the config says silu; exact GELU where it says gelu_pytorch_tanh.
+    Catches: F.gelu where the config says silu; one that is built and never called; exact GELU where it says gelu_pytorch_tanh.
     """
     named = subject.setting(*SETTINGS)
     if not isinstance(named, str) or named not in MEANING:
@@ -51,7 +55,8 @@ def activation_as_configured(subject: Subject) -> Iterator[Finding]:
         recording = record(twin.model, lambda: twin.call(case), keep=True)
     seen = [(event, i) for i, event in enumerate(recording.events) if event.op.rstrip("_") in ("silu", "gelu", "relu")]
     if not seen:
-        not_applicable("forward applies no activation that is one op")
+        yield _none_applied(twin.model, recording, named, case)
+        return
     op, approximate = MEANING[named]
     if any(_is(recording, event, i, op, approximate) for event, i in seen):
         return
@@ -72,6 +77,37 @@ def activation_as_configured(subject: Subject) -> Iterator[Finding]:
         observed=observed,
         case=case,
     )
+
+
+def _none_applied(model: nn.Module, recording: Recording, named: str, case: Case) -> Found:
+    """The finding for a forward without any bend in it; leaves the probe where an activation may be made of several ops, or
+    where the model holds none."""
+    idle = next(_activations(model), None)
+    if idle is None or any(event.op.rstrip("_") in BENDS for event in recording.events):
+        not_applicable("forward applies no activation that is one op")
+    owner, _, attribute = idle.rpartition(".")
+    code = code_of(type(model.get_submodule(owner)).forward)
+    where = place_of(Spot(code, 0, code.co_firstlineno) if code else None, module=owner)
+    return Found(
+        probe="",
+        severity="error",
+        message=f"forward applies no activation, and the config names {named}",
+        where=where,
+        source=source_lines(where),
+        cause=f"{idle} is never called, and no other op bends what the feed-forward block computes",
+        fix=f"apply it: self.{attribute}(...)",
+        expected=named,
+        observed="none",
+        case=case,
+    )
+
+
+def _activations(model: nn.Module) -> Iterator[str]:
+    """Where modules hold an activation, as a module or as torch's function."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SiLU | nn.GELU | nn.ReLU) or type(module).__module__ == "transformers.activations":
+            yield name
+        yield from (f"{name}.{key}" for key, value in vars(module).items() if any(value is known for known in (F.silu, F.gelu, F.relu)))
 
 
 @probe()

@@ -519,6 +519,23 @@ _HF_MUTANTS = (
         also="sdpa_attention MyAttention.forward",
     ),
     _mutant(
+        "hf/attention-softcap-missing",
+        "A10",
+        "eager_attention",
+        "attention",
+        "softcap of the config is not applied to the scores",
+        ("        attn_weights = softcap * torch.tanh(attn_weights / softcap)\n", "        attn_weights = attn_weights * 1.0\n"),
+        build="build_softcap",
+    ),
+    _mutant(
+        "hf/activation-left-out",
+        "",
+        "MyMLP.forward",
+        "mlp",
+        "never called, and no other op bends",
+        ("self.act_fn(self.gate_proj(x)) * self.up_proj(x)", "self.gate_proj(x) * self.up_proj(x)"),
+    ),
+    _mutant(
         "hf/final-softcap-missing",
         "A11",
         "MyForCausalLM.forward",
