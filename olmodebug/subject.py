@@ -859,9 +859,21 @@ def _with_handed_cache(subject: Subject, form: Convention) -> Convention:
         try:
             output = trial.call(case, use_cache=True, cache=output.cache)
         except RuntimeError:  # a cache of its own class that sizes do not fit in is one all the same, and cache.* says what is wrong
-            return without if type(output.cache) in (dict, list, tuple) else trial.convention
+            return without if type(output.cache) in (dict, list, tuple) or _reads_the_whole_again(trial) else trial.convention
         return trial.convention if output.logits.shape[1] == case.seq_len else without
     return without
+
+
+def _reads_the_whole_again(trial: Subject) -> bool:
+    """Whether a cache goes with the whole sequence once more, of which the model drops what it has seen, as in XLM."""
+    short, whole = (Case(name="a cache", input_ids=trial.token_ids(2, length)) for length in (3, 5))
+    try:
+        trial.call(whole, use_cache=True, cache=trial.call(short, use_cache=True).cache)
+    except NoLogits:  # it ran, and gives the logits of what was new
+        return True
+    except Exception:
+        return False
+    return True
 
 
 def _with_loss_method(subject: Subject) -> Convention:

@@ -288,3 +288,29 @@ def test_a_cache_that_only_has_a_method_to_empty_it_is_the_models_own() -> None:
     subject = from_model(Emptied())
     assert subject.keeps_its_cache
     assert run_probe(next(iter(select(shipped_probes(), "matches-full-forward"))), subject).outcome.status == "passed"
+
+
+class SumCache:
+    """What a sequence has come to, and how long it was."""
+
+    def __init__(self) -> None:
+        self.seen, self.total = 0, torch.zeros(())
+
+
+class Again(nn.Module):
+    """Wants the whole sequence with its cache, and reads what is new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(29, 29)
+
+    def forward(self, ids: Tensor, cache: SumCache | None = None) -> Tensor:
+        cache = cache or SumCache()
+        new = self.embed(ids[:, cache.seen :])
+        sums = cache.total + new.view(len(ids), -1, new.shape[1], 29).sum(1).cumsum(1)  # which is ambiguous for nothing new
+        cache.seen, cache.total = ids.shape[1], sums[:, -1:]
+        return sums
+
+
+def test_a_cache_that_goes_with_the_whole_sequence_again_is_not_asked_with_new_tokens_alone() -> None:
+    assert from_model(Again()).convention.cache is None
