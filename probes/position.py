@@ -75,7 +75,13 @@ def honoured(subject: Subject) -> Iterator[Finding]:
     stretched = replace(counted, name=f"positions times {stretch}", position_ids=(tuple(range(0, seq * stretch, stretch)),) * batch)
     limit = limit_of(twin)
     if difference(run(twin, counted), run(twin, stretched), relative_limit=limit) is not None:
-        return
+        # Positions that jump may be taken for packed documents, which a mask of ones says they are not.
+        seen = ((1,) * seq,) * batch if subject.convention.attention_mask else None
+        counted, stretched = (replace(case, attention_mask=seen) for case in (counted, stretched))
+        if seen is None or difference(run(twin, counted), run(twin, stretched), relative_limit=limit) is not None:
+            return
+        if not _where_positions_end(twin, counted, stretched)[1]:
+            return  # where a mask is given, positions are made from it
     if any(subject.setting(name) is True for name in ALIBI_NAMES):
         not_applicable("its config chooses ALiBi, which counts keys and knows no positions")
     if not _looks_back(twin, counted):

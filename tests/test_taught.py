@@ -13,6 +13,7 @@ import olmodebug
 from olmodebug.examine import Result, run_probe
 from olmodebug.probe import shipped_probes
 from olmodebug.subject import Subject, from_model
+from olmodebug.tiny import build_tiny
 
 PROBES = {probe.name: probe for probe in shipped_probes()}
 
@@ -266,3 +267,14 @@ def test_three_faults_that_notebooks_pass_on_are_told_apart_each_at_its_line() -
     }
     words = ("dropout is not switched off", "the norm over the sequence", "a plain attribute")
     assert all(word in cause for word, (_, cause) in zip(words, told.values(), strict=True)), told
+
+
+def test_a_class_of_transformers_that_drops_its_rotation_is_told_though_positions_move_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    model, config = build_tiny("LlamaForCausalLM")
+    assert ask("position.honoured", model, config).outcome.status == "passed"
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, **kwargs: (q, k))
+    (finding,) = ask("position.honoured", model, config).findings
+    assert (finding.severity, finding.where.function) == ("error", "LlamaRotaryEmbedding.forward")
+    assert "the rotation is not applied" in (finding.cause or "")
