@@ -21,7 +21,7 @@ from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject, quiet, rows_before_the_first_position
-from olmodebug.tracing.tracer import record
+from olmodebug.tracing.tracer import Recording, record
 
 # A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.
 MOST_LOGITS = 40_000_000
@@ -80,8 +80,8 @@ def honoured(subject: Subject) -> Iterator[Finding]:
         counted, stretched = (replace(case, attention_mask=seen) for case in (counted, stretched))
         if seen is None or difference(run(twin, counted), run(twin, stretched), relative_limit=limit) is not None:
             return
-        if not _where_positions_end(twin, counted, stretched)[1]:
-            return  # where a mask is given, positions are made from it
+        if not _table_unused(twin, counted, stretched):
+            return  # made from the mask, or met by queries and keys that are zero yet
     if any(subject.setting(name) is True for name in ALIBI_NAMES):
         not_applicable("its config chooses ALiBi, which counts keys and knows no positions")
     if not _looks_back(twin, counted):
@@ -169,11 +169,7 @@ def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple
     with torch.no_grad(), quiet():
         first = record(twin.model, lambda: twin.call(counted), keep=True)
         second = record(twin.model, lambda: twin.call(stretched), keep=True)
-    last = None
-    for index, (a, b) in enumerate(zip(first.kept, second.kept, strict=False)):
-        floating = [(x, y) for x, y in zip(a.outputs, b.outputs, strict=False) if x.is_floating_point()]
-        if any(difference(x, y) is not None for x, y in floating):
-            last = index
+    last = _last_parted(first, second)
     if last is not None:
         event = first.events[last]
         dropped = _dropped_call(twin, event.where.module, event.where.function)
@@ -186,6 +182,31 @@ def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple
         if counts or cuts:
             return place_of(spot, module=event.where.module, op=event.op), False
     return Where(), False
+
+
+def _last_parted(first: Recording, second: Recording) -> int | None:
+    """The last op that gives two runs other numbers."""
+    parted = (
+        index
+        for index, (a, b) in enumerate(zip(first.kept, second.kept, strict=False))
+        if any(x.is_floating_point() and difference(x, y) is not None for x, y in zip(a.outputs, b.outputs, strict=False))
+    )
+    return max(parted, default=None)
+
+
+def _table_unused(twin: Subject, counted: Case, stretched: Case) -> bool:
+    """Whether the positions end in a table, the same for all tokens, or in a call whose result is thrown away."""
+    others = replace(counted, input_ids=twin.token_ids(counted.batch_size, counted.seq_len, seed=9))
+    with torch.no_grad(), quiet():
+        first, second, third = (record(twin.model, lambda c=case: twin.call(c), keep=True) for case in (counted, stretched, others))  # type: ignore[misc]
+    last = _last_parted(first, second)
+    if last is None:
+        return False
+    where = first.events[last].where
+    table = [e.op for e in first.events] == [e.op for e in third.events] and all(
+        difference(x, y) is None for x, y in zip(first.kept[last].outputs, third.kept[last].outputs, strict=True)
+    )
+    return table or _dropped_call(twin, where.module, where.function) is not None
 
 
 def _dropped_call(twin: Subject, module: str, function: str | None) -> Where | None:
