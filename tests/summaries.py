@@ -45,7 +45,7 @@ def merged(paths: list[str], key: str) -> list[Row]:
         path, _, commit = each.partition("@")
         body = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in body.get(key, []) if isinstance(body, dict) else body:
-            rows[row.get("name") or row["type"]] = row | {"commit": commit}
+            rows[row.get("name") or row["type"]] = row | ({"commit": commit} if commit else {})
     return [rows[name] for name in sorted(rows)]
 
 
