@@ -66,6 +66,7 @@ def test_what_turned_out_to_be_legal_gets_no_error(mutant: Mutant, tmp_path: Pat
     assert [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] in ("error", "broke")] == []
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # compiled_style is scripted
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
