@@ -559,6 +559,8 @@ SHOWN_BY_CONFIG_OR_VALUES = frozenset(
         "hf/scale-by-hidden-size",
         "hf/scaled-twice",
         "hf/final-softcap-missing",
+        "hf/attention-softcap-missing",
+        "hf/activation-left-out",
         "hf/positions-in-model-dtype",
         "hf/rope-theta-ignored",
         "hf/attention-factor-twice",
