@@ -23,9 +23,11 @@ def cast(model: nn.Module, dtype: torch.dtype | None, *, device: torch.device | 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Casting complex values to real")
         try:
-            for where in (device, dtype):  # one at a time and by place: a model's own to() may know no keywords
-                if where is not None:
-                    model.to(where)
+            # One at a time and by place, since a model's own to() may know no keywords; cast before it is moved, so that the
+            # device never holds the wider weights.
+            for target in (dtype, device):
+                if target is not None:
+                    model.to(target)
         except RuntimeError as error:
             if device is None or not is_out_of_memory(error):
                 raise

@@ -136,3 +136,14 @@ def test_a_device_without_memory_for_the_model_is_one_line(monkeypatch: pytest.M
         cast(Full(), None, device=torch.device("cuda"))
     monkeypatch.undo()
     assert memory_left(torch.device("cuda")) == "" or torch.cuda.is_available()
+
+
+def test_weights_are_cast_before_they_are_moved() -> None:
+    class Told(nn.Module):
+        def to(self, target: object) -> nn.Module:  # type: ignore[override]
+            asked.append(target)
+            return self
+
+    asked: list[object] = []
+    cast(Told(), torch.bfloat16, device=torch.device("cpu"))
+    assert asked == [torch.bfloat16, torch.device("cpu")]
