@@ -14,6 +14,8 @@ from olmodebug.examine import Result, run_probe
 from olmodebug.probe import shipped_probes
 from olmodebug.subject import Subject, from_model
 from olmodebug.tiny import build_tiny
+from tests.mutants.catalog import MUTANTS
+from tests.scoreboard import judge
 
 PROBES = {probe.name: probe for probe in shipped_probes()}
 
@@ -278,3 +280,9 @@ def test_a_class_of_transformers_that_drops_its_rotation_is_told_though_position
     (finding,) = ask("position.honoured", model, config).findings
     assert (finding.severity, finding.where.function) == ("error", "LlamaRotaryEmbedding.forward")
     assert "the rotation is not applied" in (finding.cause or "")
+
+
+@pytest.mark.parametrize(("name", "topic"), [("hf/activation-left-out", "mlp"), ("hf/attention-softcap-missing", "attention")])
+def test_what_a_config_declares_and_forward_leaves_out_is_told(name: str, topic: str) -> None:
+    row = judge(next(mutant for mutant in MUTANTS if mutant.name == name), f"{topic}.")
+    assert (row["detected"], row["placed"], row["explained"], row["broke"]) == (True, True, True, [])
