@@ -13,12 +13,13 @@ from .environment import environment
 from .errors import SubjectError, UsageError
 from .examine import BUILD, FIRST_RUN, Result, run_probe
 from .explain import explain
+from .first_run import from_model
 from .load import SubjectCodeError
 from .probe import no_such_probe, select, shipped_probes
 from .records import ShapeTree
 from .report import Finding, Outcome, Report, SubjectInfo, merge_by_root, plain
 from .spec import Job, resolve
-from .subject import Subject, from_model
+from .subject import Subject
 from .tracing.shape_tree import shape_tree, tree_of_spec
 from .tracing.tracer import Recording, record
 

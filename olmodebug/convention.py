@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SubjectError
+from .records import Case
 
 IDS_NAMES = ("input_ids", "idx", "tokens", "token_ids", "ids", "x", "input", "inputs", "src")
 MASK_NAMES = ("attention_mask", "padding_mask", "pad_mask", "attn_mask", "mask")
@@ -29,6 +30,7 @@ LOSS_METHODS = ("loss", "compute_loss", "loss_fn")  # where forward gives logits
 LOSS_ATTRIBUTES = ("last_loss",)  # llama2.c gives bare logits and leaves the loss here
 SHIFTED_LABELS = ("labels",)
 ALIGNED_LABELS = ("targets", "target", "target_ids", "target_seq", "y")
+WHOLE_MASKS = ("seen", "hidden", "added")  # what True says of a place; a mask that is added to the scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,3 +232,19 @@ def _must_be_logits(tensor: Tensor, batch_size: int, seq_len: int) -> None:
 def ids_tensor(rows: tuple[tuple[int, ...], ...] | None, device: torch.device | str = "cpu") -> Tensor | None:
     """Rows of integers as an int64 tensor `[batch, seq_len]`."""
     return None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def whole_mask(kind: str, seq: int, *, hide: bool = True, device: torch.device | str = "cpu") -> Tensor:
+    """A mask `[1, 1, seq_len, seq_len]` of one of WHOLE_MASKS: causal, or with nothing hidden."""
+    later = torch.ones(1, 1, seq, seq, dtype=torch.bool, device=device).triu(1) & hide
+    if kind == "added":
+        return torch.zeros(later.shape, device=device).masked_fill(later, float("-inf"))
+    return later if kind == "hidden" else ~later
+
+
+def is_loss_per_token(result: object, case: Case) -> bool:
+    """Whether a result can be a loss for each token, as `reduction="none"` leaves it."""
+    sizes = {(case.batch_size, n) for n in (case.seq_len, case.seq_len - 1)} | {
+        (case.batch_size * n,) for n in (case.seq_len, case.seq_len - 1)
+    }
+    return isinstance(result, Tensor) and result.is_floating_point() and tuple(result.shape) in sizes

@@ -18,6 +18,7 @@ from .errors import SubjectError
 from .explain import explain
 from .load import SubjectCodeError
 from .on_device import index_checked
+from .own_code import own_refusal
 from .probe import NotApplicable, Probe, Skipped
 from .records import Where
 from .relations.repair import Found, RepairedSource
@@ -26,7 +27,7 @@ from .report import Finding, Outcome
 from .settle import settled
 from .sources import Sources, Spot, is_ours, traceback_frames
 from .spec import Job, device_named, resolve
-from .subject import Subject, own_refusal
+from .subject import Subject
 
 BUILD = "build.constructs"
 FIRST_RUN = "build.runs"

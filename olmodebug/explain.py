@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .convention import NoLogits
 from .load import SubjectCodeError
+from .own_code import quiet
 from .records import Case, Where
 from .relations.repair import Edit, Expressions, Found, expressions
 from .report import Scalar, Severity, SourceLine
 from .sources import Sources, Spot, excerpt, short_path, traceback_frames
-from .subject import Subject, quiet
+from .subject import Subject
 from .tracing.dims import dimension_names, named_shape
 from .tracing.tracer import Recording, record
 

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from .casts import cast
+from .first_run import inner_model
+from .own_code import quiet
 from .settle import settled
-from .subject import Subject, inner_model, quiet
+from .subject import Subject
 
 
 class CannotBuild(Exception):

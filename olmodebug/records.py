@@ -5,7 +5,7 @@ Shapes are tuples of ints, dtypes are names without `torch.`, sizes are bytes.
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from .units import count_text, dtype_text, plural
 
@@ -102,6 +102,16 @@ class Case:
     @property
     def seq_len(self) -> int:
         return len(self.input_ids[0]) if self.input_ids else 0
+
+    def without_last(self, missing: int) -> "Case":
+        """The case without so many of the last tokens."""
+        if not missing:
+            return self
+        ids, mask, positions, labels = (
+            None if rows is None else tuple(row[:-missing] for row in rows)
+            for rows in (self.input_ids, self.attention_mask, self.position_ids, self.labels)
+        )
+        return replace(self, input_ids=ids or (), attention_mask=mask, position_ids=positions, labels=labels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

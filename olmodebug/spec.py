@@ -13,9 +13,10 @@ from torch import nn
 
 from .casts import cast
 from .errors import SubjectError
+from .first_run import from_model
 from .load import SubjectCodeError, candidates, load_attribute
 from .settle import settled
-from .subject import Subject, from_model
+from .subject import Subject
 
 DEFAULT = "olmo1-4M"
 

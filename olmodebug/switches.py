@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .own_code import quiet
 from .records import Case
-from .subject import Subject, attention_choices, config_of, quiet
+from .settings import attention_choices, config_of
+from .subject import Subject
 from .tracing.attends import QUERY_KEY
 from .tracing.tracer import record
 
@@ -18,7 +20,7 @@ TRAINED_SCORE = 20.0
 
 def attention_twins(subject: Subject) -> list[tuple[str, Subject]]:
     """(name, twin) of each attention that the model has a switch for and runs with."""
-    names = attention_choices(subject)
+    names = attention_choices(subject.model)
     if names:
         twins = [(name, subject.twin(attention=name)) for name in names]
         return _distinct([(name, twin) for name, twin in twins if twin.dtype == torch.float64 and twin.runs()])

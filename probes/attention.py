@@ -10,12 +10,14 @@ from torch import Tensor
 
 from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
+from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.settings import HEAD_NAMES, attention_choices
 from olmodebug.sources import Spot, code_of
-from olmodebug.subject import HEAD_NAMES, Subject, attention_choices, quiet
+from olmodebug.subject import Subject
 from olmodebug.switches import with_grown_scores
 from olmodebug.tracing.dims import WIDTH_NAMES
 from olmodebug.tracing.products import LAYOUTS, met_states, product_at
@@ -52,7 +54,7 @@ def scaled_by_head_size(subject: Subject) -> Iterator[Finding]:
         not_applicable("its config switches the scale off")
     if subject.setting("model_type") in UNSCALED:
         not_applicable("its architecture leaves the scores unscaled")
-    choices: list[str | None] = [*attention_choices(subject)] or [None]
+    choices: list[str | None] = [*attention_choices(subject.model)] or [None]
     wrong = [finding for name in choices if (finding := _judged(subject, subject.twin(attention=name))) is not None]
     yield from wrong[:1]
 
@@ -65,7 +67,7 @@ def groups_agree(subject: Subject) -> Iterator[Finding]:
     give random words.
     Catches: keys repeated head by head (repeat_interleave) and values as a whole (repeat, expand), or the other way round.
     """
-    choices: list[str | None] = [*attention_choices(subject)] or [None]
+    choices: list[str | None] = [*attention_choices(subject.model)] or [None]
     compared = 0
     for name in choices:
         twin = subject.twin(attention=name)

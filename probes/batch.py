@@ -8,6 +8,7 @@ import torch
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import quiet
 from olmodebug.probe import probe
 from olmodebug.records import Case, Rows
 from olmodebug.relations.diagnose import OTHER_ROWS
@@ -27,7 +28,8 @@ from olmodebug.relations.invariance import (
 )
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.subject import HEAD_NAMES, Subject, quiet
+from olmodebug.settings import HEAD_NAMES
+from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import record
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmodebug.caches import keeps_its_cache, new_cache
 from olmodebug.compare import roundings_limit
 from olmodebug.examine import refused
 from olmodebug.explain import explain_run, place_of, source_lines
@@ -21,7 +22,8 @@ from olmodebug.relations.parted import why
 from olmodebug.relations.repair import Found
 from olmodebug.relations.ways import Way, breach, chunked, way_record
 from olmodebug.report import Finding, Scalar
-from olmodebug.subject import Subject, attention_choices, rows_before_the_first_position
+from olmodebug.settings import attention_choices
+from olmodebug.subject import Subject, rows_before_the_first_position
 
 # Widths of uneven chunks: a prompt, a second turn, one token, a third turn.
 UNEVEN = (4, 3, 1, 2, 1)
@@ -46,7 +48,7 @@ def matches_full_forward(subject: Subject) -> Iterator[Finding]:
     rotated, not kept or in the wrong order; an ALiBi bias as long as the queries.
     """
     _needs_cache(subject)
-    brief = not subject.keeps_its_cache
+    brief = not keeps_its_cache(subject)
     yield from _broken(subject, lambda twin: _ways(twin, _length(twin), brief=brief and twin is not subject.twin()))
 
 
@@ -119,10 +121,10 @@ def table_end(subject: Subject) -> Iterator[Finding]:
 def _needs_cache(subject: Subject) -> None:
     if subject.setting("model_type") in OWN_CACHES:
         not_applicable("its cache wants more than the new tokens: the whole input, or positions counted its own way")
-    if subject.convention.cache is None and not subject.keeps_its_cache:
+    if subject.convention.cache is None and not keeps_its_cache(subject):
         not_applicable("forward takes no cache")
     twin = subject.fresh_twin()  # what a call with a cache leaves behind is nobody else's business
-    if subject.keeps_its_cache and _keeps_nothing(twin):
+    if keeps_its_cache(subject) and _keeps_nothing(twin):
         not_applicable("as it is configured, it keeps no keys and values from one call to the next")
     if chunked(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), (2,)) is None:
         not_applicable("use_cache=True gives no cache back")
@@ -134,7 +136,7 @@ def _keeps_nothing(twin: Subject) -> bool:
     def held() -> dict[str, Tensor]:
         return {**dict(twin.model.named_buffers()), **dict(_plain(twin.model))}
 
-    twin.new_cache(1, 4)
+    new_cache(twin, 1, 4)
     before = {name: (tensor, tensor.clone()) for name, tensor in held().items()}
     if any(re.search(r"cache|past|(^|[._])[kv](ey|alue)?s?($|_)", name) for name in before):
         return False
@@ -241,12 +243,12 @@ def _broken(subject: Subject, ways: Any, *, shrink: bool = True) -> Iterator[Fin
 
 
 def _settings(subject: Subject) -> Iterator[tuple[str, Subject]]:
-    if subject.keeps_its_cache:
+    if keeps_its_cache(subject):
         yield "", subject.fresh_twin()
         return
     yield "", subject.twin()
     used = getattr(subject.config, "_attn_implementation", None) or getattr(subject.config, "attn_implementation", None)
-    for name in attention_choices(subject):
+    for name in attention_choices(subject.model):
         if name != used:
             yield f"{name} attention", subject.twin(attention=name)
 

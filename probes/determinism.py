@@ -8,13 +8,15 @@ from torch import Tensor
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
 from olmodebug.members import unregistered
+from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.settings import attention_choices
 from olmodebug.settle import random_state_kept, set_seed
-from olmodebug.subject import Subject, attention_choices, own_code, quiet
+from olmodebug.subject import Subject
 from olmodebug.switches import set_dropout
 from olmodebug.tracing.tracer import record
 
@@ -28,7 +30,7 @@ def eval_repeats(subject: Subject) -> Iterator[Finding]:
     Why: evaluation that is random cannot be compared, and dropout in eval makes every result a little worse.
     Catches: scaled_dot_product_attention(dropout_p=self.p) without a look at self.training; F.dropout(x, p).
     """
-    for name in [None, *attention_choices(subject)]:
+    for name in [None, *attention_choices(subject.model)]:
         twin = subject.fresh_twin(attention=name)
         forced = set_dropout(twin.model, 0.3)
         batch, seq = twin.sizes()

@@ -7,13 +7,14 @@ import torch
 
 from olmodebug.devices import Stray, first_stray, plain_tensors
 from olmodebug.explain import place_of, source_lines
+from olmodebug.own_code import quiet
 from olmodebug.probe import probe, skip
 from olmodebug.records import Case
 from olmodebug.relations.repair import Found, expressions
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import Spot
-from olmodebug.subject import Subject, quiet
+from olmodebug.subject import Subject
 
 
 @probe()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from olmodebug.double import KeepDouble
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
@@ -20,7 +21,7 @@ from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import OWN, Spot, code_of
 from olmodebug.state import keeper
-from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import Recording, record
 
 FD_TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path that is cut changes the slope by its whole share

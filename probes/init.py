@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmodebug.explain import place_of, source_lines
+from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
@@ -15,7 +16,7 @@ from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import Spot
-from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.births import Build, watch_build
 from olmodebug.weights import RESIDUAL, Weight, shared_std, weights_of
 

@@ -11,13 +11,14 @@ from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
 from olmodebug.footprint.blocks import blocks_of
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference, Where
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
-from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.subject import Subject
 from olmodebug.switches import TRAINED_SCORE, attention_twins, checkpointing_twin, score_growth, with_grown_scores
 from olmodebug.tracing.attends import Attends, attentions
 from olmodebug.tracing.tracer import record

@@ -15,14 +15,16 @@ from olmodebug.deep_copies import functions_left_behind
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.members import attribute_place, equal, not_saved, parameter, shared, tie_place, why_not_saved
+from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.rebuilt import CannotBuild, materialised, rebuilt
 from olmodebug.records import Case, Difference, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.settings import config_of
 from olmodebug.sources import Spot
-from olmodebug.subject import Subject, config_of, quiet
+from olmodebug.subject import Subject
 from olmodebug.switches import set_dropout
 
 FEW_ROUNDINGS = 8

@@ -9,13 +9,15 @@ from olmodebug.compare import difference
 from olmodebug.convention import find_logits
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Event
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.settings import attention_choices
 from olmodebug.sources import Spot
-from olmodebug.subject import Subject, attention_choices, own_code, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import record
 
 # Long enough that a state which doubles with every token leaves float32; 256 such steps leave float64 too.
@@ -45,7 +47,7 @@ def finite(subject: Subject) -> Iterator[Finding]:
     """
     short = subject.sizes()
     long = min(LONG, subject.usable_positions or LONG)
-    for name, (batch, seq) in [*((name, short) for name in [None, *attention_choices(subject)]), (None, (1, long))]:
+    for name, (batch, seq) in [*((name, short) for name in [None, *attention_choices(subject.model)]), (None, (1, long))]:
         twin = subject.twin(dtype=subject.dtype, attention=name)
         case = Case(name="random tokens", input_ids=twin.token_ids(batch, seq, seed=32))
         try:

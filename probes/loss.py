@@ -12,13 +12,14 @@ from torch import Tensor
 from olmodebug.compare import difference, roundings_limit
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Rows
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
-from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import Recording, record
 
 IGNORED = -100

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmodebug.explain import place_of, source_lines
+from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Event
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
-from olmodebug.subject import Subject, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import Recording, record
 
 SETTINGS = ("hidden_act", "activation_function", "hidden_activation", "activation", "act_fn", "mlp_hidden_act")

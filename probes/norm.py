@@ -10,12 +10,13 @@ from olmodebug.compare import difference, roundings_limit
 from olmodebug.convention import first_embedding
 from olmodebug.explain import place_of, source_lines
 from olmodebug.footprint.blocks import blocks_of, final_norm, hidden_of, silence_branches
+from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
-from olmodebug.subject import Subject, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.dims import WIDTH_NAMES
 from olmodebug.tracing.lookup import embedding_table
 from olmodebug.tracing.norms import (

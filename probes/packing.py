@@ -10,6 +10,7 @@ from torch import Tensor
 
 from olmodebug.compare import difference
 from olmodebug.explain import source_lines
+from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case
 from olmodebug.relations.diagnose import Diagnosis, diagnose
@@ -18,7 +19,7 @@ from olmodebug.relations.relation import Part, localise, model_sizes
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import random_state_kept, set_seed
-from olmodebug.subject import Subject, quiet
+from olmodebug.subject import Subject
 
 # What a forward calls the argument that says which document a token belongs to, [batch, seq_len].
 DOCUMENT_NAMES = ("document_ids", "doc_ids", "segment_ids", "sequence_ids", "seq_idx", "seq_ids", "packed_ids")

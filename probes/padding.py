@@ -9,6 +9,7 @@ import torch
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Rows, Where
 from olmodebug.relations.diagnose import Diagnosis, is_fused_attention, mask_added_as_number, mask_operand_edits
@@ -18,7 +19,7 @@ from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import random_state_kept, set_seed, settled
 from olmodebug.sources import Spot, code_of
-from olmodebug.subject import Subject, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import Recording, record
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import crash, limit_of, run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
-from olmodebug.subject import Subject, quiet, rows_before_the_first_position
+from olmodebug.subject import Subject, rows_before_the_first_position
 from olmodebug.tracing.tracer import Recording, record
 
 # A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.

@@ -11,13 +11,14 @@ from torch.overrides import TorchFunctionMode
 from olmodebug.casts import cast
 from olmodebug.explain import source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Event
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
-from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import Recording, record
 
 LOW = ("bfloat16", "float16")

@@ -10,6 +10,7 @@ from torch import Tensor
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import limit_of, run
@@ -17,7 +18,7 @@ from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.state import keeper
-from olmodebug.subject import Subject, own_code, quiet
+from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import record
 
 # Of what rounding can make in a forward, the share that is let pass: a table made for a longer sequence may be the same

@@ -18,8 +18,9 @@ from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import crash, run
 from olmodebug.relations.repair import Found, expressions
 from olmodebug.report import Finding
+from olmodebug.settings import VOCAB_NAMES
 from olmodebug.sources import OWN, Spot, code_of
-from olmodebug.subject import VOCAB_NAMES, Subject
+from olmodebug.subject import Subject
 
 SHOWN = 8
 # Settings by which a configuration says that it pads its vocabulary.

@@ -32,10 +32,10 @@ def examine(model: Any, config: Any, *, spec: str, expression: str | None = None
 
     from olmodebug.examine import run_probe
     from olmodebug.explain import explain
+    from olmodebug.first_run import from_model
     from olmodebug.load import SubjectCodeError
     from olmodebug.probe import select, shipped_probes
     from olmodebug.report import plain
-    from olmodebug.subject import from_model
 
     torch.set_num_threads(1)
     started, busy = time.perf_counter(), time.process_time()

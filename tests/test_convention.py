@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from olmodebug.caches import keeps_its_cache
 from olmodebug.convention import (
     CACHE_NAMES,
     IDS_NAMES,
@@ -23,8 +24,8 @@ from olmodebug.convention import (
 )
 from olmodebug.errors import SubjectError
 from olmodebug.examine import run_probe
+from olmodebug.first_run import from_model
 from olmodebug.probe import select, shipped_probes
-from olmodebug.subject import from_model
 
 LOGITS, LOSS = torch.zeros(2, 5, 7), torch.tensor(1.5)
 
@@ -258,7 +259,7 @@ class Strict(nn.Module):
 
 def test_a_cache_that_wants_more_than_can_be_guessed_is_left_alone() -> None:
     subject = from_model(Strict())
-    assert (subject.convention.places, subject.keeps_its_cache, subject.model.cache) == (None, False, None)
+    assert (subject.convention.places, keeps_its_cache(subject), subject.model.cache) == (None, False, None)
     assert subject.assumptions[-1].endswith("(ValueError: a mask must be given beside a cache)")
 
 
@@ -286,7 +287,7 @@ class Emptied(nn.Module):
 def test_a_cache_that_only_has_a_method_to_empty_it_is_the_models_own() -> None:
     torch.manual_seed(0)
     subject = from_model(Emptied())
-    assert subject.keeps_its_cache
+    assert keeps_its_cache(subject)
     assert run_probe(next(iter(select(shipped_probes(), "matches-full-forward"))), subject).outcome.status == "passed"
 
 

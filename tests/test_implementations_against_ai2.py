@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from olmodebug.first_run import from_model
 from olmodebug.implementations.comparison import compare
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
-from olmodebug.subject import from_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 

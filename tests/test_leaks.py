@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from olmodebug.api import check
+from olmodebug.first_run import from_model
 from olmodebug.relations.leaks import Leaks, leaks
 from olmodebug.render.layout import console
 from olmodebug.render.leaks import leaks_view
 from olmodebug.report import from_json, plain
-from olmodebug.subject import from_model
 
 
 class Peek(nn.Module):

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import olmodebug
 from olmodebug.examine import run_probe
+from olmodebug.first_run import from_model
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import Probe, not_applicable, shipped_probes
 from olmodebug.records import Where
 from olmodebug.report import Finding, Report, SourceLine, root_groups
-from olmodebug.subject import Subject, from_model
+from olmodebug.subject import Subject
 
 CLEAN = Path(__file__).parent / "mutants" / "clean"
 PROBES = {probe.name: probe for probe in shipped_probes()}

@@ -8,6 +8,7 @@ from torch import nn
 
 import olmodebug
 from olmodebug.errors import UsageError
+from olmodebug.first_run import from_model
 from olmodebug.footprint.allocator import AllocatorSettings
 from olmodebug.footprint.dry_run import Prepared, token_ids, trace_fake
 from olmodebug.footprint.estimate import estimate
@@ -17,7 +18,6 @@ from olmodebug.footprint.training_step import StepPlan, make_optimizer, step
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
 from olmodebug.spec import Job
-from olmodebug.subject import from_model
 
 MIB = 1 << 20
 PLAN = StepPlan(batch_size=64, seq_len=64)

@@ -5,7 +5,7 @@ import torch
 from olmodebug.probes.device import made_where_the_inputs_are
 from torch import nn
 
-from olmodebug.subject import from_model
+from olmodebug.first_run import from_model
 from tests.mutants.catalog import CLEAN, MUTANTS
 from tests.scoreboard import findings_on, judge
 

@@ -9,8 +9,8 @@ import torch
 from olmodebug.probes.kernels import checkpointing_agrees, compile_agrees, embeddings_as_input_agree
 from torch import nn
 
+from olmodebug.first_run import from_model
 from olmodebug.spec import Job, resolve
-from olmodebug.subject import from_model
 from olmodebug.switches import attention_twins
 from olmodebug.tracing.tracer import record
 from tests.mutants.catalog import CLEAN, MUTANTS

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from olmodebug.examine import run_probe
+from olmodebug.first_run import from_model
 from olmodebug.probe import select, shipped_probes
 from olmodebug.spec import Job, resolve
-from olmodebug.subject import from_model
 from tests.mutants.catalog import CLEAN, MUTANTS
 from tests.scoreboard import findings_on, judge
 

@@ -5,7 +5,7 @@ import importlib
 import torch
 from torch import Tensor, nn
 
-from olmodebug.subject import from_model
+from olmodebug.first_run import from_model
 
 structure = importlib.import_module("olmodebug.probes.structure")
 

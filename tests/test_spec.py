@@ -12,10 +12,10 @@ from torch import nn
 
 from olmodebug.errors import SubjectError
 from olmodebug.examine import build
+from olmodebug.first_run import from_model
 from olmodebug.model import Olmo
 from olmodebug.report import Finding
 from olmodebug.spec import Job, resolve
-from olmodebug.subject import from_model
 
 MODEL = """
     import torch

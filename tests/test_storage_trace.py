@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from olmodebug.first_run import from_model
 from olmodebug.footprint.confirm import real_subject
 from olmodebug.footprint.dry_run import Prepared, trace_fake, trace_real, trace_steps
 from olmodebug.footprint.estimate import estimate, peak_of
@@ -14,7 +15,6 @@ from olmodebug.footprint.gpus import GPUS
 from olmodebug.footprint.storage_trace import ACTIVATIONS, AUTOCAST, GRADIENTS, KV_CACHE, LOGITS, OPTIMIZER_STATE, PARAMETERS
 from olmodebug.footprint.training_step import StepPlan, make_optimizer, step
 from olmodebug.spec import Job
-from olmodebug.subject import from_model
 
 TINY = {"batch_size": 3, "seq_len": 17}
 

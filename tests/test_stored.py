@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from olmodebug.examine import Result, run_probe
+from olmodebug.first_run import from_model
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import Probe, select, shipped_probes
 from olmodebug.relations.pair import Pair
 from olmodebug.relations.stored import broken_by
 from olmodebug.replaying import replay_probe
-from olmodebug.subject import Subject, from_model
+from olmodebug.subject import Subject
 
 
 class Model(nn.Module):

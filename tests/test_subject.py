@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from olmodebug.errors import SubjectError
 from olmodebug.examine import run_probe
+from olmodebug.first_run import from_model
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
 from olmodebug.probe import shipped_probes
 from olmodebug.records import Case
-from olmodebug.subject import Subject, attention_choices, from_model
+from olmodebug.settings import attention_choices
+from olmodebug.subject import Subject
 
 
 class Tiny(nn.Module):
@@ -132,8 +134,8 @@ def test_a_model_that_runs_in_its_own_dtype_only_is_checked_in_that_and_says_so(
 
 def test_a_class_of_its_attention_is_offered_and_switched() -> None:
     subject = from_model(Olmo(preset("olmo2-tiny")))
-    assert attention_choices(from_model(Tiny())) == []
-    if choices := attention_choices(subject):
+    assert attention_choices(Tiny()) == []
+    if choices := attention_choices(subject.model):
         assert set(choices) == {"eager", "sdpa"}
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import olmodebug
 from olmodebug.examine import Result, run_probe
+from olmodebug.first_run import from_model
 from olmodebug.probe import shipped_probes
-from olmodebug.subject import Subject, from_model
+from olmodebug.subject import Subject
 from olmodebug.tiny import build_tiny
 from tests.mutants.catalog import MUTANTS
 from tests.scoreboard import judge

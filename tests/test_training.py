@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from olmodebug.errors import UsageError
+from olmodebug.first_run import from_model
 from olmodebug.spec import Job, resolve
-from olmodebug.subject import Subject, from_model
+from olmodebug.subject import Subject
 from olmodebug.training.checkpoint import load_state
 from olmodebug.training.child import _sized
 from olmodebug.training.dataset import Dataset, open_dataset

@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..compare import difference, roundings_limit
 from ..explain import place_of
+from ..own_code import quiet
 from ..records import Case, Event, Where
 from ..settle import settled
 from ..sources import Spot, code_of
-from ..subject import Subject, quiet
+from ..subject import Subject
 from ..tracing.tracer import record
 from .bound import LAMBDA, ROUNDOFF, SMALLEST, deviation
 from .judge import Judgement, agree

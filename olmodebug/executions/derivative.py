@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..explain import place_of
+from ..own_code import quiet
 from ..records import Case, Where
 from ..sources import Spot
-from ..subject import Subject, quiet
+from ..subject import Subject
 from .lift import calls_of
 
 STEP = 2.0**-17  # of the direction: the quotient errs by its square, about 1e-10, and float64 by 1e-16 over it

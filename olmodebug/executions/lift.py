@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..compare import difference, roundings_limit
+from ..own_code import quiet
 from ..records import Case, Difference, Event, Where
 from ..settle import settled
-from ..subject import Subject, quiet
+from ..subject import Subject
 from ..tracing.recording import Recording
 from ..tracing.tracer import record
 

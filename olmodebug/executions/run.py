@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..casts import cast
 from ..errors import SubjectError
+from ..own_code import quiet
 from ..records import Event, ModuleCall
 from ..report import plain
+from ..settings import set_attention
 from ..settle import settled
-from ..subject import Subject, quiet, set_attention
+from ..subject import Subject
 from ..tracing.copies import digest
 from ..tracing.recording import Moment
 from ..tracing.tracer import record

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..first_run import from_model
 from ..spec import Job
-from ..subject import from_model
 from .allocator import settings_from
 from .dry_run import Prepared, default_length, trace_fake
 from .estimate import estimate

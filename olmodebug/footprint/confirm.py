@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..casts import cast
+from ..own_code import quiet
 from ..spec import SHRINK_ABOVE, Job, resolve
-from ..subject import Subject, quiet
+from ..subject import Subject
 from .dry_run import Prepared, trace_fake, trace_real
 from .estimate import peak_of
 from .oom import explain_out_of_memory, is_out_of_memory

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..own_code import quiet
 from ..spec import Job
-from ..subject import Subject, quiet
+from ..subject import Subject
 from .cuda_policy import cuda_policies, no_packed_sequences, values_unread
 from .fake_model import fake_copy, fake_mode, fake_subject
 from .gpus import Gpu

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..convention import find_logits
-from ..subject import Subject, quiet
+from ..own_code import quiet
+from ..subject import Subject
 from .training_step import StepPlan, call_arguments, checkpointed, make_optimizer, run, step
 
 TEXT = (

@@ -20,11 +20,12 @@ from ..convention import Convention
 from ..explain import Explanation, explain_run, operands
 from ..group import COLLECTIVE_NAMESPACES
 from ..load import SubjectCodeError
+from ..own_code import quiet
 from ..records import Case, Where
 from ..relations.repair import Edit
 from ..report import Finding, Scalar
 from ..sources import OWN, Sources, Spot, short_path, traceback_frames
-from ..subject import Subject, quiet
+from ..subject import Subject
 from ..tracing.tracer import Recording, record
 from . import place
 from .excerpts import lines_at

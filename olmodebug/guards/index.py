@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..records import TensorInfo
 from ..relations.repair import expressions
 from ..report import Finding, Scalar
+from ..settings import VOCAB_NAMES
 from ..sources import short_path
-from ..subject import VOCAB_NAMES
 from ..tracing.dims import WIDTH_NAMES
 from .excerpts import lines_at
 from .place import Place

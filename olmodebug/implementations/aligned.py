@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..compare import difference, roundings_limit
 from ..errors import SubjectError
+from ..own_code import own_code, quiet
 from ..records import Case, Difference
 from ..settle import settled
-from ..subject import BATCH_SIZES, SEQ_LENS, Subject, own_code, quiet
+from ..subject import BATCH_SIZES, SEQ_LENS, Subject
 from ..tracing.tracer import record
 from .anchors import Graph, anchor, first_bad, graph_of
 from .mapping import Layout, choices, fit, in_pairs, layout_of

@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..compare import difference, roundings_limit
 from ..convention import is_scalar_loss
+from ..own_code import own_code, quiet
 from ..records import Difference, Rows
 from ..settle import settled
 from ..sources import Sources, Spot
-from ..subject import own_code, quiet
 from .aligned import Aligned, Side
 
 # Below this share of the largest gradient a gradient is what rounding leaves of nothing, such as that of a key's bias.

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ..subject import CONTEXT_NAMES, Subject
+from ..settings import CONTEXT_NAMES
+from ..subject import Subject
 from .mapping import Layout, layout_of
 
 # A field of transformers' configs -> the names that other code has for it; what is taken over is what both have.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SubjectError, UsageError
-from ..subject import HEAD_NAMES, Subject
+from ..settings import HEAD_NAMES
+from ..subject import Subject
 
 KEY_VALUE_HEAD_NAMES = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "n_query_groups", "kv_n_heads", "n_head_kv")
 

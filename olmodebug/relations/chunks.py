@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caches import keeps_its_cache, makes_new_caches, new_cache
 from ..compare import difference
 from ..deep_copies import deep_copy
+from ..own_code import quiet
 from ..records import Case, Event, Where
 from ..settle import random_state_kept, set_seed
 from ..sources import Sources, Spot, short_path
-from ..subject import Subject, quiet
+from ..subject import Subject
 from ..tracing.tracer import Kept, KeptCall, Recording, record
 
 MOST_TRIALS = 24
@@ -100,13 +102,13 @@ def run_chunks(twin: Subject, case: Case, chunks: list[Chunk]) -> tuple[list[Ten
     """
     cache: Any = None
     found: list[Tensor] = []
-    if twin.keeps_its_cache:
-        twin.new_cache(case.batch_size, case.seq_len)
-        if twin.convention.start is not None and not twin.makes_new_caches:
+    if keeps_its_cache(twin):
+        new_cache(twin, case.batch_size, case.seq_len)
+        if twin.convention.start is not None and not makes_new_caches(twin):
             _soil(twin, case)
     for chunk in chunks:
         output = call_chunk(twin, case, chunk, cache)
-        if output.cache is None and not twin.keeps_its_cache:
+        if output.cache is None and not keeps_its_cache(twin):
             raise NoCache
         cache = output.cache
         found.append(output.logits)

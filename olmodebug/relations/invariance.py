@@ -14,10 +14,12 @@ from ..compare import difference, roundings_limit
 from ..double import KeepDouble
 from ..explain import explain_run, source_lines
 from ..load import SubjectCodeError
+from ..own_code import own_code, quiet
 from ..records import Case, Difference
 from ..report import Severity
+from ..settings import attention_choices
 from ..settle import random_state_kept, set_seed, settled
-from ..subject import Subject, attention_choices, own_code, quiet
+from ..subject import Subject
 from ..tracing.tracer import record
 from .cases import Sizes, sizes, smallest_breaking
 from .diagnose import Diagnosis, diagnose
@@ -69,7 +71,7 @@ def settings_of(subject: Subject, *, train: bool = True, dtype: torch.dtype = to
     yield "", subject.twin(dtype=dtype)
     if train:
         yield "train mode", subject.twin(dtype=dtype, training=True)
-    for name in attention_choices(subject):
+    for name in attention_choices(subject.model):
         yield f"{name} attention", subject.twin(dtype=dtype, attention=name)
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..compare import difference
+from ..own_code import own_code, quiet
 from ..records import Case
 from ..settle import random_state_kept, set_seed
-from ..subject import Subject, own_code, quiet
+from ..subject import Subject
 from ..tracing.tracer import KeptCall, Recording, record
 from .invariance import run
 from .relation import Part, model_sizes

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..compare import difference
+from ..own_code import own_code
 from ..records import Case, Difference
 from ..report import case_from, plain
 from ..settle import settled
-from ..subject import Subject, own_code
+from ..subject import Subject
 from .chunks import NoCache, pieces, run_chunks
 from .invariance import run
 from .pair import twin_record

@@ -1,6 +1,7 @@
 """Sizes as the names of dimensions: `(B=3, heads=4, T=11, T=11)`."""
 
-from ..subject import HEAD_NAMES, VOCAB_NAMES, Subject
+from ..settings import HEAD_NAMES, VOCAB_NAMES
+from ..subject import Subject
 
 WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "n_embed", "embed", "model_dim")
 KV_HEAD_NAMES = ("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads")

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..own_code import own_code, quiet
 from ..records import Case, Where
 from ..relations.diagnose import is_fused_attention
 from ..settle import random_state_kept, set_seed
 from ..sources import Spot
-from ..subject import Subject, own_code, quiet
+from ..subject import Subject
 from .products import product_at
 from .tracer import Recording, record
 

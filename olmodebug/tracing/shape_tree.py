@@ -16,9 +16,11 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode  # no public name; without them such subjects are built whole
 
 from ..errors import SubjectError
+from ..first_run import from_model
+from ..own_code import own_code, quiet
 from ..records import Case, ModuleCall, ModuleShape, ShapeTree, TensorInfo
 from ..spec import Job, bare_model, resolve
-from ..subject import Subject, from_model, own_code, quiet
+from ..subject import Subject
 from ..units import bytes_text
 from .size_names import Namer, head_merges, sizes_of
 from .tracer import Recording, record

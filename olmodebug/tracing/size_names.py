@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..convention import first_embedding
 from ..records import Event, TensorInfo
-from ..subject import HEAD_NAMES, VOCAB_NAMES, Subject
+from ..settings import HEAD_NAMES, VOCAB_NAMES
+from ..subject import Subject
 from .dims import KV_HEAD_NAMES, MLP_NAMES, WIDTH_NAMES
 from .tracer import Recording
 

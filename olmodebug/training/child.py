@@ -360,9 +360,10 @@ def _checkpoint(tell: Tell, subject: Any, dataset: Any, folder: Path) -> None:
     """Save, load as transformers does, and compare the logits bit for bit but for rounding."""
     import torch
 
+    from ..first_run import from_model
+    from ..own_code import quiet
     from ..report import Finding, plain
     from ..settle import settled
-    from ..subject import from_model, quiet
     from .checkpoint import save_checkpoint
 
     subject.model.eval()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..convention import ids_tensor
+from ..own_code import quiet
 from ..records import Case
 from ..settle import settled
-from ..subject import Subject, quiet
+from ..subject import Subject
 
 
 class _Reached(BaseException):  # noqa: N818 - no Exception: a subject's own `except Exception` must let it pass

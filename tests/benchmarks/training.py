@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 
+from olmodebug.first_run import from_model
 from olmodebug.presets import preset
-from olmodebug.subject import from_model
 from olmodebug.training.checkpoint import hugging_face_config
 from olmodebug.training.head import find_head
 from olmodebug.training.loop import LossOf
