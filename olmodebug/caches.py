@@ -26,7 +26,7 @@ TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def keeps_its_cache(subject: "Subject") -> bool:
-    """Whether the model keeps keys and values itsubject, and is told where new tokens stand or when a new sequence starts."""
+    """Whether the model keeps keys and values itself, and is told where new tokens stand or when a new sequence starts."""
     form = subject.convention
     counts = form.use_cache is not None and form.cache is None and method_of(subject.model, RESET_NAMES) is not None
     return form.start is not None or (form.places is not None and makes_new_caches(subject)) or counts
@@ -38,7 +38,7 @@ def makes_new_caches(subject: "Subject") -> bool:
 
 
 def new_cache(subject: "Subject", batch_size: int, length: int) -> None:
-    """Have a model that keeps its cache itsubject make a fresh one, or forget the last one, where it has a method for that."""
+    """Have a model that keeps its cache itself make a fresh one, or forget the last one, where it has a method for that."""
     setup, reset = method_of(subject.model, SETUP_NAMES), method_of(subject.model, RESET_NAMES)
     if reset is not None:
         try:

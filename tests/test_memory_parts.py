@@ -9,7 +9,7 @@ from olmodebug.errors import UsageError
 from olmodebug.footprint.device_memory import device_memory
 from olmodebug.footprint.estimate import estimate, on_device
 from olmodebug.footprint.gpus import GPUS, bytes_from, gpu_named
-from olmodebug.footprint.history import Predicted, aligned, peak_of_history
+from olmodebug.footprint.history import Predicted, aligned
 from olmodebug.footprint.oom import explain_out_of_memory, is_out_of_memory, reason_of, requested_bytes
 from olmodebug.footprint.peak_owner import owner
 from olmodebug.footprint.scratch import scratch_blocks
@@ -195,11 +195,6 @@ def test_an_allocation_without_frames_is_named_by_what_was_predicted_before_it()
     found = aligned(predicted(512, 1024, 2048, 4096, 512, 7168, 9216), [{**bare, "size": size} for size in sizes])
     assert found["unpredicted"] == [{"bytes": 7168, "count": 1, "place": "after op2 of model, forward"}]
     assert found["missing"] == [{"bytes": 9216, "count": 1, "place": "op6 of model, forward"}]
-
-
-def test_the_peak_of_a_history_counts_frees_when_they_complete() -> None:
-    free = {"action": "free_requested", "size": 10}
-    assert peak_of_history([entry(10, 1), free, entry(5, 1), {"action": "free_completed", "size": 10}, entry(7, 1)]) == 15
 
 
 def test_a_request_is_read_from_torch_s_own_words() -> None:

@@ -4,7 +4,6 @@ The right side carries the judgement of its own ops, each on its own inputs; the
 against. Drift of the free run is reported, and never used to find a place.
 """
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -374,17 +373,6 @@ def corresponding_ops(left: Sequence[Op], right: Sequence[Op], *, whole_modules:
                 found += list(zip(a, b, strict=True))
     order = {id(op): i for i, op in enumerate(right)}
     return sorted(found, key=lambda pair: order[id(pair[1])])
-
-
-def paired_ops(left: Sequence[Op], right: Sequence[Op]) -> Iterator[tuple[Op, Op]]:
-    """Ops of two runs that correspond: of one kind, in one module, in the order of both runs."""
-    keys_a, keys_b = ([(op["op"], op["module"], op["phase"]) for op in side] for side in (left, right))
-    if keys_a == keys_b:
-        yield from zip(left, right, strict=True)
-        return
-    for block in difflib.SequenceMatcher(a=keys_a, b=keys_b, autojunk=False).get_matching_blocks():
-        for i in range(block.size):
-            yield left[block.a + i], right[block.b + i]
 
 
 def argument_differences(a: Op, b: Op, same_dtype: bool) -> Iterator[dict[str, Any]]:

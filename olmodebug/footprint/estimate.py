@@ -106,18 +106,6 @@ def peak_of(allocations: Sequence[Allocation], events: Sequence[int], *, without
     return most
 
 
-def simulate(trace: StorageTrace, gpu: Gpu, settings: AllocatorSettings, *, capacity_bytes: int | None = None) -> CachingAllocator:
-    """The allocator after a trace; OutOfMemory where a capacity is given and cannot hold it."""
-    allocations, events = on_device(trace, gpu)
-    allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
-    for event in events:
-        if event >= 0:
-            allocator.malloc(event, allocations[event].bytes)
-        else:
-            allocator.free(~event)
-    return allocator
-
-
 def by_category(live: Sequence[Allocation]) -> tuple[Share, ...]:
     """Bytes of each category, in the categories' own order, none left out that holds any."""
     sums = Counter[str]()

@@ -101,15 +101,3 @@ def place_of(frames: Sequence[Mapping[str, Any]], *, after: str = "") -> str:
     if chosen is None:
         return f"after {after}" if after else "not recorded"
     return f"{short_path(chosen['filename'])}:{chosen['line']} {chosen['name']}"
-
-
-def peak_of_history(device_trace: Sequence[Mapping[str, Any]]) -> int:
-    """The most bytes that the recorded events had allocated at once, beyond what was there when recording began."""
-    now = most = 0
-    for entry in device_trace:
-        if entry["action"] == "alloc":
-            now += int(entry["size"])
-            most = max(most, now)
-        elif entry["action"] == "free_completed":
-            now -= int(entry["size"])
-    return most

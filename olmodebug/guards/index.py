@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..records import TensorInfo
 from ..relations.repair import expressions
@@ -315,8 +315,3 @@ def built_at(table: Tensor, origin: Any) -> str | None:
     """`model.py:7` where the table's memory was first written; None where that was not seen."""
     spot = origin(table) if origin is not None else None
     return f"{short_path(spot.file)}:{spot.line}" if spot is not None else None
-
-
-def is_module_table(table: Tensor, model: nn.Module) -> bool:
-    """Whether a tensor is a parameter or buffer of a model."""
-    return any(_same_memory(t, table) for t in itertools.chain(model.parameters(), model.buffers()))

@@ -139,20 +139,6 @@ class Layout:
                     piece.write(tensors, weights[slot])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pairing:
-    """Two layouts that fill the same slots, and what was settled by value."""
-
-    left: Layout
-    right: Layout
-    pairs_on: str | None = None  # the side, "left" or "right", whose q and k rows stand in interleaved order
-    by_value: tuple[str, ...] = ()
-
-    def lines(self) -> list[dict[str, str]]:
-        """One line a slot, for the report."""
-        return [{"slot": slot, "subject": str(self.left.slots[slot]), "reference": str(self.right.slots[slot])} for slot in self.left.slots]
-
-
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 

@@ -591,13 +591,6 @@ def mask_added_as_number(recording: Recording) -> tuple[int, Kept] | None:
     return None
 
 
-def unmasked_softmax_edits(culprit: Culprit) -> tuple[Edit, ...]:
-    """The edit that masks the later keys in front of the culprit's softmax."""
-    tree = expressions(culprit.spot)
-    call = call_of(tree, culprit, ("softmax",))
-    return mask_scores(tree, call) if tree and call else ()
-
-
 def mask_operand_edits(culprit: Culprit) -> tuple[Edit, ...]:
     """The edit that turns an added 0/1 mask into an additive one of shape [batch, 1, 1, seq_len]."""
     tree = expressions(culprit.spot)

@@ -19,8 +19,6 @@ from torch.utils._pytree import tree_flatten
 
 from ..sources import OWN, Sources, Spot
 
-FACTORIES = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Birth:

@@ -162,12 +162,11 @@ def _must_fit(subject: Any, dataset: Any) -> None:
 
 
 def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe: Any, dtype: str, head: Any, started: float) -> None:
-    from ..group import lost_a_peer
-    from ..load import SubjectCodeError
     from ..report import plain
     from ..spec import Job, resolve
+    from .checkpoint import STATE
     from .diagnose_step import diagnose
-    from .head import as_case, find_head
+    from .head import find_head
     from .loop import Options, StepFailed, train
     from .world import gathered, join_world, leave_world
 
@@ -206,19 +205,7 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
     try:
         ending = train(subject, dataset, recipe, options, tell)
     except StepFailed as failed:
-        cause = failed.__cause__
-        assert cause is not None
-        if world.size > 1 and lost_a_peer(cause):
-            tell("raised", text=f"lost another rank in step {failed.step + 1}: {_first_line(cause).partition('. ')[0]}", lost_a_peer=True)
-            return
-        if _out_of_memory(cause):
-            tell("failed", finding=plain(_memory_finding(failed, cause, subject)), stopped="out of memory")
-            _raised(tell, failed, cause)
-            return
-        error = SubjectCodeError("training step", subject=subject, case=as_case(failed.batch[:2]))
-        error.__cause__ = cause
-        tell("failed", finding=plain(_raising(error, f"step {failed.step + 1}")), stopped="raised")
-        _raised(tell, failed, cause)
+        _step_failed(tell, failed, subject, ranks=world.size)
         return
     ended = _ended(ending, subject, head, recipe, dtype)
     if world.size == 1:
@@ -234,8 +221,8 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
         head = find_head(subject)
     if ending.stopped in ("nan", "overflow"):
         tell("start", step="train.finite")
-        if (folder / "resume.pt").is_file():
-            tell("said", text=f"the last state with finite weights is kept in {folder / 'resume.pt'}")
+        if (state := folder / STATE).is_file():
+            tell("said", text=f"the last state with finite weights is kept in {state}")
         assert ending.batch is not None
         diagnosis = diagnose(subject, ending.batch, ending.steps, dtype, reason=ending.stopped)
         tell("failed", finding=plain(diagnosis), stopped=ending.stopped)
@@ -247,6 +234,27 @@ def _train(order: dict[str, Any], tell: Tell, subject: Any, dataset: Any, recipe
     sample("after")
     tell("start", step="train.checkpoint")
     _checkpoint(tell, subject, dataset, folder / "checkpoint")
+
+
+def _step_failed(tell: Tell, failed: Any, subject: Any, *, ranks: int) -> None:
+    """Tell why a step was not taken: another rank is lost, the memory does not suffice, or what the subject raised."""
+    from ..group import lost_a_peer
+    from ..load import SubjectCodeError
+    from ..report import plain
+    from .head import as_case
+
+    cause = failed.__cause__
+    assert cause is not None
+    if ranks > 1 and lost_a_peer(cause):
+        tell("raised", text=f"lost another rank in step {failed.step + 1}: {_first_line(cause).partition('. ')[0]}", lost_a_peer=True)
+        return
+    if _out_of_memory(cause):
+        tell("failed", finding=plain(_memory_finding(failed, cause, subject)), stopped="out of memory")
+    else:
+        error = SubjectCodeError("training step", subject=subject, case=as_case(failed.batch[:2]))
+        error.__cause__ = cause
+        tell("failed", finding=plain(_raising(error, f"step {failed.step + 1}")), stopped="raised")
+    _raised(tell, failed, cause)
 
 
 def _raised(tell: Tell, failed: Any, cause: BaseException) -> None:

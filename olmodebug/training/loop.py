@@ -23,7 +23,7 @@ from ..convention import find_logits
 from ..errors import UsageError
 from ..model import at_least_float32
 from ..subject import Subject
-from .checkpoint import load_state, save_state
+from .checkpoint import STATE, load_state, save_state
 from .dataset import Dataset
 from .head import Head, find_head, run_on
 from .loss import linear_cross_entropy
@@ -277,7 +277,7 @@ def _save(
     if not options.world.leads:
         return
     save_state(
-        options.folder / "resume.pt",
+        options.folder / STATE,
         {
             "step": step,
             "seconds": seconds,
@@ -303,7 +303,7 @@ def _resumed(
     """The step to go on from and the seconds used before; (0, 0) for a fresh run."""
     if not options.resume:
         return 0, 0.0
-    state = load_state(options.folder / "resume.pt")
+    state = load_state(options.folder / STATE)
     for name, asked in (("recipe", recipe.to_dict()), ("dtype", options.dtype), ("seed", options.seed)):
         if state[name] != asked:
             raise UsageError(f"--resume: the run was begun with another {name} ({_difference(state[name], asked)})")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import json
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmodebug.executions.compare import argument_differences, corresponding_ops, paired_ops
+from olmodebug.executions.compare import argument_differences, corresponding_ops
 from olmodebug.executions.derivative import underived
 from olmodebug.executions.judge import judge
 from olmodebug.executions.lift import departures
@@ -305,16 +306,27 @@ def _triples(left: Trace, right: Trace, exact: Trace) -> Iterator[tuple[dict[str
     """Outputs of corresponding ops: candidate, reference, float64 baseline."""
     if left.baseline is None:
         position = {id(op): i for i, op in enumerate(exact.ops)}
-        left.baseline = {id(a): position[id(b)] for a, b in paired_ops(left.ops, exact.ops)}
+        left.baseline = {id(a): position[id(b)] for a, b in _paired(left.ops, exact.ops)}
     baseline = left.baseline
     of_left = {id(op): i for i, op in enumerate(left.ops)}
     of_right = {id(op): i for i, op in enumerate(right.ops)}
-    for a, b in paired_ops(_as_long(left.ops, right.ops), right.ops):
+    for a, b in _paired(_as_long(left.ops, right.ops), right.ops):
         if id(a) not in baseline:
             continue
         tensors = right.outputs[of_right[id(b)]], left.outputs[of_left[id(a)]], exact.outputs[baseline[id(a)]]
         if all(tensors) and tensors[0][0].shape == tensors[1][0].shape == tensors[2][0].shape:
             yield b, tensors[0][0], tensors[1][0], tensors[2][0]
+
+
+def _paired(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Ops of two runs that correspond: of one kind, in one module, in the order of both runs."""
+    keys_a, keys_b = ([(op["op"], op["module"], op["phase"]) for op in side] for side in (left, right))
+    if keys_a == keys_b:
+        yield from zip(left, right, strict=True)
+        return
+    for block in difflib.SequenceMatcher(a=keys_a, b=keys_b, autojunk=False).get_matching_blocks():
+        for i in range(block.size):
+            yield left[block.a + i], right[block.b + i]
 
 
 def _as_long(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> list[dict[str, Any]]:
