@@ -1,8 +1,12 @@
 """Two implementations in float64, each module on the other's inputs: every place where they part, and no other."""
 
 import copy
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from olmodebug.executions.backward_alone import script_of_backward
 from olmodebug.executions.derivative import underived
-from olmodebug.executions.lift import departures
+from olmodebug.executions.lift import calls_of, departures
 from olmodebug.model import OlmoMLP
 from olmodebug.records import Case
 from olmodebug.spec import Job, resolve
@@ -112,3 +117,45 @@ def test_a_backward_that_is_no_derivative_is_found_without_any_reference(referen
     assert [(item.module, item.function) for item in wrong] == [("model.layers.1.mlp", "WrongGate")]
     assert wrong[0].where.function == "WrongGate.backward"
     assert underived(changed(reference, mlp(CustomRight)), case_of(reference)) == []
+
+
+def shown(script: str | None) -> dict[str, float]:
+    """What a script of a backward alone prints, by name: the largest difference as a share."""
+    done = subprocess.run([sys.executable, "-I", str(script)], capture_output=True, text=True, check=True)
+    rows = [re.split(" largest difference | of ", line) for line in done.stdout.splitlines()]
+    return {name: float(gap) / float(size) for name, gap, size in rows}
+
+
+def test_a_wrong_backward_carries_a_script_that_shows_it(reference: Subject, tmp_path: Path) -> None:
+    (wrong,) = underived(changed(reference, mlp(Custom)), case_of(reference), scripts=tmp_path)
+    (cut,) = departures(reference, changed(reference, mlp(Detached)), case_of(reference), scripts=tmp_path)
+    for script, least in ((wrong.script, 0.01), (cut.script, 0.99)):
+        gaps = shown(script)
+        assert gaps["gate_proj.weight"] > least
+        assert max(gaps["up_proj.weight"], gaps["down_proj.weight"]) < 1e-12
+
+
+def test_no_script_where_a_module_gives_the_gradients_of_its_ops(reference: Subject, tmp_path: Path) -> None:
+    right = changed(reference, mlp(CustomRight))
+    call = calls_of(right, case_of(right))["model.layers.1.mlp", 0]
+    assert script_of_backward(right.model.get_submodule("model.layers.1.mlp"), "mlp", call.arguments, tmp_path) is None
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (8 * x).round() / 8
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Quantized(Custom):
+    gate = Rounded
+
+
+def test_no_script_of_a_quantizer_whose_forward_has_no_derivative(reference: Subject, tmp_path: Path) -> None:
+    quantized = changed(reference, mlp(Quantized))
+    call = calls_of(quantized, case_of(quantized))["model.layers.1.mlp", 0]
+    assert script_of_backward(quantized.model.get_submodule("model.layers.1.mlp"), "mlp", call.arguments, tmp_path) is None

@@ -90,6 +90,34 @@ def test_a_child_that_dies_is_a_finding_with_the_line(tmp_path: Path, action: st
     assert "Traceback" not in done.stderr
 
 
+WRONG_GATE = """
+class Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.nn.functional.silu(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.sigmoid(ctx.saved_tensors[0])
+"""
+
+
+@pytest.mark.slow
+def test_a_wrong_backward_carries_a_script_that_runs_alone(tmp_path: Path) -> None:
+    spec = failing(tmp_path, "return self.down_proj(Gate.apply(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))")
+    text = (tmp_path / "twin.py").read_text().replace("if hidden_states.shape[1] > 20", "if True")
+    (tmp_path / "twin.py").write_text(text + WRONG_GATE)
+    done = olmodebug(tmp_path, spec, "--dtype", "bfloat16", "--case", "long", "--once", "--json", "out.json")
+    assert done.returncode == 1, done.stderr
+    findings = json.loads((tmp_path / "out.json").read_text())["findings"]
+    (wrong,) = (f for f in findings if f["probe"] == "parity.derivative")
+    line = [sys.executable, "-I", str(tmp_path / wrong["evidence"]["script"])]
+    alone = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path.parent, check=True)
+    gap, size = next(row for row in alone.stdout.splitlines() if row.startswith("gate_proj.weight")).split()[3::2]
+    assert float(gap) > 0.01 * float(size)
+
+
 @pytest.mark.slow
 def test_bundles_are_kept_and_compared_later(tmp_path: Path) -> None:
     first = olmodebug(tmp_path, "olmo2-tiny", "--dtype", "bfloat16", "--case", "padded", "--once", "--keep")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,21 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import runpy
 runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+GATE = """
+
+class Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return nn.functional.gelu(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * torch.special.ndtr(x)  # without x times the density
 """
 
 
@@ -126,6 +142,15 @@ def test_a_revision_or_attribute_that_is_wrong_is_exit_2(repository: Path) -> No
         assert "Traceback" not in done.stderr
 
 
+def ran_without_olmodebug(script: str, folder: Path) -> list[str]:
+    """What a script prints in a fresh interpreter that has no olmodebug."""
+    (folder / "without.py").write_text(WITHOUT)
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    line = [sys.executable, "-I", str(folder / "without.py"), script]
+    return subprocess.run(line, capture_output=True, text=True, cwd=elsewhere, check=True).stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -141,15 +166,32 @@ def test_a_finding_carries_a_script_that_shows_it_without_olmodebug(old: str, ne
     sides = [subject_of(tmp_path / f"{name}.py", "build") for name in ("wrong", "right")]
     script = str(compare(*sides, scripts=tmp_path / "scripts").findings[0].evidence["script"])
     assert len(Path(script).read_text().splitlines()) <= 13
-    (tmp_path / "without.py").write_text(WITHOUT)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    line = [sys.executable, "-I", str(tmp_path / "without.py"), script]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=elsewhere, check=True)
-    place, inputs, gap = done.stdout.splitlines()
+    place, inputs, gap = ran_without_olmodebug(script, tmp_path)
     assert f"{tmp_path}" in place or "wrong.py" in place
     assert not inputs.startswith("inputs that are equal: 0")
     assert float(gap.split()[2]) > 1e-3 * float(gap.split()[4])
+
+
+@pytest.mark.parametrize(
+    ("base", "edit", "parts"),
+    [
+        ("hf_style", (".mean(-1, keepdim=True)", ".mean(-1, keepdim=True).detach()"), "input 0"),
+        pytest.param("nanogpt_style", ("y = att @ v  #", "y = att.detach() @ v  #"), "c_attn.weight", marks=pytest.mark.slow),
+        pytest.param("nanogpt_style", ("x = self.gelu(x)\n", "x = Gate.apply(x)\n"), "c_fc.weight", marks=pytest.mark.slow),
+    ],
+    ids=["variance detached", "attention weights detached", "a backward of its own"],
+)
+def test_a_finding_on_gradients_carries_a_script_of_the_backward_alone(
+    base: str, edit: tuple[str, str], parts: str, tmp_path: Path
+) -> None:
+    text = (CLEAN / f"{base}.py").read_text()
+    assert text.count(edit[0]) == 1
+    (tmp_path / "wrong.py").write_text(text.replace(*edit) + GATE)
+    sides = [subject_of(path, "build") for path in (tmp_path / "wrong.py", CLEAN / f"{base}.py")]
+    finding = next(f for f in compare(*sides, scripts=tmp_path / "scripts").findings if f.probe == "parity.gradients")
+    lines = ran_without_olmodebug(str(finding.evidence["script"]), tmp_path)
+    gaps = {name: float(gap) / float(size) for name, gap, size in (re.split(" largest difference | of ", line) for line in lines)}
+    assert gaps[parts] > 1e-2
 
 
 def test_slices_of_a_fused_projection_can_be_stated(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def check_parity(order: ParityOrder, run: Run, progress: Progress) -> Report:
                         folder = home / f"{len(made)}-{str(side.execution).replace(',', '-').replace(':', '')}.bundle"
                         other = left.job if side is right and left.job["spec"] != right.job["spec"] else None
                         made[key], told = _one(
-                            order, side, weights, judged, folder, ticks, other, derive=judged and i == 0, forking=forking
+                            order, side, weights, judged, folder, ticks, other, derive=judged and i == 0, scripts=scripts, forking=forking
                         )
                         found += told.findings
                         departed = told.departures or []
@@ -201,6 +201,7 @@ def _one(
     other: Mapping[str, Any] | None,
     *,
     derive: bool,
+    scripts: Path | None,
     forking: Forks,
 ) -> tuple[Bundle | None, _Told]:
     """Run one side in a child; its bundle, or None with the finding that says why there is none."""
@@ -222,6 +223,7 @@ def _one(
         "bundle": str(folder),
         "budget_bytes": order.budget_bytes,
         "derivative": derive,
+        "scripts": str(scripts) if scripts is not None else None,
         "reference": dict(other) if other is not None else None,
         "command": order.command,
     }
@@ -272,7 +274,7 @@ def _departed(items: list[dict[str, Any]]) -> list[Finding]:
                 fix="make this line do what the left side does",
                 expected="equal results in float64",
                 observed=f"off by {item['gap']:.3g}" if item["gap"] is not None else None,
-                evidence={"phase": item["kind"], "modules that part": len(items)},
+                evidence={"phase": item["kind"], "modules that part": len(items), **({"script": item["script"]} if item["script"] else {})},
             )
         )
     return found
@@ -296,7 +298,7 @@ def _underived(items: list[dict[str, Any]]) -> list[Finding]:
             fix="derive it again, or let autograd do it; torch.autograd.gradcheck compares the two",
             expected=f"{item['numeric']:.6g} along one direction, by a difference quotient in float64",
             observed=f"{item['analytic']:.6g} by its backward",
-            evidence={"modules": len(group)},
+            evidence={"modules": len(group), **({"script": item["script"]} if item["script"] else {})},
         )
         found.append(finding)
     return found

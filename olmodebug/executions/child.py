@@ -50,10 +50,12 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     try:
         if message["derivative"]:
             tell("start", step="derivative")
-            tell("underived", values=None if (wrong := _underived(subject)) is None else [plain(item) for item in wrong])
+            tell(
+                "underived", values=None if (wrong := _underived(subject, message["scripts"])) is None else [plain(item) for item in wrong]
+            )
         if message["reference"] is not None:
             tell("start", step="module by module in float64")
-            tell("departures", values=_departures(message["reference"], message["job"]))
+            tell("departures", values=_departures(message["reference"], message["job"], message["scripts"]))
         run_parity(subject, execution, cases, writer, tell=tell, options=options, weights=message["weights"])
         writer.close()
     except BundleError as error:
@@ -108,7 +110,7 @@ def _uncompilable(error: Exception, backend: str) -> Any:
     )
 
 
-def _underived(subject: Any) -> list[Any] | None:
+def _underived(subject: Any, scripts: str | None) -> list[Any] | None:
     """Custom backwards that are not the derivative of their forward, asked of a float64 copy of a model that is small enough;
     None where there can be no such copy."""
     from ..records import Case
@@ -121,10 +123,11 @@ def _underived(subject: Any) -> list[Any] | None:
     if str(twin.dtype) != "torch.float64":
         return None
     batch, length = twin.sizes()
-    return underived(twin, Case(name="a batch", input_ids=twin.token_ids(batch, length, seed=13)))
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, length, seed=13))
+    return underived(twin, case, scripts=Path(scripts) if scripts else None)
 
 
-def _departures(reference: dict[str, Any], own: dict[str, Any]) -> list[dict[str, Any]] | None:
+def _departures(reference: dict[str, Any], own: dict[str, Any], scripts: str | None) -> list[dict[str, Any]] | None:
     """Modules that do not compute what the other subject's module of that name computes, both in float64; None where that
     cannot be asked: too large, or no module shares its name."""
     from ..records import Case
@@ -138,9 +141,16 @@ def _departures(reference: dict[str, Any], own: dict[str, Any]) -> list[dict[str
         return None
     batch, length = right.sizes()
     case = Case(name="a batch", input_ids=right.token_ids(batch, length, seed=13))
-    found = departures(left.fresh_twin(), right.fresh_twin(), case)
+    found = departures(left.fresh_twin(), right.fresh_twin(), case, scripts=Path(scripts) if scripts else None)
     return [
-        {"module": d.module, "kind": d.kind, "where": plain(d.where), "what": d.what, "gap": min(d.gap.max_abs, 1e300) if d.gap else None}
+        {
+            "module": d.module,
+            "kind": d.kind,
+            "where": plain(d.where),
+            "what": d.what,
+            "gap": min(d.gap.max_abs, 1e300) if d.gap else None,
+            "script": d.script,
+        }
         for d in found
     ]
 

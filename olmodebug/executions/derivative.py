@@ -5,6 +5,7 @@ direction, the directional derivative of each module that runs such a function i
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..own_code import quiet
 from ..records import Case, Where
 from ..sources import Spot
 from ..subject import Subject
+from .backward_alone import script_of_backward
 from .lift import calls_of
 
 STEP = 2.0**-17  # of the direction: the quotient errs by its square, about 1e-10, and float64 by 1e-16 over it
@@ -32,10 +34,12 @@ class Underived:
     where: Where
     analytic: float
     numeric: float
+    script: str | None = None
 
 
-def underived(subject: Subject, case: Case) -> list[Underived]:
-    """The custom autograd functions of a float64 subject whose backward is not their forward's derivative, by module."""
+def underived(subject: Subject, case: Case, *, scripts: Path | None = None) -> list[Underived]:
+    """The custom autograd functions of a float64 subject whose backward is not their forward's derivative, by module; with a
+    folder for them, the first module of each function carries a script that shows it."""
     found: list[Underived] = []
     modules = dict(subject.model.named_modules())
     for (name, number), call in calls_of(subject, case).items():  # inner calls end first
@@ -51,7 +55,9 @@ def underived(subject: Subject, case: Case) -> list[Underived]:
             kind = functions[0]
             code = kind.backward.__code__
             where = place_of(Spot(code, 0, code.co_firstlineno), module=name)
-            found.append(Underived(module=name, function=kind.__qualname__, where=where, analytic=analytic, numeric=numeric))
+            fresh = all(item.function != kind.__qualname__ for item in found)
+            script = script_of_backward(modules[name], name, call.arguments, scripts) if fresh else None
+            found.append(Underived(module=name, function=kind.__qualname__, where=where, analytic=analytic, numeric=numeric, script=script))
     return found
 
 

@@ -7,7 +7,8 @@ In float64 a broken rule stays and rounding is gone: what vanishes here was a ma
 
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +22,20 @@ from ..settle import settled
 from ..subject import Subject
 from ..tracing.recording import Recording
 from ..tracing.tracer import record
+from .backward_alone import script_of_backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Departure:
-    """A module whose own lines do not compute what the reference's do: `kind` is `forward` or `backward`."""
+    """A module whose own lines do not compute what the reference's do: `kind` is `forward` or `backward`; `script` shows a
+    backward alone."""
 
     module: str
     kind: str
     where: Where
     gap: Difference | None
     what: str
+    script: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,7 +49,9 @@ class _Call:
 Calls = dict[tuple[str, int], _Call]
 
 
-def departures(reference: Subject, candidate: Subject, case: Case, *, backward: bool = True) -> list[Departure]:
+def departures(
+    reference: Subject, candidate: Subject, case: Case, *, backward: bool = True, scripts: Path | None = None
+) -> list[Departure]:
     """Every module of the candidate that departs from the reference's of that name, forward first, in the order of the run."""
     with settled(reference.model, seed=0), settled(candidate.model, seed=0), quiet(), torch.no_grad():
         calls, left = _recorded(reference, case)
@@ -59,7 +65,18 @@ def departures(reference: Subject, candidate: Subject, case: Case, *, backward: 
             places.append(Departure(module=module, kind="forward", where=where, gap=gap, what=what))
     if backward and not places:
         places += _backward(reference.model, candidate.model, calls, max(limit, 1e-9))
+    if places and places[0].kind == "backward":
+        places[0] = replace(places[0], script=_script(reference, candidate, places[0].module, calls, scripts))
     return places
+
+
+def _script(reference: Subject, candidate: Subject, module: str, calls: Calls, scripts: Path | None) -> str | None:
+    """A script that shows the backward of a module alone, of the side that it shows to be wrong."""
+    for subject, name in ((candidate, module), (reference, f"{module} of the left side")):
+        found = script_of_backward(subject.model.get_submodule(module), name, calls[module, 0].arguments, scripts)
+        if found is not None:
+            return found
+    return None
 
 
 def calls_of(subject: Subject, case: Case) -> Calls:

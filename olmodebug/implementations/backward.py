@@ -1,8 +1,9 @@
 """Loss and gradients of two implementations that give the same logits, parameter by parameter."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from torch.overrides import TorchFunctionMode
 
 from ..compare import difference, roundings_limit
 from ..convention import is_scalar_loss
+from ..executions.backward_alone import script_of_backward
+from ..executions.lift import calls_of
 from ..own_code import own_code, quiet
 from ..records import Difference, Rows
 from ..settle import settled
 from ..sources import Sources, Spot
 from .aligned import Aligned, Side
+from .anchors import Graph
+from .wiring import weights_read
 
 # Below this share of the largest gradient a gradient is what rounding leaves of nothing, such as that of a key's bias.
 NOTHING = 0.01
@@ -49,7 +54,7 @@ def gradient_gap(aligned: Aligned) -> GradientGap:
         own=_strange_loss(aligned),
         compared=len(theirs[1]),
         largest=largest,
-        differing=dict(reversed(differing.items())),
+        differing={slot: differing[slot] for slot in _last_read_first(aligned, differing)},
     )
     if differing:
         let_through = _LetThrough(Sources(aligned.left.subject.model))
@@ -58,6 +63,40 @@ def gradient_gap(aligned: Aligned) -> GradientGap:
             gap.cause = "a detach or a .data cuts the gradient that the reference lets through; with it let through, all gradients agree"
             gap.spot = let_through.spot
     return gap
+
+
+def _last_read_first(aligned: Aligned, slots: Iterable[str]) -> list[str]:
+    places = _first_reads(aligned.graphs()[0], aligned.left)
+    return sorted(slots, key=lambda slot: places.get(slot, -1), reverse=True)
+
+
+def _first_reads(graph: Graph, side: Side) -> dict[str, int]:
+    """The event that reads each weight first: the gradient of one that is read again, as a tied head, may differ from there on."""
+    return {slot: graph.nodes[i].event for i, slot in reversed(weights_read(graph, side.layout))}
+
+
+def script_of_gradients(aligned: Aligned, gradients: GradientGap, folder: Path | None) -> str | None:
+    """A script that shows the backward of one module alone: of the innermost around the fault whose gradients are not those
+    that autograd gives its ops, in the subject or else in the reference; its path."""
+    for side, graph in zip((aligned.left, aligned.right), aligned.graphs(), strict=True):
+        needs = side.subject.convention.logits_need_labels
+        calls = calls_of(side.subject, aligned.case if needs else replace(aligned.case, labels=None)) if folder is not None else {}
+        for name in _around_fault(graph, side, set(gradients.differing)):
+            call = calls.get((name, 0))
+            title = name if side is aligned.left else f"{name} of the reference"
+            script = script_of_backward(side.subject.model.get_submodule(name), title, call.arguments, folder) if call else None
+            if script is not None:
+                return script
+    return None
+
+
+def _around_fault(graph: Graph, side: Side, differing: set[str]) -> list[str]:
+    """Modules that run between the last weight whose gradient differs and the next one, whose gradient does not; the inner first."""
+    reads = _first_reads(graph, side)
+    start = max((event for slot, event in reads.items() if slot in differing), default=0)
+    end = min((event for event in reads.values() if event > start), default=len(graph.recording.events))
+    calls = [c for c in graph.recording.calls if c.module and c.first_event <= end and c.last_event >= start]
+    return list(dict.fromkeys(c.module for c in sorted(calls, key=lambda c: c.last_event - c.first_event)))
 
 
 def _run(aligned: Aligned, side: Side, mode: "_LetThrough | None" = None) -> tuple[Tensor, dict[str, Tensor | None]]:

@@ -25,7 +25,7 @@ from ..subject import Subject
 from .aligned import Aligned, Side, align
 from .alone import script_of, script_of_ops
 from .anchors import Graph, first_bad, last_leading, positions_first
-from .backward import GradientGap, NoGradients, gradient_gap
+from .backward import GradientGap, NoGradients, gradient_gap, script_of_gradients
 from .captured import ON_TENSORS, Parting, differing_eps, eps_cause
 from .casts import cast_order
 from .factors import ON_FACTORS
@@ -78,7 +78,7 @@ def compare(
         findings += _argument_findings(aligned, scripts)
         try:
             gradients = gradient_gap(aligned)
-            findings += _gradient_findings(aligned, gradients, findings)
+            findings += _gradient_findings(aligned, gradients, findings, scripts)
         except NoGradients as error:
             unasked = str(error)
     probes = (WEIGHTS, OUTPUTS) + ((ARGUMENTS,) if gap is None else ()) + ((GRADIENTS,) if gradients is not None else ())
@@ -323,7 +323,7 @@ def _head_module(side: Side) -> str:
     return piece.parameter.rpartition(".")[0] if piece else ""
 
 
-def _gradient_findings(aligned: Aligned, gradients: GradientGap, so_far: list[Finding]) -> list[Finding]:
+def _gradient_findings(aligned: Aligned, gradients: GradientGap, so_far: list[Finding], scripts: Path | None) -> list[Finding]:
     found = []
     if gradients.own is not None:
         found.append(
@@ -342,6 +342,7 @@ def _gradient_findings(aligned: Aligned, gradients: GradientGap, so_far: list[Fi
         names = [aligned.left.layout.slots[s].parameter for s in slots]
         shown = ", ".join(dict.fromkeys(names[:3])) + (f" and {len(set(names)) - 3} more" if len(set(names)) > 3 else "")
         worst = gradients.differing[slots[0]]
+        script = script_of_gradients(aligned, gradients, scripts)
         found.append(
             Finding(
                 probe=GRADIENTS,
@@ -356,6 +357,7 @@ def _gradient_findings(aligned: Aligned, gradients: GradientGap, so_far: list[Fi
                     "differing": len(slots),
                     "compared": gradients.compared,
                     **({"cause": "gradient stopped"} if gradients.cause else {}),
+                    **({"script": script} if script else {}),
                 },
                 case=aligned.case,
             )
