@@ -28,6 +28,7 @@ VARIABLES = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_HIP_ALLOC_CONF",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
 )
 
 GPUS_SHOWN = 8  # a line each: `olmodebug env` is for an issue's first screen

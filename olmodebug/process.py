@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .forks import REFUSED, Forked, Forks, python_path
+from .forks import REFUSED, Forked, Forks, child_environment
 from .records import Where
 
 SECONDS_TO_LOAD = 120.0  # torch and the probes, before the subject's own time begins; cold disks are slow
@@ -120,7 +120,7 @@ def _fresh(child: Child, write: int, output: int) -> "subprocess.Popen[bytes]":
         stderr=output,
         pass_fds=(write,),
         start_new_session=True,
-        env={**os.environ, **child.environment, "PYTHONPATH": python_path()},
+        env={**child_environment(), **child.environment},
     )
 
 

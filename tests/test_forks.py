@@ -39,6 +39,14 @@ def test_children_are_forks_of_one_process_that_has_the_imports_and_one_thread(t
     assert "CUDA_LAUNCH_BLOCKING" not in os.environ
 
 
+def test_threads_of_children_sleep_while_they_wait_unless_it_is_said_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with forks() as server:
+        assert [run(tmp_path, each, "tell")[1]["waits"] for each in (server, None)] == ["PASSIVE", "PASSIVE"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert run(tmp_path, None, "tell")[1]["waits"] == "ACTIVE"
+
+
 def test_a_fork_that_dies_or_hangs_takes_no_other_along(tmp_path: Path) -> None:
     with forks() as server:
         died = run(tmp_path, server, "abort")[0]

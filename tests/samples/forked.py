@@ -20,8 +20,8 @@ def run(message: dict[str, Any], tell: Tell) -> None:
         os._exit(119)
     parent = os.getppid()
     threads = len(list(Path(f"/proc/{parent}/task").iterdir()))
-    variable = os.environ.get("CUDA_LAUNCH_BLOCKING")
-    tell("told", forked=forked, torch="torch" in sys.modules, parent=parent, threads=threads, variable=variable)
+    variable, waits = os.environ.get("CUDA_LAUNCH_BLOCKING"), os.environ.get("OMP_WAIT_POLICY")
+    tell("told", forked=forked, torch="torch" in sys.modules, parent=parent, threads=threads, variable=variable, waits=waits)
 
 
 if __name__ == "__main__":
