@@ -130,7 +130,7 @@ def align(left: Subject, right: Subject, *, stated: Mapping[str, str] | None = N
         if len(ways) == 1:
             return found
         place = first_bad(found.graphs()[0])
-        reached.append((place[0] if place else len(found.graphs()[0].nodes), -number, found))
+        reached.append((len(found.graphs()[0].nodes) if place is None else place, -number, found))
     reached.sort(key=lambda item: item[:2], reverse=True)
     kept = reached[0][2]
     kept.others = [found for _, _, found in reached[1:]]

@@ -34,6 +34,12 @@ class Columns:
     scale: float
     positioned: bool
 
+    def times(self, factor: float) -> "Columns":
+        """Those of the tensor times a factor above 0."""
+        return Columns(
+            projection=self.projection * factor, matrix=self.matrix * factor, scale=self.scale * factor, positioned=self.positioned
+        )
+
 
 @dataclass(slots=True, kw_only=True)
 class Node:
@@ -72,6 +78,10 @@ class Graph:
 
     def made_by(self, index: int) -> list[int]:
         return self.by_output.get(index, [])
+
+    def columns_of(self, tensor: Tensor) -> Columns | None:
+        """The columns of a tensor that is made of this run's, as those of its nodes."""
+        return columns_of(tensor, batch=self.batch, seq=self.seq)
 
 
 def graph_of(recording: Recording, *, batch: int, seq: int, logits: Tensor | None = None) -> Graph:
@@ -173,7 +183,7 @@ def same(left: Columns, right: Columns, limit: float) -> bool:
     if left.positioned != right.positioned or left.matrix.shape != right.matrix.shape:
         return False
     allowed = limit * max(left.scale, right.scale)
-    if float((left.projection - right.projection).abs().max()) > 2 * allowed:
+    if float((left.projection - right.projection).abs().max()) > 2 * allowed:  # it is a mean under weights of at most 1.5
         return False
     return float((left.matrix - right.matrix).abs().max()) <= allowed
 
@@ -212,16 +222,16 @@ def _join(left: Graph, right: Graph, limit: float) -> None:
                 break
 
 
-def first_bad(graph: Graph) -> list[int]:
-    """Where this run leaves the other: nodes of the first op of the data's way that nothing anchored is made of any more."""
+def first_bad(graph: Graph) -> int | None:
+    """Where this run leaves the other: the first node of the data's way that nothing anchored is made of any more."""
     fine: list[bool] = []  # whole numbers have no anchor: they are as good as what they were made of
     for index, node in enumerate(graph.nodes):
         known = all(fine[source] or not graph.nodes[source].data for source in node.inputs)
         counts = node.tensor.is_floating_point() or node.tensor.is_complex()
         fine.append(node.good if counts else known)
         if node.data and node.leads and not node.good and counts and known and graph.event(index).op not in UNWRITTEN:
-            return [index]
-    return []
+            return index
+    return None
 
 
 def last_leading(graph: Graph) -> int:

@@ -16,7 +16,7 @@ from ..compare import difference
 from ..sources import Spot
 from ..tracing.norms import NormCall, norm_calls
 from .aligned import Aligned
-from .anchors import Columns, Graph, columns_of, same
+from .anchors import Columns, Graph, same
 from .hypotheses import Cause
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "no activation": lambda x: x,
 }
 NEAR = 40  # how many ops behind the parting a tensor may lie to be looked at
+BEFORE = 24  # tensors before it that are looked at: those of a norm or an activation written out in single ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,21 @@ class Parting:
             if node.data and not node.good and node.columns is not None:
                 yield index
 
+    def starts(self) -> Iterator[int]:
+        """Nodes of the left that both sides have, from which the step that parts starts, the nearest first; the same tensor once."""
+        queue, seen, told = [self.node], set[int](), set[int]()
+        while queue and len(seen) < BEFORE:
+            index = queue.pop(0)
+            if index in seen:
+                continue
+            seen.add(index)
+            node = self.left.nodes[index]
+            queue += node.inputs
+            fits = node.data and node.tensor.is_floating_point() and node.tensor.ndim >= 2
+            if fits and node.anchor is not None and node.anchor not in told:
+                told.add(node.anchor)
+                yield index
+
     def spot(self, index: int) -> Spot | None:
         return self.left.recording.spots[self.left.nodes[index].event]
 
@@ -63,15 +79,13 @@ class Parting:
 def activation(parting: Parting) -> Cause | None:
     """Another activation function."""
     left, right = parting.left, parting.right
-    found: dict[str, tuple[str, int]] = {}
     inputs = [i for i in left.nodes[parting.node].inputs if left.nodes[i].anchor is not None]
     for source in inputs:
         x = left.nodes[source].tensor.double()
-        given = _columns(left, x)
-        if given is None:
+        if left.columns_of(x) is None:
             continue
-        results = {name: _columns(left, rule(x)) for name, rule in ACTIVATIONS.items()}
-        found.clear()
+        results = {name: left.columns_of(rule(x)) for name, rule in ACTIVATIONS.items()}
+        found: dict[str, tuple[str, int]] = {}
         for side, graph, start in (("left", left, parting.node), ("right", right, parting.other)):
             for index in parting.near(graph, start):
                 held = graph.nodes[index].columns
@@ -95,10 +109,10 @@ def eps(parting: Parting) -> Cause | None:
     mine, theirs = norm_calls(parting.left.recording), norm_calls(parting.right.recording)
     if len(mine) != len(theirs):
         return None
-    for number, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+    for one, other in zip(mine, theirs, strict=True):
         if _equal_eps(one, other):
             continue
-        if one.width != other.width or not _near_parting(parting, one) or not _explained_by_eps(parting, number, other.eps):
+        if one.width != other.width or not _near_parting(parting, one) or not _explained_by_eps(parting, other.eps):
             return None
         return eps_cause(one, other, "with the reference's eps on the same captured input, the norm gives the reference's output")
     return None
@@ -135,40 +149,21 @@ def _near_parting(parting: Parting, call: NormCall) -> bool:
     return call.where.module == where.module and call.where.function == where.function
 
 
-def _explained_by_eps(parting: Parting, number: int, wanted: float) -> bool:
+def _explained_by_eps(parting: Parting, wanted: float) -> bool:
     """Whether the norm of the subject's own input with the reference's eps is a tensor of the reference."""
     left, right = parting.left, parting.right
-    sources = _inputs_of_norm(parting)
     outputs = [right.nodes[i].columns for i in parting.near(right, parting.other)]
-    for x in sources:
+    for x in (left.nodes[i].tensor.double() for i in parting.starts()):
         centred = x - x.mean(-1, keepdim=True)
         for value in (
             x * torch.rsqrt(x.square().mean(-1, keepdim=True) + wanted),
             centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + wanted),
         ):
             for weighted in _weighted(parting, value):
-                made = _columns(left, weighted)
+                made = left.columns_of(weighted)
                 if made is not None and any(held is not None and same(made, held, parting.limit) for held in outputs):
                     return True
     return False
-
-
-def _inputs_of_norm(parting: Parting) -> list[Tensor]:
-    """Tensors that both sides have, from which the parting's function starts."""
-    graph, queue = parting.left, [parting.node]
-    found: list[Tensor] = []
-    seen: set[int] = set()
-    while queue and len(seen) < 24:
-        index = queue.pop()
-        if index in seen:
-            continue
-        seen.add(index)
-        if graph.nodes[index].anchor is not None:
-            tensor = graph.nodes[index].tensor
-            if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[-1] > 1:
-                found.append(tensor.double())
-        queue += graph.nodes[index].inputs
-    return found
 
 
 def _weighted(parting: Parting, value: Tensor) -> Iterator[Tensor]:
@@ -182,42 +177,45 @@ def _weighted(parting: Parting, value: Tensor) -> Iterator[Tensor]:
 
 def softcap(parting: Parting) -> Cause | None:
     """A softcap that one side has and the other has not."""
-    for mine, theirs, start, other, words in (
-        (parting.left, parting.right, parting.node, parting.other, "misses a softcap that the reference has"),
-        (parting.right, parting.left, parting.other, parting.node, "has a softcap that the reference has not"),
+    left, right = parting.left, parting.right
+    for bare, capped, start, words in (
+        (left, right, parting.other, "misses a softcap that the reference has"),
+        (right, left, parting.node, "has a softcap that the reference has not"),
     ):
-        for index in parting.near(theirs, other):
-            if theirs.event(index).op != "tanh":
+        for index in parting.near(capped, start):
+            cap = _cap(capped, index, bare, parting.limit)
+            if cap is None:
                 continue
-            inside = theirs.recording.kept[theirs.nodes[index].event].inputs[0].double()
-            for raw in [
-                i
-                for i, n in enumerate(mine.nodes)
-                if n.data and n.columns is not None and n.columns.positioned and n.tensor.numel() == inside.numel()
-            ]:
-                held = mine.nodes[raw].columns
-                columns = _columns(theirs, inside)
-                assert held is not None
-                if columns is None or columns.matrix.shape != held.matrix.shape:
-                    continue
-                cap = held.scale / columns.scale
-                scaled = Columns(
-                    projection=columns.projection * cap,
-                    matrix=columns.matrix * cap,
-                    scale=columns.scale * cap,
-                    positioned=columns.positioned,
-                )
-                capped = _columns(theirs, cap * torch.tanh(inside))
-                if cap > 1 and same(scaled, held, parting.limit) and capped is not None and _is_there(theirs, capped, parting.limit):
-                    at = parting.node if start is not None and mine is parting.left else index
-                    return Cause(
-                        name="softcap",
-                        text=f"the subject {words}: {cap:.6g} * tanh(x / {cap:.6g}); applied to the captured tensor, it gives the other side's",
-                        fix="apply the softcap that the configuration states, on every path",
-                        spot=parting.spot(at),
-                        module=parting.left.event(at).where.module,
-                        evidence={"softcap": cap},
-                    )
+            at = index if capped is left else parting.node
+            return Cause(
+                name="softcap",
+                text=f"the subject {words}: {cap:.6g} * tanh(x / {cap:.6g}); applied to the captured tensor, it gives the other side's",
+                fix="apply the softcap that the configuration states, on every path",
+                spot=parting.spot(at),
+                module=left.event(at).where.module,
+                evidence={"softcap": cap},
+            )
+    return None
+
+
+def _cap(capped: Graph, index: int, bare: Graph, limit: float) -> float | None:
+    """The cap of a tanh, where what it is taken of is a tensor of the other run divided by the cap, and cap times the tanh is
+    there; None for any other op."""
+    if capped.event(index).op != "tanh":
+        return None
+    inside = capped.recording.kept[capped.nodes[index].event].inputs[0].double()
+    columns = capped.columns_of(inside)
+    for node in bare.nodes if columns is not None else ():
+        held = node.columns
+        if held is None or not node.data or not held.positioned or node.tensor.numel() != inside.numel():
+            continue
+        assert columns is not None
+        cap = held.scale / columns.scale
+        if cap <= 1 or not same(columns.times(cap), held, limit):
+            continue
+        made = capped.columns_of(cap * torch.tanh(inside))
+        if made is not None and _is_there(capped, made, limit):
+            return cap
     return None
 
 
@@ -278,10 +276,6 @@ def _words(seen: Tensor) -> str:
         return f"{ahead} keys ahead of itself" if ahead else "keys ahead of itself"
     window = _window(seen)
     return f"the last {window} keys" if window else "all keys up to itself"
-
-
-def _columns(graph: Graph, tensor: Tensor) -> Columns | None:
-    return columns_of(tensor, batch=graph.batch, seq=graph.seq)
 
 
 ON_TENSORS: dict[str, Callable[[Parting], Cause | None]] = {

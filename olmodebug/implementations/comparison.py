@@ -116,10 +116,8 @@ def _verdict(aligned: Aligned, gap: Difference, cause: Cause | None, tried: list
 
 def _parting(aligned: Aligned) -> Parting:
     left, right = aligned.graphs()
-    mine, theirs = first_bad(left), first_bad(right)
-    return Parting(
-        aligned=aligned, left=left, right=right, node=mine[0] if mine else last_leading(left), other=theirs[0] if theirs else None
-    )
+    mine = first_bad(left)
+    return Parting(aligned=aligned, left=left, right=right, node=last_leading(left) if mine is None else mine, other=first_bad(right))
 
 
 def _on_weights(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | None]]]:

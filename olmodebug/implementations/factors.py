@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from .aligned import traced
-from .anchors import Columns, Graph, anchor, first_bad, same
+from .anchors import Graph, anchor, first_bad, same
 from .captured import NEAR, Parting
 from .hypotheses import Cause
 from .repaired import repeated
@@ -44,9 +44,9 @@ def _next(parting: Parting, undone: dict[int, float]) -> tuple[Parting | None, d
             return None, factors, (group[0], ratio)
         if moved[0] is None:
             anchor(graph, parting.right, parting.limit)
-            mine, theirs = first_bad(graph), first_bad(parting.right)
-            if mine and mine[0] > parting.node:
-                later = Parting(aligned=aligned, left=graph, right=parting.right, node=mine[0], other=theirs[0] if theirs else None)
+            mine = first_bad(graph)
+            if mine is not None and mine > parting.node:
+                later = Parting(aligned=aligned, left=graph, right=parting.right, node=mine, other=first_bad(parting.right))
                 moved = (later, factors, (group[0], ratio))
     if moved[0] is not None:
         anchor(moved[0].left, parting.right, parting.limit)
@@ -116,8 +116,7 @@ def _ratio(left: Graph, index: int, right: Graph, other: int, limit: float) -> f
     ratio = mine.scale / theirs.scale
     if abs(ratio - 1) < 10 * limit:
         return None
-    scaled = Columns(projection=mine.projection / ratio, matrix=mine.matrix / ratio, scale=theirs.scale, positioned=mine.positioned)
-    return ratio if same(scaled, theirs, limit) else None
+    return ratio if same(mine.times(1 / ratio), theirs, limit) else None
 
 
 def _cause(parting: Parting, found: list[tuple[int, float]]) -> Cause:

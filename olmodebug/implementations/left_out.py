@@ -58,7 +58,8 @@ def layer_order(aligned: Aligned) -> Cause | None:
         changed[slot] = other if layer in taken and other is not None else tensor
     if aligned.gap(aligned.left_logits, aligned.run_right(changed)) is not None:
         return None
-    spot, module = caller(left, left.nodes[place[0] if (place := first_bad(left)) else last_leading(left)].event)
+    place = first_bad(left)
+    spot, module = caller(left, left.nodes[last_leading(left) if place is None else place].event)
     return Cause(
         name="layer order",
         text=f"the layers run in the order {' '.join(mine)} where the reference runs {' '.join(theirs)}; with its layers' weights in that order the reference gives the same logits",

@@ -1,13 +1,13 @@
 """What a norm computes where two implementations part: by which number it divides, and how it uses its weight."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..tracing.norms import norm_calls
-from .anchors import Columns, Graph, columns_of, same
+from .anchors import Columns, Graph, same
 from .captured import Parting
 from .hypotheses import Cause
 from .repaired import vanishes
@@ -68,7 +68,7 @@ def norm_rule(parting: Parting) -> Cause | None:
         return None
     eps = {c.eps for c in norm_calls(right.recording)}
     vectors = _vectors_next(parting)
-    for source in _starts(parting):
+    for source in parting.starts():
         x = left.nodes[source].tensor
         theirs = _found(parting, right, parting.other, x, vectors, eps)
         mine = _found(parting, left, parting.node, x, vectors, eps | COMMON_EPS) if theirs is not None else None
@@ -108,21 +108,6 @@ def _cause(parting: Parting, mine: NormRule, theirs: NormRule, node: int) -> Cau
     )
 
 
-def _starts(parting: Parting) -> Iterator[int]:
-    """Tensors that both sides have, from which the step that parts starts, the nearest first; the same one once."""
-    graph, queue, seen, told = parting.left, [parting.node], set[int](), set[int]()
-    while queue and len(seen) < 24:
-        index = queue.pop(0)
-        if index in seen:
-            continue
-        seen.add(index)
-        node = graph.nodes[index]
-        queue += node.inputs
-        if node.anchor is not None and node.anchor not in told and node.data and node.tensor.is_floating_point() and node.tensor.ndim >= 2:
-            told.add(node.anchor)
-            yield index
-
-
 def _found(
     parting: Parting, graph: Graph, start: int | None, x: Tensor, vectors: dict[str, Tensor], candidates: set[float]
 ) -> tuple[NormRule, int] | None:
@@ -131,7 +116,7 @@ def _found(
     if not near or x.shape[-1] < 2:
         return None
     rules = [NormRule(division=d, use=u, eps=e) for d in DIVISIONS for u in USES for e in sorted(candidates)]
-    made = [(rule, columns_of(rule(x, vectors), batch=graph.batch, seq=graph.seq)) for rule in rules]
+    made = [(rule, graph.columns_of(rule(x, vectors))) for rule in rules]
     found: list[tuple[NormRule, int]] = []
     for index in near:
         held = graph.nodes[index].columns

@@ -1,13 +1,13 @@
 """How tokens find their experts where two implementations part: what is made of a router's logits."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .anchors import Graph, columns_of, same
+from .anchors import Graph, same
 from .captured import Parting
 from .hypotheses import Cause
 from .repaired import vanishes
@@ -36,34 +36,33 @@ class Routing:
 def routing(parting: Parting) -> Cause | None:
     """Weights of the chosen experts that are made by another rule."""
     left, right = parting.left, parting.right
-    for source in _routers(parting):
-        logits = left.nodes[source].tensor
-        for chosen in range(2, logits.shape[-1]):
-            mine, theirs = (_found(graph, logits, chosen, parting.limit) for graph in (left, right))
-            if mine is None or theirs is None or mine[0] == theirs[0]:
-                continue
-            if vanishes(parting, source, mine[1], theirs[0]):
-                return Cause(
-                    name="routing",
-                    text=f"the weights of the {chosen} chosen experts are {mine[0]}, the reference's are {theirs[0]}; with the reference's rule in place, the logits agree",
-                    fix=f"weigh the experts with {theirs[0]}",
-                    spot=parting.spot(mine[1]),
-                    module=left.event(mine[1]).where.module,
-                    op=left.event(mine[1]).op,
-                )
+    source = _router(parting)
+    if source is None:
+        return None
+    logits = left.nodes[source].tensor
+    for chosen in range(2, logits.shape[-1]):
+        mine, theirs = (_found(graph, logits, chosen, parting.limit) for graph in (left, right))
+        if mine is None or theirs is None or mine[0] == theirs[0]:
+            continue
+        if vanishes(parting, source, mine[1], theirs[0]):
+            return Cause(
+                name="routing",
+                text=f"the weights of the {chosen} chosen experts are {mine[0]}, the reference's are {theirs[0]}; with the reference's rule in place, the logits agree",
+                fix=f"weigh the experts with {theirs[0]}",
+                spot=parting.spot(mine[1]),
+                module=left.event(mine[1]).where.module,
+                op=left.event(mine[1]).op,
+            )
     return None
 
 
-def _routers(parting: Parting) -> Iterator[int]:
-    """Logits of routers that both sides have, the last before the runs part first."""
+def _router(parting: Parting) -> int | None:
+    """The logits of a router that both sides have, the last before the runs part."""
     weights = parting.aligned.weights
     experts = {part for slot in weights for part in slot.split(".") if re.fullmatch(r"expert\d+", part)}
     routers = {slot for slot, tensor in weights.items() if "expert" not in slot and tensor.ndim == 2 and tensor.shape[0] == len(experts)}
     uses = [i for i, slot in weights_read(parting.left, parting.aligned.left.layout) if slot in routers]
-    for index in reversed(uses):
-        if index <= parting.node and parting.left.nodes[index].anchor is not None:
-            yield index
-            return
+    return next((i for i in reversed(uses) if i <= parting.node and parting.left.nodes[i].anchor is not None), None)
 
 
 def _found(graph: Graph, logits: Tensor, chosen: int, limit: float) -> tuple[Routing, int] | None:
@@ -71,7 +70,7 @@ def _found(graph: Graph, logits: Tensor, chosen: int, limit: float) -> tuple[Rou
     for normed in (True, False):
         for score in SCORES:
             rule = Routing(score=score, chosen=chosen, normed=normed)
-            made = columns_of(rule(logits, {}), batch=graph.batch, seq=graph.seq)
+            made = graph.columns_of(rule(logits, {}))
             for index, node in enumerate(graph.nodes):
                 if made is not None and node.columns is not None and node.leads and same(made, node.columns, limit):
                     return rule, index

@@ -11,7 +11,7 @@ from ..settle import settled
 from ..tracing.norms import norm_calls
 from ..tracing.rotation import Angles, angle_tables
 from .aligned import Aligned, traced
-from .anchors import Graph, columns_of, positions_first, same
+from .anchors import Graph, positions_first, same
 from .captured import Parting
 from .hypotheses import Cause
 from .wiring import weights_read
@@ -187,7 +187,7 @@ def rotated_width(parting: Parting) -> Cause | None:
 
 def _holds(graph: Graph, value: Tensor, limit: float, *, leads: bool = False) -> bool:
     """Whether a tensor made of the tokens has these numbers, one that the logits are made of where `leads` is asked."""
-    columns = columns_of(value, batch=graph.batch, seq=graph.seq)
+    columns = graph.columns_of(value)
     nodes = [n for n in graph.nodes if n.data and (n.leads or not leads)]
     return columns is not None and any(n.columns is not None and same(columns, n.columns, limit) for n in nodes)
 
@@ -214,11 +214,7 @@ def norm_of_queries(parting: Parting) -> Cause | None:
     names: list[str] = []
     for graph in (left, right):
         held = [n.columns for n in graph.nodes if n.data and n.columns is not None]
-        fits = [
-            name
-            for name, value in results.items()
-            if (c := columns_of(value, batch=graph.batch, seq=graph.seq)) and any(same(c, h, parting.limit) for h in held)
-        ]
+        fits = [name for name, value in results.items() if (c := graph.columns_of(value)) and any(same(c, h, parting.limit) for h in held)]
         if not fits:
             return None
         names.append(fits[0])
@@ -303,12 +299,11 @@ def _projected(parting: Parting, graph: Graph, layer: str, kind: str) -> Iterato
 
 def _scored(graph: Graph, value: Tensor, limit: float) -> bool:
     """Whether a product of queries with keys reads this tensor, or a multiple of it."""
-    columns = columns_of(value, batch=graph.batch, seq=graph.seq)
+    columns = graph.columns_of(value)
     read = {source for i, node in enumerate(graph.nodes) if graph.event(i).op in SCORES for source in node.inputs}
     for held in (graph.nodes[source].columns for source in read):
         if columns is not None and held is not None and columns.matrix.shape == held.matrix.shape:
-            scaled = columns_of(value * (held.scale / columns.scale), batch=graph.batch, seq=graph.seq)
-            if scaled is not None and same(scaled, held, limit):
+            if same(columns.times(held.scale / columns.scale), held, limit):
                 return True
     return False
 

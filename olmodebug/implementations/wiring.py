@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..sources import Spot, code_of
 from .aligned import traced
 from .anchors import Graph, same
-from .captured import Parting, _columns
+from .captured import Parting
 from .hypotheses import Cause
 from .mapping import Layout
 from .repaired import repeated
@@ -50,7 +50,7 @@ def other_weight(parting: Parting) -> Cause | None:
     if left.shape[-1] != a.shape[0] or right.shape[-1] != b.shape[0]:
         return None
     bias_a, bias_b = _bias(parting, slot), _bias(parting, wanted)
-    one, two = _columns(parting.left, (left - bias_a) / a), _columns(parting.right, (right - bias_b) / b)
+    one, two = parting.left.columns_of((left - bias_a) / a), parting.right.columns_of((right - bias_b) / b)
     if one is None or two is None or not same(one, two, 100 * parting.limit / float(min(a.abs().min(), b.abs().min()))):
         return None
     if not _agrees_with_weight(parting, index, slot, wanted):
