@@ -13,7 +13,7 @@ from olmodebug.errors import ReportError
 from olmodebug.footprint.snapshot import read_snapshot, snapshot_section
 
 from .snapshots import MIB, snapshot, write
-from .test_memory_section import drawn
+from .test_memory_section import SAMPLE, drawn
 
 
 @pytest.fixture
@@ -40,9 +40,83 @@ def test_the_recorded_peak_counts_what_was_there_before(file: Path) -> None:
     assert body["peak"]["owner"] == "33 % of the recorded peak of 90.0 MiB is one block made at train.py:30 forward, 30.0 MiB"
 
 
+def test_the_recorded_peak_is_told_place_by_place(file: Path) -> None:
+    assert snapshot_section(file)["snapshot"]["peak_owners"] == [
+        {"place": "train.py:30 forward", "bytes": 30 * MIB, "count": 1},
+        {"place": "train.py:31 forward", "bytes": 20 * MIB, "count": 1},
+        {"place": "before the recording", "bytes": 40 * MIB, "count": 0},
+    ]
+
+
+def larger() -> dict:
+    """The other snapshot's run with 50 MiB where it had 30, in a segment of 52."""
+    body = snapshot()
+    body["segments"][1]["total_size"] = 52 * MIB
+    body["segments"][1]["blocks"][0]["size"] = 52 * MIB
+    for entry in body["device_traces"][0]:
+        entry["size"] = {30 * MIB: 50 * MIB, 32 * MIB: 52 * MIB}.get(entry["size"], entry["size"])
+    return body
+
+
+def compared(*names: str) -> dict:
+    assert main(["memory", *names, "--json", "both.json"]) == 0
+    body = json.loads(Path("both.json").read_text())
+    jsonschema.validate(body, json.loads((Path(olmodebug.__file__).parent / "report.schema.json").read_text()))
+    return body["sections"]["memory"]
+
+
+def test_two_snapshots_are_compared_place_by_place_at_their_peaks(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "larger.pickle", larger())
+    both = compared("snapshot.pickle", "larger.pickle")["comparison"]
+    assert {row["name"]: (row["left_bytes"] // MIB, row["right_bytes"] // MIB) for row in both["figures"]} == {
+        "tensors": (90, 110),
+        "reserved": (92, 112),
+        "tensors at the end": (60, 60),
+        "free in segments": (32, 52),
+        "largest free block": (32, 52),
+    }
+    assert both["by"] == "place, at the recorded peak"
+    assert both["categories"][0] == {"name": "train.py:30 forward", "left_bytes": 30 * MIB, "right_bytes": 50 * MIB}
+    assert [row["right_bytes"] - row["left_bytes"] for row in both["categories"][1:]] == [0, 0]
+
+
+def test_a_snapshot_without_history_is_compared_at_its_end(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "bare.pickle", {**larger(), "device_traces": [[]]})
+    both = compared("bare.pickle", "snapshot.pickle")["comparison"]
+    assert both["by"] == "place, at the end" and both["categories"][0]["name"] == "train.py:12 forward"
+    assert "tensors" not in {row["name"] for row in both["figures"]}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_snapshot_stands_beside_a_prediction_by_its_figures(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], turned: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prediction = json.loads(SAMPLE.read_text(encoding="utf-8"))["sections"]["memory"]["figures"]
+    sides = [("snapshot.pickle", 90 * MIB, 92 * MIB), (str(SAMPLE), prediction["tensors"]["expected"], prediction["reserved"]["expected"])]
+    left, right = sides[::-1] if turned else sides
+    memory = compared(left[0], right[0])
+    assert memory["comparison"]["by"] is None and memory["comparison"]["categories"] == []
+    assert memory["comparison"]["figures"] == [
+        {"name": "tensors", "left_bytes": left[1], "right_bytes": right[1]},
+        {"name": "reserved", "left_bytes": left[2], "right_bytes": right[2]},
+    ]
+    assert "only their figures stand side by side" in " ".join(capsys.readouterr().out.split())
+    assert max(map(len, drawn(memory).splitlines())) <= 80
+
+
+def test_a_snapshot_read_before_is_compared_by_the_report_on_it(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["memory", "snapshot.pickle", "--json", "first.json"]) == 0
+    both = compared("first.json", "snapshot.pickle")["comparison"]
+    assert both["figures"] and all(row["left_bytes"] == row["right_bytes"] for row in (*both["figures"], *both["categories"]))
+
+
 def test_a_snapshot_without_history_says_how_to_record_one(tmp_path: Path) -> None:
     body = snapshot_section(write(tmp_path / "s.pickle", {**snapshot(), "device_traces": [[]]}))
-    assert body["timeline"] is None and "_record_memory_history" in body["notes"][0]
+    assert body["timeline"] is None and "_record_memory_history" in drawn(body)
 
 
 def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def declare(commands: Commands) -> None:
     one = add_command(commands, memory)
     one.add_argument(
         "subject", nargs="*", default=[DEFAULT_SUBJECT], metavar="SUBJECT",
-        help=f"{SUBJECT_HELP}; or a snapshot.pickle of torch.cuda.memory; or two reports (files or run ids) to compare",
+        help=f"{SUBJECT_HELP}; or a snapshot.pickle of torch.cuda.memory; or two of these to compare (reports by file or run id, snapshots)",
     )  # fmt: skip
     one.add_argument("--config", action="append", default=[], metavar="KEY=VALUE|FILE", help="what a class that needs a config gets")
     step = one.add_argument_group("the step")
@@ -102,16 +102,29 @@ def _report(arguments: argparse.Namespace) -> "Report":
 
 def _compared(arguments: argparse.Namespace) -> "Report":
     from ..footprint.section import compare, section
+
+    left, right = (_side(name) for name in arguments.subject)
+    both = compare(left, right, arguments.subject)
+    notes = []
+    if "snapshot" in (left["kind"], right["kind"]):
+        notes = ["of a snapshot, tensors are those of its recorded peak, reserved is what it had at its end"]
+    if both["by"] is None:
+        notes.append("a prediction is divided by category, a snapshot by place: only their figures stand side by side")
+    return _read(arguments, "memory.compared", section(kind="comparison", comparison=both, notes=notes))
+
+
+def _side(name: str) -> "dict[str, Any]":
+    """One side of a comparison: the section of a stored report, or of a snapshot."""
+    if Path(name).suffix in SNAPSHOTS:
+        from ..footprint.snapshot import snapshot_section
+
+        return snapshot_section(Path(name))
     from ..store import load_report
 
-    sections = []
-    for name in arguments.subject:
-        found = load_report(Path.cwd(), name).sections.get("memory")
-        if found is None or not found["categories"]:
-            raise UsageError(f"{name} holds no memory prediction to compare")
-        sections.append(found)
-    both = compare(sections[0], sections[1], arguments.subject)
-    return _read(arguments, "memory.compared", section(kind="comparison", comparison=both))
+    found = load_report(Path.cwd(), name).sections.get("memory")
+    if found is None or not (found["categories"] or found["snapshot"]):
+        raise UsageError(f"{name} holds no memory prediction and no snapshot to compare")
+    return found
 
 
 def _snapshot(arguments: argparse.Namespace) -> "Report":

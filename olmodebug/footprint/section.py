@@ -68,20 +68,47 @@ def verdict(needed: Range, budget_bytes: int | None) -> bool | None:
     return None if budget_bytes is None else needed.expected <= budget_bytes
 
 
+BY_CATEGORY, AT_PEAK, AT_END = "category, at the peak", "place, at the recorded peak", "place, at the end"
+
+
 def compare(left: Mapping[str, Any], right: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Two sections category by category, the largest change first, and their figures side by side."""
-    sides = [{share["name"]: share["bytes"] for share in side["categories"]} for side in (left, right)]
-    rows = [
-        {"name": name, "left_bytes": sides[0].get(name, 0), "right_bytes": sides[1].get(name, 0)}
-        for name in dict.fromkeys([*sides[0], *sides[1]])
-    ]
+    """Two sections side by side: their figures, and category by category (of snapshots, which have none, place by place) the
+    largest change first. A snapshot beside a prediction has no rows but the figures."""
+    shares = [_shares(side) for side in (left, right)]
+    by = next((kind for kind in (BY_CATEGORY, AT_PEAK, AT_END) if all(kind in side for side in shares)), None)
+    rows = _rows(*(side[by] for side in shares)) if by is not None else []
     rows.sort(key=lambda row: -abs(row["right_bytes"] - row["left_bytes"]))
-    figures = []
-    for name in ("tensors", "reserved", "process"):
-        values = [(side["figures"].get(name) or {}).get("expected") for side in (left, right)]
-        if None not in values:
-            figures.append({"name": name, "left_bytes": values[0], "right_bytes": values[1]})
-    return {"left": names[0], "right": names[1], "figures": figures, "categories": rows}
+    numbers = [_figures(side) for side in (left, right)]
+    both = [{name: side[name] for name in numbers[0] if name in numbers[1]} for side in numbers]
+    return {"left": names[0], "right": names[1], "figures": _rows(*both), "by": by, "categories": rows}
+
+
+def _rows(left: Mapping[str, int], right: Mapping[str, int]) -> list[dict[str, Any]]:
+    names = dict.fromkeys([*left, *right])
+    return [{"name": name, "left_bytes": left.get(name, 0), "right_bytes": right.get(name, 0)} for name in names]
+
+
+def _shares(side: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """What a section divides its bytes into."""
+    if side["kind"] != "snapshot":
+        return {BY_CATEGORY: {share["name"]: share["bytes"] for share in side["categories"]}}
+    found = {AT_END: side["snapshot"]["owners"], AT_PEAK: side["snapshot"].get("peak_owners")}
+    return {by: {owner["place"]: owner["bytes"] for owner in owners} for by, owners in found.items() if owners}
+
+
+def _figures(side: Mapping[str, Any]) -> dict[str, int]:
+    """The expected figures of a prediction, the recorded ones of a snapshot, under the same names where they are the same."""
+    if side["kind"] != "snapshot":
+        figures = side["figures"]
+        return {name: figures[name]["expected"] for name in ("tensors", "reserved", "process") if figures.get(name)}
+    line, snapshot = side["timeline"], side["snapshot"]
+    peak = {"tensors": line["points"][line["peak"]]["allocated_bytes"]} if line else {}
+    return peak | {
+        "reserved": snapshot["reserved_bytes"],
+        "tensors at the end": snapshot["allocated_bytes"],
+        "free in segments": snapshot["stranded_bytes"],
+        "largest free block": snapshot["largest_free_bytes"],
+    }
 
 
 def _range(value: Range | None) -> dict[str, int] | None:

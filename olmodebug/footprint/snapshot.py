@@ -17,7 +17,7 @@ from .history import place_of
 from .section import section
 
 MOST_POINTS = 240
-MOST_OWNERS = 20
+MOST_OWNERS = 1000  # places; a comparison looks each of them up on the other side
 BEFORE = "before the recording"
 RECORDED = "recorded"
 
@@ -59,18 +59,12 @@ def _section(body: Mapping[str, Any], name: str) -> dict[str, Any]:
     used = [block for block in blocks if block["state"] != "inactive"]
     free = [int(block["size"]) for block in blocks if block["state"] == "inactive"]
     allocated = sum(int(block["size"]) for block in used)
-    owners = Counter[str]()
-    counts = Counter[str]()
-    for block in used:
-        place = place_of(block.get("frames") or ())
-        owners[place] += int(block["size"])
-        counts[place] += 1
     traces = body.get("device_traces") or []
     # the device with the longest history; the others' blocks are in the table all the same
     history: Sequence[Mapping[str, Any]] = max(traces, key=len, default=[])
     device = traces.index(history) if history else 0
     at_end = sum(int(b["size"]) for s in segments if s.get("device", 0) == device for b in s["blocks"] if b["state"] != "inactive")
-    timeline, peak = _course(history, at_end)
+    timeline, peak, at_peak = _course(history, at_end)
     lost = [entry for trace in traces for entry in trace if entry["action"] == "oom"]
     return section(
         kind="snapshot",
@@ -86,17 +80,30 @@ def _section(body: Mapping[str, Any], name: str) -> dict[str, Any]:
             "devices": sorted({int(segment.get("device", 0)) for segment in segments}),
             "events": sum(map(len, traces)),
             "out_of_memory": [{"requested_bytes": int(entry["size"]), "free_bytes": int(entry["device_free"])} for entry in lost],
-            "owners": [{"place": place, "bytes": size, "count": counts[place]} for place, size in owners.most_common(MOST_OWNERS)],
+            "owners": _owners(used),
+            "peak_owners": at_peak,
         },
         notes=[] if history else ["no events were recorded: call torch.cuda.memory._record_memory_history() before the run"],
     )
 
 
-def _course(history: Sequence[Mapping[str, Any]], at_end: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The allocated bytes over the recorded events, and the peak with who held it."""
+def _owners(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Blocks by the place that made them, the most bytes first."""
+    sums, counts = Counter[str](), Counter[str]()
+    for block in blocks:
+        place = place_of(block.get("frames") or ())
+        sums[place] += int(block["size"])
+        counts[place] += 1
+    return [{"place": place, "bytes": size, "count": counts[place]} for place, size in sums.most_common(MOST_OWNERS)]
+
+
+def _course(
+    history: Sequence[Mapping[str, Any]], at_end: int
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[dict[str, Any]]]:
+    """The allocated bytes over the recorded events, the peak in one sentence, and who held it."""
     changes = [_change(entry) for entry in history]
     if not any(changes):
-        return None, None
+        return None, None, []
     # What the recording does not know to begin was there before; a free of it is recorded all the same.
     known: dict[int, Mapping[str, Any]] = {}
     now, recorded = at_end - sum(changes), 0
@@ -129,20 +136,19 @@ def _course(history: Sequence[Mapping[str, Any]], at_end: int) -> tuple[dict[str
                 }
             )
             best = None
-    peak = max(range(len(points)), key=lambda i: points[i]["allocated_bytes"])
-    timeline = {"names": [BEFORE, RECORDED], "peak": peak, "marks": [{"point": 0, "step": 0, "phase": RECORDED}], "points": points}
-    return timeline, _peak(top, top_event, top_live)
+    fullest = max(range(len(points)), key=lambda i: points[i]["allocated_bytes"])
+    timeline = {"names": [BEFORE, RECORDED], "peak": fullest, "marks": [{"point": 0, "step": 0, "phase": RECORDED}], "points": points}
+    owners = _owners(top_live)
+    before = top - sum(owner["bytes"] for owner in owners)
+    there = [{"place": BEFORE, "bytes": before, "count": 0}] if before > 0 else []
+    return timeline, _peak(top, top_event, owners), owners + there
 
 
-def _peak(top: int, event: int, live: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    sums, counts = Counter[str](), Counter[str]()
-    for entry in live:
-        place = place_of(entry.get("frames") or ())
-        sums[place] += int(entry["size"])
-        counts[place] += 1
-    place, size = sums.most_common(1)[0] if sums else ("what was there before the recording", top)
-    times = f"{counts[place]} blocks" if counts[place] > 1 else "one block"
-    held = f"{times} made at {place}" if sums else place
+def _peak(top: int, event: int, owners: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    held, size = "what was there before the recording", top
+    if owners:
+        times = f"{owners[0]['count']} blocks" if owners[0]["count"] > 1 else "one block"
+        held, size = f"{times} made at {owners[0]['place']}", owners[0]["bytes"]
     share = 100 * size / top if top else 0
     return {
         "event": event,

@@ -18,6 +18,7 @@ NAME = 34  # columns of a table's first field
 FEWEST_BYTES_SHOWN = 0.001  # of the peak: smaller categories are left to the JSON
 MOST_MODULES = 8
 MOST_HOLDERS = 6
+MOST_PLACES = 12  # of a snapshot or of two
 
 
 def memory_view(section: Section) -> Group:
@@ -189,7 +190,7 @@ def _confirmation(confirmation: Mapping[str, Any] | None) -> Iterator[Line]:
 
 def _snapshot(section: Section) -> Iterator[Line]:
     snapshot = section["snapshot"]
-    yield line((snapshot["file"], "bold"), f"  {plural(snapshot['events'], 'event')}, device {', '.join(map(str, snapshot['devices']))}")
+    yield line(f"{plural(snapshot['events'], 'event')}, device {', '.join(map(str, snapshot['devices']))}")
     yield line("")
     for label, name in (
         ("allocated at the end", "allocated_bytes"),
@@ -206,11 +207,22 @@ def _snapshot(section: Section) -> Iterator[Line]:
         yield row(
             "no memory", f"a request of {bytes_text(lost['requested_bytes'])} with {bytes_text(lost['free_bytes'])} free on the device"
         )
-    yield line("")
-    yield line(("allocated at the end, by place", "dim"))
-    for owner in snapshot["owners"]:
-        yield line(f"{owner['count']} x  {owner['place']}", head=f"  {bytes_text(owner['bytes']):>10}  ", indent=14)
+    yield from _places("at the recorded peak, by place", snapshot.get("peak_owners", ()))
+    yield from _places("allocated at the end, by place", snapshot["owners"])
     yield from _timeline(section)
+    yield from _notes(section)
+
+
+def _places(title: str, owners: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
+    if not owners:
+        return
+    yield line("")
+    yield line((title, "dim"))
+    for owner in owners[:MOST_PLACES]:
+        count = f"{owner['count']} x  " if owner["count"] else ""
+        yield line(f"{count}{owner['place']}", head=f"  {bytes_text(owner['bytes']):>10}  ", indent=14)
+    if rest := owners[MOST_PLACES:]:
+        yield line((f"  {bytes_text(sum(owner['bytes'] for owner in rest)):>10}  in {plural(len(rest), 'more place')}", "dim"))
 
 
 def _comparison(section: Section) -> Iterator[Line]:
@@ -218,10 +230,33 @@ def _comparison(section: Section) -> Iterator[Line]:
     yield row("first", both["left"])
     yield row("second", both["right"])
     yield line("")
-    yield line((f"{'':{NAME}}{'first':>12}{'second':>12}{'change':>14}", "dim"))
-    for item in [*both["figures"], *both["categories"]]:
-        change = item["right_bytes"] - item["left_bytes"]
-        sign = "+" if change > 0 else ""
-        yield line(
-            f"{item['name']:{NAME}}{bytes_text(item['left_bytes']):>12}{bytes_text(item['right_bytes']):>12}{sign + bytes_text(change):>14}"
-        )
+    columns = f"{'first':>12}{'second':>12}{'change':>14}"
+    yield line((f"{'':{NAME}}{columns}", "dim"))
+    for item in both["figures"]:
+        yield line(f"{item['name']:{NAME}}{_changed(item)}")
+    by, items = both.get("by"), both["categories"]
+    if items and by:
+        yield line("")
+        yield line((f"by {by}", "dim"))
+    if not by or by.startswith("category"):
+        for item in items:
+            yield line(f"{item['name']:{NAME}}{_changed(item)}")
+    else:  # a place is as long as its file and function
+        for item in items[:MOST_PLACES]:
+            yield line(item["name"], head=_changed(item) + "  ", indent=len(columns) + 2)
+        if len(items) > MOST_PLACES:
+            yield line((f"{plural(len(items) - MOST_PLACES, 'more place')}, each with a smaller change", "dim"))
+    yield from _notes(section)
+
+
+def _changed(item: Mapping[str, Any]) -> str:
+    change = item["right_bytes"] - item["left_bytes"]
+    sign = "+" if change > 0 else ""
+    return f"{bytes_text(item['left_bytes']):>12}{bytes_text(item['right_bytes']):>12}{sign + bytes_text(change):>14}"
+
+
+def _notes(section: Section) -> Iterator[Line]:
+    if section["notes"]:
+        yield line("")
+    for note in section["notes"]:
+        yield row("note", note)

@@ -2,7 +2,7 @@
 
 `python -m tests.benchmarks.guard [--seq 32] [--repeats 5] [--sherlorch FOLDER]`. The step is forward, cross-entropy, backward
 and AdamW on one row. CPU seconds of the process are taken, and every variant in turn in each repeat, so a busy machine meets all alike; the
-median of the repeats is printed. glibc is told to keep freed memory: handed back and taken anew, its pages cost a step up to its own
+median of the repeats is printed, with the load of the machine; then two steps under all guards are held against two without. glibc is told to keep freed memory: handed back and taken anew, its pages cost a step up to its own
 time again, guarded or not, as the heap happens to lie. FOLDER is where `pip install --target FOLDER --no-deps sherlorch` put that package.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import hashlib
+import os
 import statistics
 import sys
 import time
@@ -34,22 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sherlorch", metavar="FOLDER", help="where sherlorch was installed")
     arguments = parser.parse_args(argv)
     _keep_freed_memory()
-    torch.manual_seed(0)
-    config = preset(arguments.model)
-    model, vocab = Olmo(config).train(), config.vocab_size
+    model, step = _training(arguments.model, arguments.seq)
     size = sum(parameter.numel() for parameter in model.parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    ids = torch.randint(0, vocab, (1, arguments.seq))
-
-    def step() -> float:
-        optimizer.zero_grad()
-        output = model(ids)
-        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", output[0])
-        loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
     contexts = _contexts(model, arguments.sherlorch)
     step()
     times: dict[str, list[float]] = {name: [] for name in contexts}
@@ -61,12 +49,49 @@ def main(argv: list[str] | None = None) -> int:
                 times[name].append(time.process_time() - started)
     plain = statistics.median(times["plain"])
     print(
-        f"{arguments.model} ({size / 1e6:.0f}M parameters), 1 x {arguments.seq} tokens, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU"
+        f"{arguments.model} ({size / 1e6:.0f}M parameters), 1 x {arguments.seq} tokens, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, "
+        f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     )
     for name, values in times.items():
         middle = statistics.median(values)
         print(f"{name:28s} {middle * 1000:8.0f} ms  {middle / plain:5.2f}x   ({min(values) * 1000:.0f} .. {max(values) * 1000:.0f} ms)")
-    return 0
+    del model, step, contexts
+    plain_run, guarded_run = (_run(arguments.model, arguments.seq, guards) for guards in ("", "index,nan,shape,oom,loop"))
+    same = plain_run == guarded_run
+    print(f"two steps, plain and under all guards: losses {', '.join(map(repr, plain_run[0]))}; "
+          f"losses, weights and random state {'equal bit for bit' if same else 'DIFFER'}")  # fmt: skip
+    return 0 if same else 1
+
+
+def _training(name: str, length: int) -> tuple[torch.nn.Module, Callable[[], float]]:
+    """A model, and one step of its training; the same bits in every call."""
+    torch.manual_seed(0)
+    config = preset(name)
+    model = Olmo(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(0, config.vocab_size, (1, length))
+
+    def step() -> float:
+        optimizer.zero_grad()
+        output = model(ids)
+        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", output[0])
+        loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return model, step
+
+
+def _run(name: str, length: int, guards: str) -> tuple[list[float], str, bytes]:
+    """The losses of two steps, a digest of the weights after them, and the state of the random numbers."""
+    model, step = _training(name, length)
+    with Watch(tuple(guards.split(",")), Journal(None)) if guards else contextlib.nullcontext():
+        losses = [step(), step()]
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return losses, digest.hexdigest(), torch.get_rng_state().numpy().tobytes()
 
 
 def _keep_freed_memory() -> None:

@@ -13,6 +13,7 @@ from .plots import Mark, Series, curves, stacked
 Section = Mapping[str, Any]
 
 LEAST_SHARE = 0.01  # of the peak: smaller categories are drawn together as "other"
+MOST_PLACES = 40  # of a snapshot or of two
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c7", "c8")
 OTHER = "c6"
 GIB, MIB = 1024**3, 1024**2
@@ -58,6 +59,8 @@ def _figures(section: Section) -> Markup:
 
 def _colours(section: Section) -> dict[str, str]:
     """A colour for each category that is worth one, the same at the peak and over time."""
+    if section["kind"] == "snapshot" and section["timeline"]:
+        return dict(zip(section["timeline"]["names"], (OTHER, COLOURS[0]), strict=True))
     total = sum(item["bytes"] for item in section["categories"]) or 1
     large = [item["name"] for item in section["categories"] if item["bytes"] >= LEAST_SHARE * total]
     large.sort(key=lambda name: -next(item["bytes"] for item in section["categories"] if item["name"] == name))
@@ -79,7 +82,7 @@ def _peak(section: Section) -> Markup:
     return Markup("").join(
         [
             Markup("<h3>At the peak</h3>"),
-            paragraph(peak["owner"][:1].upper() + peak["owner"][1:], "."),
+            paragraph(_sentence(peak["owner"])),
             shares(parts, total=sum(sizes.values()), title="bytes at the peak by category", mark=mark),
             legend((colour, f"{name} {bytes_text(size)}") for colour, name, size in parts),
             paragraph(f"The peak is in {peak['op']}{module}{place}: step {peak['step']}, {peak['phase']}.", class_="quiet"),
@@ -102,7 +105,8 @@ def _timeline(section: Section) -> Markup:
         else:
             rest = [low + value for low, value in zip(rest, values, strict=True)]
     bands.sort(key=lambda band: -list(colours).index(band[1]))
-    bands.insert(0, (OTHER, "other", rest))
+    if section["kind"] != "snapshot":
+        bands.insert(0, (OTHER, "other", rest))
     highest = max(point["allocated_bytes"] for point in timeline["points"])
     budget = section["budget_bytes"]
     return Markup("").join(
@@ -209,11 +213,12 @@ def _snapshot(section: Section) -> Markup:
         "largest free block": snapshot["largest_free_bytes"],
         "free in pieces": snapshot["stranded_bytes"],
     }
-    rows = [[owner["place"], owner["count"], bytes_text(owner["bytes"])] for owner in snapshot["owners"]]
     return Markup("").join(
         [
             paragraph(f"{snapshot['file']}: ", ", ".join(f"{name} {bytes_text(size)}" for name, size in facts.items()), "."),
-            table(["held by", "blocks", "bytes"], rows, numbers=frozenset({1, 2})) if rows else Markup(""),
+            paragraph(_sentence(section["peak"]["owner"])) if section["peak"] else Markup(""),
+            _places("held at the recorded peak", snapshot.get("peak_owners", ())),
+            _places("held at the end", snapshot["owners"]),
             listed(
                 f"a request of {bytes_text(one['requested_bytes'])} failed with {bytes_text(one['free_bytes'])} free"
                 for one in snapshot["out_of_memory"]
@@ -222,15 +227,22 @@ def _snapshot(section: Section) -> Markup:
     )
 
 
+def _places(title: str, owners: Sequence[Mapping[str, Any]]) -> Markup:
+    rows = [[owner["place"], owner["count"] or "", bytes_text(owner["bytes"])] for owner in owners[:MOST_PLACES]]
+    return table([title, "blocks", "bytes"], rows, numbers=frozenset({1, 2})) if rows else Markup("")
+
+
 def _comparison(section: Section) -> Markup:
     comparison = section["comparison"]
     if not comparison:
         return Markup("")
-    rows = [
-        [item["name"], bytes_text(item["left_bytes"]), bytes_text(item["right_bytes"]), _signed(item["right_bytes"] - item["left_bytes"])]
-        for item in (*comparison["figures"], *comparison["categories"])
-    ]
-    return table(["", comparison["left"], comparison["right"], "change"], rows, numbers=frozenset({1, 2, 3}))
+    parts = []
+    for title, items in (("", comparison["figures"]), (comparison.get("by") or "category", comparison["categories"][:MOST_PLACES])):
+        sizes = [(item["name"], item["left_bytes"], item["right_bytes"]) for item in items]
+        rows = [[name, bytes_text(left), bytes_text(right), _signed(right - left)] for name, left, right in sizes]
+        if rows:
+            parts.append(table([title, comparison["left"], comparison["right"], "change"], rows, numbers=frozenset({1, 2, 3})))
+    return Markup("").join(parts)
 
 
 def _small_print(section: Section) -> Markup:
@@ -242,6 +254,10 @@ def _small_print(section: Section) -> Markup:
     if section["opaque"]:
         texts.append(f"operators that nobody can look into: {', '.join(section['opaque'])}")
     return listed(texts)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _signed(count: int) -> str:
