@@ -4,6 +4,7 @@ Nothing here changes a value, draws a random number or waits for a device, but f
 before the kernel starts. Ops inside a `torch.compile` region are fused and are not seen.
 """
 
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -23,6 +24,7 @@ def _composites() -> frozenset[Any]:
 
 
 COMPOSITES = _composites()
+Check = Callable[[Any, Any, Any], None]
 
 
 class Guarded(TorchDispatchMode):
@@ -33,8 +35,8 @@ class Guarded(TorchDispatchMode):
     def __init__(self, watch: Any) -> None:
         super().__init__()
         self.watch = watch
-        self.reads = READS if "index" in watch.guards else {}
-        self.samplers = SAMPLERS if "index" in watch.guards else ()
+        self.indices = "index" in watch.guards
+        self.known: dict[int, tuple[Any, bool, Check | None]] = {}  # by the id of an op, whose own hash is slow
         self.after = watch.observers
         self.before = watch.preparers
         self.ops = 0
@@ -57,17 +59,19 @@ class Guarded(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.quiet:
             return func(*args, **kwargs)
-        if func in COMPOSITES:
+        known = self.known.get(id(func))
+        if known is None:
+            known = self.known[id(func)] = self._known(func)
+        _, composite, check = known
+        if composite:
             with self:
                 inside = func.decompose(*args, **kwargs)
             if inside is not NotImplemented:
                 return inside
         self.ops += 1
         self.watch.refused = None
-        if func in self.reads:
-            self.check_index(func, args, kwargs)
-        elif func in self.samplers:
-            self.check_probabilities(args[0])
+        if check is not None:
+            check(func, args, kwargs)
         for prepare in self.before:
             prepare(func, args, kwargs)
         try:
@@ -92,6 +96,13 @@ class Guarded(TorchDispatchMode):
                 self.quiet = False
         return output
 
+    def _known(self, func: Any) -> tuple[Any, bool, Check | None]:
+        """An op, held so that its id stays its own; whether it hides others; and what is asked of its arguments."""
+        check: Check | None = None
+        if self.indices:
+            check = self.check_index if func in READS else self.check_probabilities if func in SAMPLERS else None
+        return func, func in COMPOSITES, check
+
     def check_index(self, func: Any, args: Any, kwargs: Any) -> None:
         """Raise before a kernel would; on the CPU the op raises its own error a moment later."""
         self.quiet = True
@@ -111,8 +122,9 @@ class Guarded(TorchDispatchMode):
         if bad.index.device.type != "cpu":
             raise self._stopped(IndexError, message)
 
-    def check_probabilities(self, probabilities: torch.Tensor) -> None:
+    def check_probabilities(self, func: Any, args: Any, kwargs: Any) -> None:
         """multinomial on a device asserts on improper probabilities, after the launch."""
+        probabilities = args[0]
         self.quiet = True
         try:
             wrong = index.improper_probabilities(probabilities)

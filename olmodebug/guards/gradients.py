@@ -1,6 +1,5 @@
 """What the gradient guards share: the parameters of an optimizer, and which of them have a gradient of the plain kind."""
 
-import gc
 import heapq
 import weakref
 from collections import deque
@@ -34,11 +33,6 @@ class Followed:
     def is_same(self, other: "Followed") -> bool:
         """Whether both are one tensor, and nothing was written to it in between."""
         return self.gradient() is other.gradient() and self.version == other.version
-
-
-def optimizers() -> list[Any]:
-    """Every optimizer that is alive."""
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]
 
 
 def parameters(optimizer: Any) -> list[Tensor]:

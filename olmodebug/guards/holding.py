@@ -10,7 +10,7 @@ from ..report import Finding, Scalar
 from ..sources import Spot
 from ..units import plural
 from .excerpts import lines_at
-from .gradients import has_plain_gradient, optimizers, parameters, sample
+from .gradients import has_plain_gradient, parameters, sample
 from .place import where_of
 
 ALL_HELD = "loop.every-parameter-optimized"
@@ -45,8 +45,8 @@ class Holding:
 
     def _outside(self) -> list[Tensor]:
         """Parameters with a gradient that no optimizer holds."""
-        held = {id(p) for o in optimizers() for p in parameters(o)}
-        roots = self.watch.models.roots(again=True)
+        held = {id(p) for o in self.watch.models.search() for p in parameters(o)}
+        roots = self.watch.models.roots()
         return [p for root in roots for p in root.parameters() if id(p) not in held and has_plain_gradient(p)]
 
     def _held(self, spot: Spot | None) -> None:
@@ -58,9 +58,9 @@ class Holding:
                 continue  # what changed is updated by somebody: by hand, or as a copy of other weights
             if p.grad is not gradient() or p.grad._version != version:
                 fresh.add(id(p))
-        every = optimizers()
+        every = self.watch.models.search()
         held = {id(p) for o in every for p in parameters(o)}
-        roots = self.watch.models.roots(again=True)
+        roots = self.watch.models.roots()
         owned = {id(p) for root in roots for p in root.parameters()}
         for root in roots:
             named = [(n, p) for n, p in root.named_parameters() if p.requires_grad and p.grad is not None]

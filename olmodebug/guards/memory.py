@@ -64,25 +64,23 @@ class Memory:
     def observe(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Remember who made a storage; a view or an in-place op makes none."""
         if type(output) is Tensor:
-            self._follow(output)
+            if not args or output is not args[0]:
+                self._follow(output)
         elif type(output) in (tuple, list):
             for item in output:
                 if type(item) is Tensor:
                     self._follow(item)
 
     def _follow(self, tensor: Tensor) -> None:
-        if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        if tensor.numel() * tensor.itemsize < SMALLEST_BYTES or tensor.device.type == "meta" or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
-        size = storage.nbytes()
-        if size < SMALLEST_BYTES:
-            return
         key = storage._cdata  # private: the storage's identity; without it views would be counted as memory of their own
         known = self.made.get(key)
         if known is not None and not known.reference.expired():
             return
         code, instruction, module = _running(sys._getframe(3))
-        self.made[key] = _Made(StorageWeakRef(storage), size, code, instruction, module, str(tensor.device))
+        self.made[key] = _Made(StorageWeakRef(storage), storage.nbytes(), code, instruction, module, str(tensor.device))
         if len(self.made) > self.limit:
             self._forget_dead()
 

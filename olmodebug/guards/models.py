@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,16 @@ class Models:
     def roots(self, *, again: bool = False) -> list[nn.Module]:
         """Every module that is no child of another, largest first."""
         if again or not self._roots:
-            alive = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]  # isinstance would ask lazy objects
-            children = {id(child) for module in alive for child in module.children()}
-            self._roots = sorted((m for m in alive if id(m) not in children), key=_size, reverse=True)
+            self.search()
         return self._roots
+
+    def search(self) -> list[torch.optim.Optimizer]:
+        """Look for models anew; the optimizers that are alive, which the same look has met."""
+        found = _alive((nn.Module, torch.optim.Optimizer))
+        modules = [thing for thing in found if isinstance(thing, nn.Module)]
+        children = {id(child) for module in modules for child in module.children()}
+        self._roots = sorted((m for m in modules if id(m) not in children), key=_size, reverse=True)
+        return [thing for thing in found if isinstance(thing, torch.optim.Optimizer)]
 
     def forget(self) -> None:
         """Hold no model alive longer than the script does."""
@@ -55,6 +62,14 @@ class Models:
                 if _pointer(held) == pointer:
                     return name
         return None
+
+
+def _alive(kinds: tuple[type, ...]) -> list[Any]:
+    """Every object of some kinds that the garbage collector knows. Types are asked, each once: isinstance would wake lazy objects."""
+    things = gc.get_objects()  # half a million once transformers is imported: no Python frame for each
+    keys = list(map(id, map(type, things)))
+    wanted = {key for key, of in dict(zip(keys, map(type, things), strict=True)).items() if issubclass(of, kinds)}
+    return list(itertools.compress(things, map(wanted.__contains__, keys)))
 
 
 def _size(module: nn.Module) -> int:

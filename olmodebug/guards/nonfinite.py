@@ -59,7 +59,7 @@ class NonFinite:
         self.deferred = deferred
         self.origins: dict[int, Origin] = {}
         self.places: dict[int, tuple[Any, int, nn.Module | None]] = {}
-        self.kinds: dict[Any, int] = {}
+        self.kinds: dict[int, int] = {}
         self.pending: list[_Pending] = []
         self.largest = (0.0, None, "")  # in float16, forward
         self.dropped = 0  # losses in a row whose gradients were dropped
@@ -79,9 +79,9 @@ class NonFinite:
         """Look at the result of one op."""
         if self.watch.events.stepping:
             return
-        kind = self.kinds.get(func)
+        kind = self.kinds.get(id(func))  # the dispatch mode holds every op that it has seen
         if kind is None:
-            kind = self.kinds[func] = _kind(func)
+            kind = self.kinds[id(func)] = _kind(func)
         if kind == 0:
             return
         node = torch._C._current_autograd_node()  # private: no public accessor; without it backward births have no line

@@ -88,7 +88,7 @@ class Watch:
         self.events = Events(self.looking, self.fault)
         self.models = Models()
         self.parts: list[Any] = []
-        self.looks: dict[Any, list[Callable[[Any, Any], None]]] = {}
+        self.looks: dict[int, list[Callable[[Any, Any], None]]] = {}
         self.nonfinite = NonFinite(self) if "nan" in guards else None
         if self.nonfinite is not None:
             self.parts.append(self.nonfinite)
@@ -169,10 +169,10 @@ class Watch:
 
     def look(self, op: Any, listener: Callable[[Any, Any], None]) -> None:
         """Show the arguments and the result of one op to a listener."""
-        self.looks.setdefault(op, []).append(listener)
+        self.looks.setdefault(id(op), []).append(listener)  # torch keeps its ops; their own hash is slow
 
     def _show(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        for listener in self.looks.get(func, ()):
+        for listener in self.looks.get(id(func), ()):
             listener(args, output)
 
     def tell(self, probe: str, severity: Severity, at: Place | Spot | None, message: str, op: str | None = None, **values: Any) -> None:
