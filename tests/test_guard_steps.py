@@ -457,6 +457,49 @@ def test_two_losses_of_one_graph_are_told_apart_from_a_state_that_is_carried() -
     assert "shares its graph" in (finding.cause or "") and "retain_graph" in (finding.fix or "")
 
 
+def shared_and_another_between() -> None:
+    model, other = Model(), Model()
+    logits = model(ids())
+    left, right = logits.pow(2).mean(), logits.mean()
+    left.backward()  # frees it
+    apart = other(ids()).mean()
+    apart.backward()
+    right.backward()
+
+
+def carried_and_another_between() -> None:
+    cell, other = nn.Linear(4, 4), Model()
+    state = torch.zeros(1, 4)
+    for _ in range(2):
+        state = cell(state).tanh()
+        loss = state.sum()
+        other(ids()).mean().backward()
+        loss.backward()
+
+
+def overwritten_and_a_step_between() -> None:
+    model, optimizer = made()
+    other = nn.Linear(4, 4)
+    for _ in range(2):
+        loss_of(model, ids()).backward()
+        hidden = other(torch.ones(2, 4)).exp()
+        loss = hidden.sum()
+        hidden.add_(1)
+        optimizer.step()
+        loss.backward()
+
+
+def test_a_backward_or_a_step_that_only_came_between_is_not_blamed() -> None:
+    (shared,), (carried,), (overwritten,) = map(
+        found, (shared_and_another_between, carried_and_another_between, overwritten_and_a_step_between)
+    )
+    lines, first = inspect.getsourcelines(shared_and_another_between)
+    frees = first + next(n for n, line in enumerate(lines) if "frees it" in line)
+    assert f":{frees}, and shares its graph" in (shared.cause or "")
+    assert carried.cause is None and overwritten.cause is None
+    assert {f.probe for f in (shared, carried, overwritten)} == {"loop.backward-runs"}
+
+
 def test_losses_that_are_kept_in_a_loop_without_an_optimizer_are_told() -> None:
     def run() -> None:
         model = Model()

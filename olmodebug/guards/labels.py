@@ -33,7 +33,8 @@ class _Batch:
 
     ids: Tensor
     real: Tensor | None = None
-    known_by: str = ""
+    known_by: str = ""  # in words
+    marked: bool = True  # by a mask or a padding_idx; else it is only what the rows look like
     labels: Tensor | None = None
     model: nn.Module | None = None
 
@@ -73,16 +74,12 @@ class Labels:
                 batch.real, batch.known_by = mask.bool(), "attention_mask is 0 there"
         padding = args[2] if len(args) > 2 else -1
         if batch.real is None and padding >= 0:
-            batch.real, batch.known_by = (
-                ~_trailing(ids == padding),
-                f"the embedding's padding_idx is {padding}, and it fills the rows there",
-            )
+            batch.real = ~_trailing(ids == padding)
+            batch.known_by = f"the embedding's padding_idx is {padding}, and it fills the rows there"
         filler = _filler(ids) if batch.real is None else None
         if filler is not None:
-            batch.real, batch.known_by = (
-                ~_trailing(ids == filler),
-                f"rows end in runs of token {filler} of different lengths, and it stands nowhere else",
-            )
+            batch.real, batch.marked = ~_trailing(ids == filler), False
+            batch.known_by = f"rows end in runs of token {filler} of different lengths, and it stands nowhere else"
 
     def _loss(self, args: Any, output: Any) -> None:
         batch, self.losses = self.batch, self.losses + 1
@@ -140,15 +137,14 @@ class Labels:
         if int(wrong.sum(1).max()) < 2 or len(set(values.tolist())) != 1:
             return
         share = int(wrong.sum()) / max(1, int((told != ignore).sum()))
-        marked = batch.known_by.startswith(("attention_mask", "the embedding"))  # else it is only what the rows look like
         self.watch.tell(
             PADDING,
-            "error" if marked else "warning",
+            "error" if batch.marked else "warning",
             here,
             f"the loss is computed on padding: {int(wrong.sum())} labels at padded positions are token {int(values[0])}, not {ignore}",
             "cross_entropy",
             cause=f"{batch.known_by}, and {share:.0%} of all labels of this batch are padding",
-            fix=f"labels[attention_mask == 0] = {ignore}" if marked else f"make the labels of the filling {ignore}, and keep one eos",
+            fix=f"labels[attention_mask == 0] = {ignore}" if batch.marked else f"make the labels of the filling {ignore}, and keep one eos",
             expected=f"{ignore} wherever a position is padding",
             observed=f"token {int(values[0])} at {int(wrong.sum())} of {int((~real).sum())} padded positions",
             evidence={"share_of_labels": share},

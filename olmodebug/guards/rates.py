@@ -42,7 +42,7 @@ class Rates:
                 RATE,
                 "error",
                 spot,
-                f"the learning rate of step {self.watch.steps + 1} is {wrong[0]}: every weight that it updates becomes {wrong[0]}, too",
+                f"the learning rate of step {self.watch.steps + 1} is {wrong[0]}: no weight that it updates stays finite",
                 "step",
                 fix="print the schedule for every step: a division by 0 steps, or a nan that was passed on",
                 expected="a finite number",

@@ -26,9 +26,8 @@ class Repeating:
         self.now: list[int] = []
         self.steps: list[tuple[int, ...]] = []
         self.loaders: list[tuple[int, Spot | None, int]] = []
-        self.epochs: weakref.WeakKeyDictionary[Any, tuple[int, int]] = (
-            weakref.WeakKeyDictionary()
-        )  # sampler: its epoch, and the first step of it
+        # by sampler: its epoch, and the first step of it
+        self.epochs: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
         self.again: list[tuple[Spot | None, int, int, int]] = []  # where, the epoch, and the first steps of its two passes
 
     def listen(self) -> None:

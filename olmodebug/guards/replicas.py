@@ -20,14 +20,8 @@ COLLECTIVES = (
     "alltoall_", "alltoall_base_", "send", "recv_", "recv_any_source_",
 )  # fmt: skip
 FUNCTIONAL = (
-    "all_reduce",
-    "all_reduce_",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "all_to_all_single",
-    "broadcast",
-    "broadcast_",
-)
+    "all_reduce", "all_reduce_", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast", "broadcast_",
+)  # fmt: skip
 
 
 class Replicas:

@@ -126,18 +126,14 @@ class Scheduling:
             return  # it began far higher than it does by default, and is still coming down
         self.told.add(SCALE)
         origin = self.watch.birth(args[0]) if args else None
+        unknown = "run with --guard nan,loop, and look at the loss and the data"
         self.watch.tell(
             SCALE,
             "error",
             spot,
             f"the loss scaler has skipped {self.skips} steps in a row: no weight has changed in them, and the scale of {scale:.3g} is not too high",
             cause=words_of(origin) if origin is not None else None,
-            fix=(origin.fix if origin is not None else None)
-            or (
-                "mend that line; the scale is not to blame"
-                if origin is not None
-                else "run with --guard nan,loop, and look at the loss and the data"
-            ),
+            fix=unknown if origin is None else origin.fix or "mend that line; the scale is not to blame",
             op="step",
             evidence={"scale": scale},
         )
