@@ -1,11 +1,18 @@
-"""What every test shares: one thread, hypothesis profiles, and the mark of tests that need a GPU."""
+"""What every test shares: one thread, hypothesis profiles, forked children, and the mark of tests that need a GPU."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 import pytest
 import torch
 from hypothesis import settings
+
+from olmodebug import process
+from olmodebug.executions import check as executions
+from olmodebug.forks import forks
+from tests.forked import Pool
 
 pytest_plugins = ["pytester"]
 if not entry_points(group="pytest11", name="olmodebug"):  # a bare checkout: nothing has told pytest of the plugin
@@ -26,3 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"no CUDA device (torch {torch.__version__} is {build})"))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Every child of a command that is run in this process is a fork of one that has the imports."""
+    pool = Pool()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(process.run_child.__kwdefaults__, "forks", pool)
+        patch.setattr(executions, "forks", lambda *modules: forks(*modules) if pool.fresh else contextlib.nullcontext(pool))
+        yield pool
+    pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _forked_children(pool: Pool, request: pytest.FixtureRequest) -> None:
+    """A test marked `fresh` gets a new interpreter for each child, as a user does."""
+    pool.fresh = request.node.get_closest_marker("fresh") is not None

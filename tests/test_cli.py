@@ -227,6 +227,7 @@ def test_a_file_of_probes_that_does_not_load_is_exit_2(run: Callable[..., Ran]) 
 # Verdicts
 
 
+@pytest.mark.fresh
 def test_a_right_model_passes_in_a_folder_that_cannot_be_written(run: Callable[..., Ran]) -> None:
     Path(".olmodebug").write_text("a file stands where the folder would be", encoding="utf-8")
     ran = run("check", "olmo2-tiny", "-k", "causality or structure", "--json", "report.json")
@@ -355,6 +356,7 @@ def test_a_factory_that_hangs_is_a_finding_at_its_line(run: Callable[..., Ran]) 
     assert finding["where"]["line"] in (last - 1, last)
 
 
+@pytest.mark.fresh
 def test_loading_torch_does_not_count_as_a_hang_of_the_subject(run: Callable[..., Ran]) -> None:
     write("mine.py", "build = Tiny\n")
     ran = run("check", "mine.py:build", "--timeout", "1", "-k", "structure.registered", "--json", "report.json")

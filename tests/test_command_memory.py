@@ -54,6 +54,7 @@ def report() -> dict:
     return body
 
 
+@pytest.mark.fresh
 def test_a_whole_run_on_the_cpu_predicts_measures_and_trains(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["memory", "olmo1-tiny", *SMALL, "--device", "cpu", "--dtype", "bfloat16", "--json", "r.json", "--chrome-trace", "t.json"])

@@ -15,7 +15,7 @@ from olmodebug.forks import Forks, forks
 from olmodebug.process import Child, Death, run_child
 from olmodebug.store import Run
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks"), pytest.mark.fresh]
 
 
 def run(folder: Path, server: Forks | None, action: str, timeout: float = 60.0) -> tuple[Death | None, dict[str, Any]]:

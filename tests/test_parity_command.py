@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.command import run_here
+
 ROOT = Path(__file__).parents[1]
 HEAD = '''"""A subject that fails in its second layer, and only while it is compared."""
 import os, time
@@ -52,17 +54,17 @@ def test_without_cuda_a_cuda_execution_is_one_line_and_exit_2(tmp_path: Path) ->
 
 
 def test_a_bundle_that_is_none_and_an_execution_that_means_nothing_are_exit_2(tmp_path: Path) -> None:
-    done = olmodebug(tmp_path, "a.bundle", "b.bundle")
+    done = run_here(tmp_path, "parity", "a.bundle", "b.bundle")
     assert done.returncode == 2
     assert "a.bundle is no bundle" in done.stderr
-    done = olmodebug(tmp_path, "olmo2-tiny", "--right", "cpu,float31")
+    done = run_here(tmp_path, "parity", "olmo2-tiny", "--right", "cpu,float31")
     assert done.returncode == 2
     assert "'float31' is none of cpu" in done.stderr
 
 
 @pytest.mark.parametrize("spec", ["transformers:LlamaForCausalLM", "transformers:GPT2LMHeadModel"])
 def test_a_right_model_of_transformers_agrees_in_bfloat16(spec: str, tmp_path: Path) -> None:
-    done = olmodebug(tmp_path, spec, "--dtype", "bfloat16", "--case", "long", "--once", "--json", "out.json")
+    done = run_here(tmp_path, "parity", spec, "--dtype", "bfloat16", "--case", "long", "--once", "--json", "out.json")
     report = json.loads((tmp_path / "out.json").read_text())
     assert [finding["message"] for finding in report["findings"] if finding["severity"] != "note"] == []
     assert (done.returncode, report["verdict"]) == (0, "pass")

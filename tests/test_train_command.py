@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 import olmodebug.report
+from tests.command import run_here
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = json.loads(Path(olmodebug.report.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
@@ -92,7 +93,7 @@ def test_a_run_leaves_its_results_and_a_checkpoint_that_check_reads(tmp_path: Pa
 )
 def test_a_subject_that_fails_in_a_step_is_a_finding(tmp_path: Path, texts: Path, what: str, message: str) -> None:
     (tmp_path / "model.py").write_text(textwrap.dedent(MODEL).format(what=what))
-    done = run(tmp_path, "model.py:Tiny", "--data", texts, "--steps", "5", *SMALL, "--json", "out.json")
+    done = run_here(tmp_path, "train", "model.py:Tiny", "--data", texts, "--steps", "5", *SMALL, "--json", "out.json")
     assert done.returncode == 1, done.stdout + done.stderr
     body = report_of(tmp_path / "out.json")
     (finding,) = [item for item in body["findings"] if item["severity"] == "error"]
@@ -104,7 +105,7 @@ def test_a_subject_that_fails_in_a_step_is_a_finding(tmp_path: Path, texts: Path
 def test_a_subject_that_fails_while_it_is_evaluated_is_a_finding(tmp_path: Path, texts: Path) -> None:
     longest = "hidden = self.embed(input_ids if input_ids.shape[1] < 16 else input_ids[:, 0, 0])"
     (tmp_path / "m.py").write_text(textwrap.dedent(MODEL.format(what="pass")).replace("hidden = self.embed(input_ids)", longest))
-    done = run(tmp_path, "m.py:Tiny", "--data", texts, "--steps", "2", "--json", tmp_path / "r.json", *SMALL)
+    done = run_here(tmp_path, "train", "m.py:Tiny", "--data", texts, "--steps", "2", "--json", tmp_path / "r.json", *SMALL)
     assert done.returncode == 1, done.stdout + done.stderr
     found = next(f for f in report_of(tmp_path / "r.json")["findings"] if f["severity"] == "error")
     assert found["probe"] == "train.runs" and found["message"].count("validation perplexity before training raises") == 1
@@ -122,7 +123,7 @@ def test_a_subject_that_fails_while_it_is_evaluated_is_a_finding(tmp_path: Path,
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_2(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = run(tmp_path, "olmo1-tiny", *arguments, "--steps", "2")
+    done = run_here(tmp_path, "train", "olmo1-tiny", *arguments, "--steps", "2")
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 
