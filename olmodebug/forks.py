@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -27,9 +28,8 @@ class Forked:
     """A child that another process is the parent of, looked at as one's own: `pid`, `poll`, `wait`."""
 
     def __init__(self, pid: int, server: "Forks") -> None:
-        self.pid, self.server, self.code = pid, server, None
-
-    code: int | None
+        self.pid, self.server = pid, server
+        self.code: int | None = None
 
     def poll(self) -> int | None:
         """Its exit status, negative for a signal; None while it runs."""
@@ -43,7 +43,10 @@ class Forked:
             answer = self.server.answer(timeout)
             if answer is None:
                 raise subprocess.TimeoutExpired("a forked child", timeout or 0.0)
-            self.code = int(answer.get("status", -9))  # a server that is gone was killed, and cannot say how its child ended
+            if "status" not in answer:  # the server is gone: nobody can say any more how its child ends, so it ends here
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            self.code = int(answer.get("status", -signal.SIGKILL))
         return self.code
 
 
@@ -88,7 +91,10 @@ class Forks:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self.socket], [], [], left)[0]:
                 return None
-            chunk = self.socket.recv(4096)
+            try:
+                chunk = self.socket.recv(4096)
+            except ConnectionResetError:  # it ended with an order unread
+                chunk = b""
             if not chunk:
                 return {}
             self.rest += chunk
@@ -108,16 +114,16 @@ class Forks:
         if self.process is not None:
             return
         self.socket, theirs = socket.socketpair()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "olmodebug.fork_server", str(theirs.fileno()), *self.modules],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,
-            env=child_environment(),
-        )
-        theirs.close()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "olmodebug.fork_server", str(theirs.fileno()), *self.modules],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                env=child_environment(),
+            )
         self.rest = b""
 
 

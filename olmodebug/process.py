@@ -76,12 +76,17 @@ def run_child(
     """
     read, write = os.pipe()
     sent = {"events": write, "stacks": str(child.stacks), "path": [str(Path.cwd()), *[p for p in sys.path if p]], **message}
-    with child.output.open("ab") as output:
-        forked = (
-            None if forks is None else forks.start(child.module, sent, child.environment, events=write, output=output.fileno(), tick=tick)
-        )
-        process = forked or _fresh(child, write, output.fileno())
-    os.close(write)
+    forked: Forked | None = None
+    try:
+        with child.output.open("ab") as output:
+            if forks is not None:
+                forked = forks.start(child.module, sent, child.environment, events=write, output=output.fileno(), tick=tick)
+            process = forked or _fresh(child, write, output.fileno())
+    except BaseException:
+        os.close(read)
+        raise
+    finally:
+        os.close(write)
     ended = hung = False
     try:
         if isinstance(process, subprocess.Popen):
@@ -107,7 +112,7 @@ def run_child(
     if ended:
         return None
     if code < 0:
-        return Death(text=f"died of {signal.Signals(-code).name}", signal=-code)
+        return Death(text=f"died of {signal_name(-code)}", signal=-code)
     return Death(text=f"ended with exit status {code}", exit_status=code)
 
 
@@ -122,6 +127,14 @@ def _fresh(child: Child, write: int, output: int) -> "subprocess.Popen[bytes]":
         start_new_session=True,
         env={**child_environment(), **child.environment},
     )
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL`; by its number where it has no name, as those for real time."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def innermost(stacks: Path) -> Where:

@@ -76,6 +76,46 @@ def test_without_the_server_a_fresh_process_does_it(tmp_path: Path) -> None:
         assert (death, told["forked"]) == (None, False)
 
 
+def test_a_child_whose_server_is_gone_is_not_left_behind(tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+    child = Child(module="tests.samples.forked", folder=tmp_path, timeout_seconds=1.0)
+
+    def note(event: dict[str, Any]) -> None:
+        told.update(event)
+        if "pid" in event and server.process is not None:
+            server.process.kill()
+
+    with forks() as server:
+        death = run_child(child, {"action": "hang"}, note, lambda: None, forks=server)
+    assert death is not None
+    assert death.hung
+    deadline = time.monotonic() + 5
+    while _lives(told["pid"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _lives(told["pid"])
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its new parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(tmp_path: Path) -> None:
+    death = run(tmp_path, None, "signal")[0]
+    assert death is not None
+    assert death.text == f"died of signal {signal.SIGRTMIN + 1}"
+
+
+def test_a_child_that_cannot_be_started_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path / "absent", None, "tell")
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
 def test_nothing_is_left_when_the_block_ends(tmp_path: Path) -> None:
     with forks() as server:
         run(tmp_path, server, "tell")

@@ -97,9 +97,7 @@ def _owners(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"place": place, "bytes": size, "count": counts[place]} for place, size in sums.most_common(MOST_OWNERS)]
 
 
-def _course(
-    history: Sequence[Mapping[str, Any]], at_end: int
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[dict[str, Any]]]:
+def _course(history: Sequence[Mapping[str, Any]], at_end: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[dict[str, Any]]]:
     """The allocated bytes over the recorded events, the peak in one sentence, and who held it."""
     changes = [_change(entry) for entry in history]
     if not any(changes):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from ..process import signal_name
 from .settings import Settings, child_environment
 
 FORWARDED = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -32,7 +33,7 @@ class Ended:
     @property
     def text(self) -> str:
         if self.signal is not None:
-            return f"died of {signal.Signals(self.signal).name}"
+            return f"died of {signal_name(self.signal)}"
         return f"exit status {self.status}"
 
 

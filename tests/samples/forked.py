@@ -1,6 +1,7 @@
 """What a forked child does in `tests/test_forks.py`, by the action that its message names."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,10 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     tell("start", step="acting")
     if message["action"] == "abort":
         os.abort()
+    if message["action"] == "signal":
+        os.kill(os.getpid(), signal.SIGRTMIN + 1)
     if message["action"] == "hang":
+        tell("hangs", pid=os.getpid())
         time.sleep(60)
     if message["action"] == "refuse" and forked:
         os._exit(119)
