@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from .convention import NoLogits
 from .device_errors import is_lost
 from .errors import SubjectError
 from .explain import explain
@@ -21,6 +22,7 @@ from .on_device import index_checked
 from .own_code import own_refusal
 from .probe import NotApplicable, Probe, Skipped
 from .records import Where
+from .relations.earlier import fails_after_another
 from .relations.repair import Found, RepairedSource
 from .relations.stored import draws_record
 from .report import Finding, Outcome
@@ -134,16 +136,17 @@ def run_probe(
         if (refusal := refused(error)) is not None and not findings:
             return Result(outcome=outcome("not-applicable", f"the model refuses this case: {refusal}"))
         with settled(subject.model, seed=subject.seed), index_checked(subject.device):  # the failing run is traced again
-            findings.append(_found(_raised(error), probe, subject))
+            findings.append(_found(_raised(subject, error), probe, subject))
     except Exception as error:
         if is_lost(error):
             return _device_lost(probe, subject, error, outcome("failed"))
         spot = Sources(subject.model).spot_of(error)
-        if is_ours(error) or spot is None or _of_the_probe(error, spot, probe):
+        if not isinstance(error, NoLogits) and (is_ours(error) or spot is None or _of_the_probe(error, spot, probe)):
             return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
         raised = SubjectCodeError("a forward under the instruments of this probe")
         raised.__cause__ = error
-        findings.append(_found(_raised(raised), probe, subject))
+        with settled(subject.model, seed=subject.seed), index_checked(subject.device):
+            findings.append(_found(_raised(subject, raised), probe, subject))
     if job is not None:
         findings = [verified(f, job, lambda: _holds(probe, job, f, findings)) for f in findings]  # noqa: B023 - called at once
     wrong = any(finding.severity == "error" for finding in findings)
@@ -238,9 +241,9 @@ def refused(error: BaseException) -> str | None:
     return own_refusal(error) if isinstance(error, SubjectCodeError) and error.stage == "run" else None
 
 
-def _raised(error: BaseException) -> Finding:
+def _raised(subject: Subject, error: BaseException) -> Finding:
     if isinstance(error, SubjectCodeError):
-        return explain(error).finding(case=error.case)
+        return (fails_after_another(subject, error) or explain(error)).finding(case=error.case)
     return Finding(probe="", severity="error", message=str(error))
 
 

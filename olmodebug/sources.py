@@ -20,7 +20,7 @@ from torch import nn
 OUTSIDE, NEAR, OWN = 0, 1, 2
 
 # Modules of this package whose exceptions are a subject's: the reference models, and the words about what a call gave.
-SUBJECTS = ("model.py", "training/architectures.py", "convention.py", "subject.py", "devices.py")
+SUBJECTS = ("model.py", "training/architectures.py", "convention.py", "subject.py", "first_run.py", "caches.py", "devices.py")
 JUDGES = ("guards", "probes")  # folders whose exceptions are no instrument's: they raise in somebody else's name
 
 _PACKAGE = str(Path(__file__).parent)

@@ -1,7 +1,6 @@
 """A call leaves nothing behind that changes the next one, and nothing changed that belongs to the caller."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import probe
 from olmodebug.records import Case, Where
+from olmodebug.relations.earlier import HOW_TO_KEY, different_calls
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
@@ -24,7 +24,7 @@ from olmodebug.tracing.tracer import record
 # Of what rounding can make in a forward, the share that is let pass: a table made for a longer sequence may be the same
 # function in other bits, as xPos is, which counts from the middle.
 LEAST = 1 / 32
-COMPARED = 4  # the first calls of the list are compared with a fresh model's; the others come between them
+COMPARED = 5  # the first calls of the list are compared with a fresh model's; the others come between them
 
 
 @probe()
@@ -35,7 +35,7 @@ def calls_do_not_interfere(subject: Subject) -> Iterator[Finding]:
     Catches: a mask cached by sequence length alone; a rotary table that keeps what an earlier call put into it.
     """
     first = subject.twin()
-    cases = list(_cases(first, *first.sizes()))
+    cases = list(different_calls(first))
     used = subject.fresh_twin()
     for case in (*cases, *reversed(cases)):
         if case not in cases[:COMPARED]:
@@ -60,7 +60,7 @@ def calls_do_not_interfere(subject: Subject) -> Iterator[Finding]:
             cause=f"{name} is kept from one call and used in the next"
             if name
             else "the model keeps something from one call that changes the next",
-            fix="key what is cached by everything it depends on: sizes, offset, window, positions, mask, dtype, device",
+            fix=HOW_TO_KEY,
             expected="equal logits",
             observed=f"{apart.mismatched} of {apart.total} logits differ" if apart else "an exception",
             case=case,
@@ -129,22 +129,3 @@ def _try(twin: Subject, case: Case) -> Tensor | None:
         return run(twin, case)
     except SubjectCodeError:
         return None
-
-
-def _cases(twin: Subject, batch: int, seq: int) -> Iterator[Case]:
-    """Calls to compare (plain, with positions, with other ones, with a mask), and calls of other sizes between them."""
-    ids = twin.token_ids(batch, seq, seed=17)
-    yield Case(name="a plain call", input_ids=ids)
-    longest = twin.usable_positions or 4 * seq
-    counted, moved = (tuple(range(seq)),) * batch, (tuple(range(0, 2 * seq, 2)),) * batch  # a mere shift would not show with RoPE
-    with_positions = bool(twin.convention.position_ids) and longest >= 2 * seq
-    case = Case(name="a call with positions", input_ids=ids, position_ids=counted)
-    yield case if with_positions else replace(case, name="a plain call again", position_ids=None)
-    if with_positions:
-        yield Case(name="a call with other positions", input_ids=ids, position_ids=moved)
-    padded = ((0,) * (seq // 2) + (1,) * (seq - seq // 2),) * batch
-    if twin.convention.attention_mask:
-        yield Case(name="a call with a mask", input_ids=ids, attention_mask=((1,) * (seq - 1) + (0,),) * batch)
-        yield Case(name="a call with left padding", input_ids=ids, attention_mask=padded)
-    for length in (max(1, seq - 3), min(seq + 5, longest)):
-        yield Case(name=f"a call with {length} tokens", input_ids=twin.token_ids(batch + 1, length, seed=19))
