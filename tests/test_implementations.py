@@ -20,6 +20,7 @@ SHARP = frozenset(
     hf/interleaved-rope hf/rope-theta-ignored hf/kv-tiled hf/window-off-by-one hf/qk-norm-after-rope hf/scale-by-hidden-size
     hf/final-norm-missing hf/gate-and-up-swapped hf/final-softcap-missing hf/final-norm-eps hf/head-from-embedding
     hf/variance-detached nanogpt/qkv-order nanogpt/qkv-by-head nanogpt/tied-by-data llama/residual-overwritten-by-norm
+    llama/post-norm nanogpt/parallel-residual llama/embedding-normed llama/qkv-clipped-far-out llama/experts-reversed llama/three-experts
     """.split()
 )
 

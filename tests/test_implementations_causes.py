@@ -65,7 +65,7 @@ def case(name: str, cause: str | None, words: str, function: str, *edits: Edit, 
         case("layer twice, another never", "layer order", "0 0 2 where the reference runs 0 1 2", "Transformer.run_layers", (EVERY_LAYER, "        for layer in (self.layers[0], self.layers[0], self.layers[2]):\n")),
         case("layers from the last", "layer order", "2 1 0 where", "Transformer.run_layers", (EVERY_LAYER, "        for layer in reversed(self.layers):\n"), slow=True),
         case("layers run twice", None, "", "rms_norm", (EVERY_LAYER, "        for layer in [*self.layers, *self.layers]:\n"), slow=True),
-        case("a norm too many", None, "", "rms_norm", (EMBEDDED, EMBEDDED + FINAL_NORM)),
+        case("a norm too many", "norm too many", "the subject has a norm here", "rms_norm", (EMBEDDED, EMBEDDED + FINAL_NORM)),
         case("a layer without RoPE", "RoPE missing", "q and k are not turned by the angles of RoPE in layer 1", "attention", (TURNED, "        if self.rope:\n    " + TURNED), ("        self.attention = Attention(args)\n", "        self.attention = Attention(args)\n        self.attention.rope = layer_id != 1\n")),
         case("cosines and sines scaled", "RoPE factor", "are 1.2 times the reference's", "Transformer.forward", (TABLES, "    return 1.2 * torch.cos(freqs), 1.2 * torch.sin(freqs)\n")),
         case("a window in one layer", "window", "the last 5 keys", "attention", ("            h = layer(h, freqs_cos, freqs_sin, mask)\n", "            h = layer(h, freqs_cos, freqs_sin, mask.clone().masked_fill_(torch.ones_like(mask).tril(-5) > 0, -torch.inf) if layer.layer_id else mask)\n"), slow=True),
@@ -84,6 +84,34 @@ def test_what_the_reference_scales_and_the_subject_does_not_is_told_the_other_wa
     finding = told(LLAMA, scaled)
     assert finding.evidence["cause"] == "constant factor"
     assert finding.evidence["factor"] == pytest.approx(1 / math.sqrt(56))
+
+
+NORMED_EMBEDDING = (EMBEDDED, EMBEDDED + "        h = F.rms_norm(h, h.shape[-1:])\n")
+CLIPPED = ("xk = xk.view", "xk = xk.clamp(-1.5, 1.5).view")
+IN_PARALLEL = ("rms_norm(h, self.ffn_norm, self.norm_eps)", "rms_norm(x, self.ffn_norm, self.norm_eps)")
+
+
+@pytest.mark.parametrize(
+    ("edit", "cause", "words"),
+    [
+        pytest.param(NORMED_EMBEDDING, "norm missing", "the reference has a norm here", id="norm"),
+        pytest.param(CLIPPED, "clamp missing", r"the reference clamps to \[-1.5, 1.5\]", id="clamp", marks=pytest.mark.slow),
+        pytest.param(IN_PARALLEL, "parallel residual", "where the reference's is x . attention", id="parallel", marks=pytest.mark.slow),
+    ],
+)
+def test_what_the_reference_does_and_the_subject_leaves_out(edit: Edit, cause: str, words: str, tmp_path: Path) -> None:
+    finding = told(LLAMA, edited(tmp_path, edit))
+    assert finding.evidence["cause"] == cause
+    assert re.search(words, finding.cause or "")
+
+
+def test_a_clamp_that_is_written_otherwise_is_no_finding(tmp_path: Path) -> None:
+    clamped = edited(tmp_path, ("xk = xk.view", "xk = xk.clamp(-8.0, 8.0).view"))
+    (tmp_path / "other").mkdir()
+    other = edited(
+        tmp_path / "other", ("xk = xk.view", "xk = torch.minimum(torch.maximum(xk, xk.new_tensor(-8.0)), xk.new_tensor(8.0)).view")
+    )
+    assert compare(subject_of(clamped, "build"), subject_of(other, "build")).findings == ()
 
 
 def test_a_layer_that_the_reference_leaves_without_rope(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ the difference between the runs, and it vanishes with the reference's rule.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..compare import difference
 from ..sources import Spot
 from ..tracing.norms import NormCall, norm_calls
 from .aligned import Aligned
-from .anchors import Columns, Graph, same
+from .anchors import Columns, Graph, first_bad, last_leading, same
 from .hypotheses import Cause
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,6 +48,22 @@ class Parting:
     def limit(self) -> float:
         return self.aligned.limit
 
+    def flipped(self) -> "Parting | None":
+        """The same seen from the reference; None where it has no first wrong node."""
+        if self.other is None:
+            return None
+        aligned = self.aligned
+        turned = replace(
+            aligned,
+            left=aligned.right,
+            right=aligned.left,
+            left_logits=aligned.right_logits,
+            right_logits=aligned.left_logits,
+            others=[],
+            _graphs=(self.right, self.left),
+        )
+        return Parting(aligned=turned, left=self.right, right=self.left, node=self.other, other=self.node)
+
     def near(self, graph: Graph, start: int | None) -> Iterator[int]:
         """Nodes that went astray, from the first on."""
         if start is None:
@@ -74,6 +90,13 @@ class Parting:
 
     def spot(self, index: int) -> Spot | None:
         return self.left.recording.spots[self.left.nodes[index].event]
+
+
+def parting_of(aligned: Aligned) -> Parting:
+    """Where the two runs part; at the logits, where the subject has everything before them."""
+    left, right = aligned.graphs()
+    mine = first_bad(left)
+    return Parting(aligned=aligned, left=left, right=right, node=last_leading(left) if mine is None else mine, other=first_bad(right))
 
 
 def activation(parting: Parting) -> Cause | None:

@@ -24,17 +24,19 @@ from ..sources import Spot, short_path
 from ..subject import Subject
 from .aligned import Aligned, Side, align
 from .alone import script_of, script_of_ops
-from .anchors import Graph, first_bad, last_leading, positions_first
+from .anchors import Graph, positions_first
 from .backward import GradientGap, NoGradients, gradient_gap, script_of_gradients
-from .captured import ON_TENSORS, Parting, differing_eps, eps_cause
+from .blocks import ON_BLOCKS
+from .captured import ON_TENSORS, differing_eps, eps_cause, parting_of
 from .casts import cast_order
+from .extra import ON_EXTRA, unseen_clamp
 from .factors import ON_FACTORS
 from .hypotheses import ON_WEIGHTS, Cause
 from .left_out import ON_USES
 from .norm_rules import ON_NORMS
 from .routing import ON_ROUTING
 from .turned import ON_ROTATION
-from .wiring import ON_WIRING, caller, weights_read
+from .wiring import ON_SUMS, ON_WIRING, caller, weights_read
 
 OUTPUTS, GRADIENTS, WEIGHTS, ARGUMENTS = "parity.outputs", "parity.gradients", "parity.weights", "parity.arguments"
 # A cause that only moves values shows later than it acts: where they meet. These ops are where it acts.
@@ -109,15 +111,9 @@ def locate(aligned: Aligned, gap: Difference) -> Verdict:
 
 
 def _verdict(aligned: Aligned, gap: Difference, cause: Cause | None, tried: list[tuple[str, bool]]) -> Verdict:
-    parting = _parting(aligned)
+    parting = parting_of(aligned)
     place = _place(aligned, parting.left, parting.node, cause)
     return Verdict(aligned=aligned, gap=gap, where=place, parting=(parting.node, parting.other), cause=cause, tried=tried)
-
-
-def _parting(aligned: Aligned) -> Parting:
-    left, right = aligned.graphs()
-    mine = first_bad(left)
-    return Parting(aligned=aligned, left=left, right=right, node=last_leading(left) if mine is None else mine, other=first_bad(right))
 
 
 def _on_weights(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | None]]]:
@@ -125,10 +121,20 @@ def _on_weights(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | No
 
 
 def _on_captured(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | None]]]:
-    parting = _parting(aligned)
+    parting = parting_of(aligned)
     return (
         (name, partial(h, parting))
-        for name, h in {**ON_ROTATION, **ON_NORMS, **ON_TENSORS, **ON_ROUTING, **ON_FACTORS, **ON_WIRING}.items()
+        for name, h in {
+            **ON_ROTATION,
+            **ON_NORMS,
+            **ON_TENSORS,
+            **ON_ROUTING,
+            **ON_FACTORS,
+            **ON_BLOCKS,
+            **ON_WIRING,
+            **ON_EXTRA,
+            **ON_SUMS,
+        }.items()
     )
 
 
@@ -249,7 +255,7 @@ def _output_finding(aligned: Aligned, verdict: Verdict, scripts: Path | None) ->
 
 def _argument_findings(aligned: Aligned, scripts: Path | None) -> list[Finding]:
     """Arguments that differ although these values hardly show it."""
-    found = _cast_findings(aligned)
+    found = [*_clamp_findings(aligned), *_cast_findings(aligned)]
     pair = differing_eps(aligned)
     if pair is None:
         return found
@@ -269,6 +275,28 @@ def _argument_findings(aligned: Aligned, scripts: Path | None) -> list[Finding]:
             case=aligned.case,
         ),
         *found,
+    ]
+
+
+def _clamp_findings(aligned: Aligned) -> list[Finding]:
+    """A clamp of one side that these values never reach."""
+    found = unseen_clamp(aligned)
+    if found is None:
+        return []
+    cause, larger = found
+    gap = larger.gap()
+    assert gap is not None
+    return [
+        Finding(
+            probe=ARGUMENTS,
+            severity="error",
+            message=f"the logits agree as long as no query, key or value is large; where they are, they differ by {gap.relative:.3g} of the largest",
+            cause=cause.text,
+            fix=cause.fix,
+            where=_where(cause.module or "", cause.spot, None) if cause.spot else Where(module=cause.module or ""),
+            evidence={"cause": cause.name, "condition": "queries, keys and values beyond the bound", "relative": gap.relative},
+            case=aligned.case,
+        )
     ]
 
 

@@ -7,6 +7,7 @@ they do not, the hypothesis is ruled out. What no order of weights can undo is t
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from .aligned import Aligned, Side
 from .mapping import GATE_UP_ORDERS, QKV_ORDERS, in_pairs, layout_of
 
 Weights = dict[str, Tensor]
+MANY = 6  # experts, of which every pair is still exchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,28 @@ def grouped_heads(aligned: Aligned) -> Cause | None:
     return None
 
 
+def expert_order(aligned: Aligned) -> Cause | None:
+    """Experts that stand for others than the router means: from the last to the first, shifted, two of them exchanged."""
+    count = len({part for slot in aligned.weights for part in slot.split(".") if re.fullmatch(r"expert\d+", part)})
+    places = list(range(count))
+    orders = [places[::-1], *(places[n:] + places[:n] for n in ({1, count - 1} if count > MANY else range(1, count)))]
+    if count <= MANY:
+        orders += [[b if p == a else a if p == b else p for p in places] for a, b in itertools.combinations(places, 2)]
+    for order in orders if count > 1 else []:
+        moved = {}
+        for slot, tensor in aligned.weights.items():
+            expert = re.search(r"\.expert(\d+)\.", slot)
+            source = slot.replace(expert[0], f".expert{order[int(expert[1])]}.") if expert else slot
+            moved[slot] = aligned.weights.get(source, tensor)
+        if _agrees(aligned, moved):
+            return Cause(
+                name="expert order",
+                text=f"what the router gives to expert 0, 1, 2, ... goes to other experts than in the reference; with the experts in the order {' '.join(map(str, order))} the logits agree",
+                fix="run expert i on the weights of the router's column i",
+            )
+    return None
+
+
 def tied_head(aligned: Aligned) -> Cause | None:
     """A head that multiplies with the embedding although it has weights of its own, or the reverse."""
     if "head.weight" not in aligned.weights or "head.weight" in aligned.left.layout.tied:
@@ -183,6 +207,7 @@ ON_WEIGHTS: dict[str, Hypothesis] = {
     "head tied to the embedding": tied_head,
     "a square weight transposed": transposed_square,
     "two norms exchanged": norms_exchanged,
+    "order of the experts": expert_order,
 }
 
 

@@ -1,7 +1,7 @@
 """A run of the subject in which one step is done by another rule, in every layer: whether the difference is gone then."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -19,17 +19,31 @@ def vanishes(parting: Parting, source: int, node: int, rule: Rule) -> bool:
     `source` and `node` are the tensors before and behind the step where the runs part. Other layers run the same code, so
     that there the two stand as many ops apart.
     """
+    return undone(parting, [(source, node, rule)])
+
+
+def undone(parting: Parting, changes: Sequence[tuple[int, int, Rule]], *, in_layers: bool = False) -> bool:
+    """The same for several steps at once; with `in_layers` only where other layers do this very step, and not wherever a
+    function that they share runs."""
     graph = parting.left
-    steps = list(_steps(graph, source, node))
+    keys = repeated(graph) if in_layers else {}
     model = parting.aligned.left.subject.model
     vectors = {name: p.detach() for name, p in model.named_parameters() if p.ndim == 1}
-    sources = {graph.nodes[start].event for start, _ in steps}
-    ends = {graph.nodes[end].event: (start, end) for start, end in steps}
+    ends: dict[int, list[tuple[int, int, Rule]]] = {}
+    for source, node, rule in changes:
+        keeps_size = graph.nodes[source].tensor.numel() == graph.nodes[node].tensor.numel()
+        for start, end in _steps(graph, source, node):
+            if in_layers and keys[graph.nodes[end].event] != keys[graph.nodes[node].event]:
+                continue
+            if keeps_size and graph.nodes[start].tensor.numel() != graph.nodes[end].tensor.numel():
+                continue  # another step that happens to stand on this line
+            ends.setdefault(graph.nodes[end].event, []).append((start, end, rule))
+    sources = {graph.nodes[start].event for steps in ends.values() for start, _, _ in steps}
     held: dict[int, list[Tensor]] = {}
 
     def change(index: int, outputs: list[Tensor]) -> None:
-        if index in ends:
-            start, end = (graph.nodes[i] for i in ends[index])
+        for first, last, rule in ends.get(index, ()):
+            start, end = graph.nodes[first], graph.nodes[last]
             x = held[start.event][start.output]
             read = (name for event in graph.recording.events[start.event : index + 1] for name in event.parameters)
             made = rule(x, {name: vectors[name] for name in read if name in vectors})

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .anchors import Graph, same
@@ -31,6 +32,38 @@ class Routing:
 
     def __str__(self) -> str:
         return f"the {self.score} of the router's logits, {'divided by their sum over the chosen experts' if self.normed else 'as it is'}"
+
+
+def chosen_experts(parting: Parting) -> Cause | None:
+    """Another number of experts for a token: with the weights of the others at zero, the side that chooses more agrees."""
+    source, flipped = _router(parting), parting.flipped()
+    twin = None if source is None else parting.left.nodes[source].anchor
+    if source is None or twin is None or flipped is None:
+        return None
+    logits = parting.left.nodes[source].tensor
+    counts = range(1, logits.shape[-1])
+    mine, theirs = (
+        next((f for k in counts if (f := _found(graph, logits, k, parting.limit)) is not None), None)
+        for graph in (parting.left, parting.right)
+    )
+    if mine is None or theirs is None or mine[0].chosen == theirs[0].chosen:
+        return None
+    more = mine[0].chosen > theirs[0].chosen
+    wider, fewer = (mine, theirs[0]) if more else (theirs, mine[0])
+
+    def alone(x: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        return F.pad(fewer(x, vectors), (0, wider[0].chosen - fewer.chosen))
+
+    if not vanishes(parting if more else flipped, source if more else twin, wider[1], alone):
+        return None
+    return Cause(
+        name="chosen experts",
+        text=f"a token goes to {mine[0].chosen} of the experts, in the reference to {theirs[0].chosen}; with the weights of the others at zero, the logits agree",
+        fix=f"choose {theirs[0].chosen}, as the configuration says",
+        spot=parting.spot(mine[1]),
+        module=parting.left.event(mine[1]).where.module,
+        op=parting.left.event(mine[1]).op,
+    )
 
 
 def routing(parting: Parting) -> Cause | None:
@@ -77,4 +110,7 @@ def _found(graph: Graph, logits: Tensor, chosen: int, limit: float) -> tuple[Rou
     return None
 
 
-ON_ROUTING: dict[str, Callable[[Parting], Cause | None]] = {"the weights of the chosen experts": routing}
+ON_ROUTING: dict[str, Callable[[Parting], Cause | None]] = {
+    "the weights of the chosen experts": routing,
+    "how many experts are chosen": chosen_experts,
+}

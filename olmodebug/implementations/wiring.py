@@ -96,11 +96,11 @@ def _user(parting: Parting, node: int, parameter: str) -> tuple[Spot | None, str
     owner = model.get_submodule(module)
     if not any(True for _ in owner.children()):
         return caller(graph, graph.nodes[node].event)
-    spot = _line_naming(owner, parameter.removeprefix(f"{module}.").split(".")[0])
+    spot = line_naming(owner, parameter.removeprefix(f"{module}.").split(".")[0])
     return spot or graph.recording.spots[graph.nodes[node].event], module
 
 
-def _line_naming(owner: nn.Module, name: str) -> Spot | None:
+def line_naming(owner: nn.Module, name: str) -> Spot | None:
     """The last line of a module's forward that names one of its attributes, its first line where none does."""
     code = code_of(type(owner).forward)
     if code is None:
@@ -132,7 +132,7 @@ def missing_norm(parting: Parting) -> Cause | None:
             name="final norm missing" if slot.startswith("norm.") else "norm missing",
             text=f"{what} is left out: {name} is used for no logit, and what the reference normalises goes on as it is",
             fix=f"apply the norm of {name} before the next projection",
-            spot=_call_inside(parting, source, name) or _function_that_should(parting, source),
+            spot=_call_inside(parting, source, name) or _function_that_should(parting.left, source),
             module=parting.left.event(source).where.module,
         )
     return None
@@ -176,23 +176,21 @@ def _call_inside(parting: Parting, node: int, norm: str) -> Spot | None:
     module = parting.left.event(node).where.module
     if not holder or not module.startswith(f"{holder}."):
         return None
-    return _line_naming(model.get_submodule(holder), module.removeprefix(f"{holder}.").partition(".")[0])
+    return line_naming(model.get_submodule(holder), module.removeprefix(f"{holder}.").partition(".")[0])
 
 
-def _function_that_should(parting: Parting, node: int) -> Spot | None:
+def _function_that_should(graph: Graph, node: int) -> Spot | None:
     """The function that made the tensor which goes on without its norm: where the norm belongs."""
-    graph = parting.left
-    for source in graph.nodes[node].inputs:
-        current = source
-        while (
-            graph.event(current).op in ("view", "_unsafe_view", "t", "expand", "clone", "transpose", "slice", "index")
-            and graph.nodes[current].inputs
-        ):
-            current = graph.nodes[current].inputs[0]
-        found, _ = caller(graph, graph.nodes[current].event)
-        if found is not None:
-            return found
-    return None
+    return next((found for source in graph.nodes[node].inputs if (found := function_that_made(graph, source)) is not None), None)
+
+
+def function_that_made(graph: Graph, node: int) -> Spot | None:
+    """The line that made a tensor, before it was viewed: that called the module which did."""
+    while (
+        graph.event(node).op in ("view", "_unsafe_view", "t", "expand", "clone", "transpose", "slice", "index") and graph.nodes[node].inputs
+    ):
+        node = graph.nodes[node].inputs[0]
+    return caller(graph, graph.nodes[node].event)[0]
 
 
 def caller(graph: Graph, event: int) -> tuple[Spot | None, str]:
@@ -243,5 +241,5 @@ def other_sum(parting: Parting) -> Cause | None:
 ON_WIRING: dict[str, Callable[[Parting], Cause | None]] = {
     "another weight in its place": other_weight,
     "a norm left out": missing_norm,
-    "another tensor in a sum (residual)": other_sum,
 }
+ON_SUMS: dict[str, Callable[[Parting], Cause | None]] = {"another tensor in a sum (residual)": other_sum}

@@ -5,6 +5,7 @@ against the equivalent class of transformers. `cause` is what a right diagnosis 
 so that none may be claimed.
 """
 
+import re
 from dataclasses import dataclass
 
 from tests.mutants.catalog import MUTANTS, Mutant, _mutant
@@ -78,6 +79,34 @@ _GPT_PAIRS = """    x1 = x[..., ::2]
     x = torch.stack((-x2, x1), dim=-1)
     return x.flatten(-2)  # (..., x1 x2 x1 x2) -> the pairs lie side by side
 """
+
+_LLAMA_BLOCK = """        normed = rms_norm(x, self.attention_norm, self.norm_eps)
+        h = x + self.attention(normed, freqs_cos, freqs_sin, mask)
+        normed = rms_norm(h, self.ffn_norm, self.norm_eps)
+        out = h + self.feed_forward(normed)
+"""
+_GPT_BLOCK = """        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+"""
+_EMBEDDED = "        h = self.tok_embeddings(tokens)\n"
+_EXPERTS = "        for i, expert in enumerate(self.experts):\n"
+
+
+def _block(attention: str, feed_forward: str) -> tuple[str, str]:
+    """Another way to put a layer together: `a(...)` is the attention, `f(...)` the feed-forward, `n1` and `n2` are the norms."""
+    parts = {
+        "a(": "self.attention(freqs_cos=freqs_cos, freqs_sin=freqs_sin, mask=mask, x=",
+        "f(": "self.feed_forward(",
+        "n1(": "rms_norm(weight=self.attention_norm, eps=self.norm_eps, x=",
+        "n2(": "rms_norm(weight=self.ffn_norm, eps=self.norm_eps, x=",
+    }
+    lines = []
+    for name, text in (("h", attention), ("out", feed_forward)):
+        for short, call in parts.items():
+            text = re.sub(rf"(?<![\w.]){re.escape(short)}", call, text)
+        lines.append(f"        {name} = {text}\n")
+    return _LLAMA_BLOCK, "".join(lines)
+
 
 # Fused gate and up, right: the same model as with two projections.
 FUSED_MLP = ((_HF_MLP_INIT, _HF_FUSED), (_HF_MLP, "        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)\n        return self.down_proj(self.act_fn(gate) * up)\n"))  # fmt: skip
@@ -170,6 +199,28 @@ FAULTS: tuple[Fault, ...] = (
     _known("hf/final-norm-missing", "final norm missing", LLAMA, also="MyForCausalLM.forward"),
     _known("llama/final-norm-missing", "final norm missing", LLAMA),
     _known("nanogpt/final-norm-missing", "final norm missing", GPT2),
+    # how a layer puts its parts together
+    _new("llama/post-norm", "", "TransformerBlock.forward", "norm placement", _block("n1(x + a(x))", "n2(h + f(h))"), equivalent=LLAMA),
+    _new("llama/norm-behind-the-part", "", "TransformerBlock.forward", "norm placement", _block("x + n1(a(x))", "h + n2(f(h))"), equivalent=LLAMA),
+    _new("llama/norm-behind-attention", "", "TransformerBlock.forward", "norm placement", _block("x + n1(a(x))", "h + f(n2(h))"), equivalent=LLAMA),
+    _new("llama/parallel-residual", "", "TransformerBlock.forward", "parallel residual", _block("x + a(n1(x))", "h + f(n2(x))"), equivalent=LLAMA),
+    _new("llama/parallel-with-one-norm", "", "TransformerBlock.forward", "parallel residual|weight used twice", _block("x + a(n1(x))", "h + f(n1(x))"), equivalent=LLAMA),
+    _new("nanogpt/parallel-residual", "", "Block.forward", "parallel residual", (_GPT_BLOCK, "        x = x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))\n"), equivalent=GPT2),
+    _new("nanogpt/post-norm", "", "Block.forward", "norm placement", (_GPT_BLOCK, "        x = self.ln_1(x + self.attn(x))\n        x = self.ln_2(x + self.mlp(x))\n"), equivalent=GPT2),
+    _new("llama/no-residual-around-attention", "", "TransformerBlock.forward", "residual", _block("a(n1(x))", "h + f(n2(h))"), equivalent=LLAMA),
+    _new("nanogpt/no-residual-around-mlp", "", "Block.forward", "residual", (_GPT_BLOCK, _GPT_BLOCK.replace("x + self.mlp", "self.mlp")), equivalent=GPT2),
+    # a step too many, or one that is missing
+    _new("llama/embedding-normed", "", "Transformer.run_layers", "norm too many", (_EMBEDDED, _EMBEDDED + "        h = F.rms_norm(h, h.shape[-1:])\n"), equivalent=LLAMA),
+    _new("llama/attention-normed", "", "TransformerBlock.forward", "norm too many", _block("x + F.rms_norm(a(n1(x)), x.shape[-1:])", "h + f(n2(h))"), equivalent=LLAMA),
+    _new("llama/qk-normed", "", "Attention.forward", "norm too many", ("        output = attention(xq,", "        xq, xk = F.rms_norm(xq, xq.shape[-1:]), F.rms_norm(xk, xk.shape[-1:])\n        output = attention(xq,"), equivalent=LLAMA),
+    _new("llama/qkv-clipped", "", "Attention.forward", "clamp too many", (_LLAMA_QKV, _LLAMA_QKV + "        xq, xk, xv = xq.clamp(-1.5, 1.5), xk.clamp(-1.5, 1.5), xv.clamp(-1.5, 1.5)\n"), equivalent=LLAMA),
+    _new("llama/qkv-clipped-far-out", "", "Attention.forward", "clamp too many", (_LLAMA_QKV, _LLAMA_QKV + "        for t in (xq, xk, xv):\n            t.clamp_(min=-8.0, max=8.0)\n"), equivalent=LLAMA),
+    # experts
+    _new("llama/experts-reversed", "", "MoE.forward", "expert order", (_EXPERTS, _EXPERTS.replace("self.experts", "reversed(self.experts)")), build="build_moe"),
+    _new("llama/experts-shifted", "", "MoE.forward", "expert order", (_EXPERTS, _EXPERTS.replace("self.experts", "[*self.experts[1:], self.experts[0]]")), build="build_moe"),
+    _new("llama/one-expert", "", "MoE.forward", "chosen experts", ("self.top_k = args.n_experts_per_token", "self.top_k = 1"), build="build_moe", also="MoE.__init__"),
+    _new("llama/three-experts", "", "MoE.forward", "chosen experts", ("self.top_k = args.n_experts_per_token", "self.top_k = 3"), build="build_moe", also="MoE.__init__"),
+    _new("llama/expert-weights-renormalised", "", "MoE.forward", "routing", ("        if self.norm_topk_prob:\n", "        if True:\n"), build="build_moe"),
     # feed-forward
     _new("hf/gate-and-up-swapped", "P01", "MyMLP.forward", "gate and up swapped", (_HF_MLP, _HF_MLP.replace("gate_proj(x)) * self.up_proj", "up_proj(x)) * self.gate_proj")), equivalent=LLAMA),
     _new("llama/gate-and-up-swapped", "P01", "FeedForward.forward", "gate and up swapped", ("F.silu(self.w1(x)) * self.w3(x)", "F.silu(self.w3(x)) * self.w1(x)"), equivalent=LLAMA),
