@@ -97,15 +97,25 @@ def test_weights_that_a_step_changes_between_forward_and_backward_are_told_at_th
     assert said(run, "optimizer.step()") == ("loop.backward-runs", "error", True)
 
 
+@pytest.mark.parametrize("fully", [False, True])
 @pytest.mark.parametrize("reset", [True, False])
-def test_gradients_that_are_shards_are_followed_too(reset: bool) -> None:
+def test_gradients_that_are_shards_are_followed_too(reset: bool, fully: bool) -> None:
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
+    def sharded() -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
+        mesh = init_device_mesh("cpu", (1,))
+        if fully:  # adds up the local parts, below what the version of the whole tensor counts
+            model = fully_shard(nn.Linear(3, 4), mesh=mesh)
+            return list(model.parameters()), lambda: model(torch.randn(2, 3)).pow(2).sum()
+        weight = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Shard(0)]))
+        return [weight], lambda: weight.to_local().pow(2).sum()
+
     def run() -> None:
-        weight = nn.Parameter(DTensor.from_local(torch.ones(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)]))
-        optimizer = torch.optim.SGD([weight], lr=0.1)
+        weights, loss = sharded()
+        optimizer = torch.optim.SGD(weights, lr=0.1)
         for _ in range(3):
-            weight.to_local().pow(2).sum().backward()
+            loss().backward()
             optimizer.step()
             if reset:
                 optimizer.zero_grad()

@@ -26,7 +26,7 @@ class Followed:
     def is_unchanged(self) -> bool:
         """Whether the very tensor is still the gradient, as it was; the values count where they were kept."""
         p = self.parameter()
-        if p is None or p.grad is None or p.grad is not self.gradient() or p.grad._version != self.version:
+        if p is None or p.grad is None or p.grad is not self.gradient() or version_of(p.grad) != self.version:
             return False
         return self.values is None or torch.equal(sample(local(p.grad)), self.values)
 
@@ -52,6 +52,12 @@ def local(tensor: Tensor) -> Tensor:
     return held if isinstance(held, Tensor) else tensor
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; of a sharded one also its part on this rank, to which FSDP adds directly."""
+    part = local(tensor)
+    return tensor._version if part is tensor else tensor._version + part._version
+
+
 def has_dense_gradient(parameter: Tensor) -> bool:
     """Whether there is a dense gradient, whole or this rank's part of it."""
     grad = parameter.grad
@@ -62,7 +68,7 @@ def follow(optimizer: Any, *, values: bool = False) -> list[Followed]:
     """The gradients of the smallest parameters of an optimizer that have one."""
     smallest = heapq.nsmallest(FOLLOWED, (p for p in parameters(optimizer) if has_dense_gradient(p)), key=Tensor.numel)
     pairs = [(p, p.grad) for p in smallest if p.grad is not None]
-    return [Followed(weakref.ref(p), weakref.ref(g), g._version, sample(local(g)).clone() if values else None) for p, g in pairs]
+    return [Followed(weakref.ref(p), weakref.ref(g), version_of(g), sample(local(g)).clone() if values else None) for p, g in pairs]
 
 
 def written_since(optimizer: Any, before: list[Followed], *, values: bool = False) -> list[Followed]:
