@@ -127,6 +127,28 @@ def test_gradients_that_are_shards_are_followed_too(reset: bool, fully: bool) ->
         torch.distributed.destroy_process_group()
 
 
+def test_gradients_that_wait_beside_a_gathered_weight_are_let_be() -> None:
+    """Micro-batches without a reduction: FSDP keeps the whole gradient, and takes the memory of the whole weight back."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    def run() -> None:
+        model = fully_shard(nn.Linear(3, 4), mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for number in range(6):
+            model.set_requires_gradient_sync(number % 2 == 1)
+            (model(torch.randn(2, 3)).pow(2).sum() / 2).backward()
+            if number % 2 == 1:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert found(run) == []
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def bad_steps_are_dropped() -> None:
     model, optimizer = made()
     for number in range(8):

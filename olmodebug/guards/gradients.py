@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLED = 1024  # elements of a parameter that are compared before and after
 NEAREST = 2000  # graph nodes searched for the parameter next to a loss
@@ -41,9 +41,12 @@ def parameters(optimizer: Any) -> list[Tensor]:
 
 
 def has_plain_gradient(parameter: Tensor) -> bool:
-    """Whether there is a dense gradient that is no subclass (of a sharded parameter)."""
+    """Whether there is a dense gradient that is no subclass (of a sharded parameter), of a parameter that has its memory:
+    FSDP takes that of a gathered one back, and keeps a gradient that is not reduced yet."""
     grad = parameter.grad
-    return grad is not None and grad.layout == torch.strided and type(grad) is Tensor
+    if grad is None or grad.layout != torch.strided or type(grad) is not Tensor:
+        return False
+    return type(parameter) is not nn.Parameter or parameter.numel() == 0 or parameter.untyped_storage().nbytes() > 0
 
 
 def local(tensor: Tensor) -> Tensor:
