@@ -43,7 +43,7 @@ class Convention:
     `logits_need_labels`: without labels the model returns only the last position. `places` and `start` take the
     positions of the new tokens, or the first of them, where the model keeps its cache itself. `state`: what the model's
     own method makes for so many rows, given to every call. `required` have no
-    default: what no case states is given as counted positions, a mask of ones, the ids themselves as labels.
+    default: what no case states is given as counted positions, a mask of ones, the ids themselves as labels, a start of 0.
     `whole_mask`: an argument for a mask `[batch, 1, seq_len, seq_len]` with causality in it, and what True says in
     it. `in_dict`: one argument holds all by their names. `sequence_first`: ids are `[seq_len, batch]`, and so are the
     logits. `multiple`: the model takes sequences of such lengths only, and others are padded on the right. `sets_up`:
@@ -147,11 +147,11 @@ def read_signature(forward: Callable[..., object]) -> Convention:
         labels_aligned=labels in ALIGNED_LABELS,
         logits_need_labels=labels in without_default,
     )
-    stated = {convention.attention_mask, convention.position_ids, convention.labels}
+    stated = {convention.attention_mask, convention.position_ids, convention.labels, convention.start}
     convention = replace(convention, required=tuple(name for name in names if name in without_default & stated))
     if any(hasattr(getattr(forward, "__self__", None), name) for name in STATE_MAKERS):
         convention = replace(convention, state=next((name for name in STATE_NAMES if name in without_default), None))
-    unknown = [name for name in names if name in without_default - stated - {ids, convention.start, convention.state}]
+    unknown = [name for name in names if name in without_default - stated - {ids, convention.state}]
     if unknown:
         raise SubjectError(
             f"forward() requires {', '.join(unknown)}, which cannot be guessed; give it a default or state the call with --adapter"

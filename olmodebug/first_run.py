@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .caches import Held, held, hold, keeps_its_cache, new_cache
+from .caches import Held, held, hold, keeps_its_cache, makes_new_caches, new_cache
 from .convention import (
     ALIGNED_LABELS,
     HANDED_NAMES,
@@ -188,7 +188,7 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
             return trial
     if form.attention_mask in form.required and (whole := _with_whole_mask(subject, case)) is not None:
         return whole
-    if form.places and keeps_its_cache(subject):
+    if (form.places or form.start) and makes_new_caches(subject):
         bare: list[Held] = []
         with suppress(Exception):
             trial = replace(form, sets_up=True)

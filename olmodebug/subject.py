@@ -293,7 +293,7 @@ class Subject:
     def forward(self, arguments: Mapping[str, Any]) -> Any:
         """The raw result of one call with arguments by their names, the ids among them."""
         form = self.convention
-        if form.sets_up and form.places not in arguments:
+        if form.sets_up and (form.places or form.start) not in arguments:
             new_cache(self, *arguments[form.ids].shape)
             try:
                 return self._forward(arguments)
@@ -325,7 +325,7 @@ class Subject:
             form.places: lambda: torch.arange(ids.shape[1], device=ids.device),
             form.state: lambda: method_of(self.model, STATE_MAKERS)(len(ids)),  # type: ignore[misc]
         }
-        needed = (*form.required, form.start, form.state, form.places if form.sets_up else None)
+        needed = (*form.required, form.state, form.places if form.sets_up else None)
         formed |= {name: neutral[name]() for name in needed if name and name not in formed} | dict.fromkeys(form.flags, True)
         missing = -ids.shape[1] % form.multiple
         for name, value in formed.items():

@@ -142,6 +142,36 @@ def test_a_start_without_a_cache_is_no_cache_and_rows_stay_within_those_of_a_cac
     assert {o.probe: o.status for o in report.outcomes}["cache.matches-full-forward"] == status
 
 
+class MadeFirst(Start):
+    """It keeps keys only for those who say where the tokens start, once setup_caches has made room."""
+
+    def __init__(self) -> None:
+        super().__init__(keeps=False)
+
+    def setup_caches(self, max_batch_size: int, max_seq_len: int) -> None:
+        self.sums = torch.zeros(max_batch_size, max_seq_len, 12)
+
+    def forward(self, idx: Tensor, start_pos: int | None = None) -> Tensor:  # type: ignore[override]
+        if start_pos is not None:
+            assert self.sums is not None
+            return super().forward(idx, start_pos)
+        x = self.embed(idx) + self.place(torch.arange(idx.shape[1], device=idx.device))
+        return self.head(x.cumsum(1))
+
+
+class MadeFirstAlways(MadeFirst):
+    def forward(self, idx: Tensor, start_pos: int) -> Tensor:  # type: ignore[override]
+        return super().forward(idx, start_pos)
+
+
+@pytest.mark.parametrize("kind", [MadeFirst, MadeFirstAlways])
+def test_a_start_is_given_to_a_model_that_wants_one_and_its_cache_is_made_before(kind: type[MadeFirst]) -> None:
+    torch.manual_seed(0)
+    report = olmodebug.check(kind(), select_probes="cache.matches or no-future or batch")
+    assert report.of("error") == ()
+    assert {o.probe: o.status for o in report.outcomes}["cache.matches-full-forward"] == "passed"
+
+
 class OnRequest(nn.Module):
     """Logits for those who ask."""
 
