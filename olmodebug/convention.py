@@ -22,6 +22,8 @@ PLACES_NAMES, START_NAMES = ("input_pos",), ("start_pos",)
 SETUP_NAMES = ("set_kv_cache", "setup_caches", "setup_cache", "setup_kv_cache")
 # A cache that the caller makes, with one of these methods or as an empty dict, and every forward fills.
 HANDED_NAMES = ("cache", "kv_cache", "caches", "kv_caches", *CACHE_NAMES)
+# What every call gives back and the next one takes, with no use_cache to ask for it, as in GPT-2.
+RETURNED_NAMES = (*HANDED_NAMES, "past_kv", "past_kvs", "layer_past", "past_caches", "presents", "new_cache", "new_caches", "new_kv_cache")
 MAKER_NAMES = ("make_cache", "init_cache", "new_cache", "create_cache", "empty_cache", "make_kv_cache", "init_kv_cache", "allocate_cache")
 # The state of a recurrent model that the caller must hand over, as the model's own method makes it for so many rows.
 STATE_NAMES, STATE_MAKERS = ("hidden", "hidden_state", "hx", "h", "state", "states"), ("init_hidden", "init_state", "begin_state")
@@ -186,6 +188,29 @@ def find_logits(result: object, *, batch_size: int, seq_len: int) -> Output:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensor"
         raise NoLogits(f"a {type(result).__name__} with {shapes}")
     raise NoLogits(f"{type(result).__name__}")
+
+
+def returned_cache(result: object) -> Any:
+    """What one call gives back for the next: of a tuple, keys and values of each layer, or an object called a cache; None where
+    nothing is seen. Hidden states and attention weights come one tensor a layer, and are none."""
+    if isinstance(result, Mapping):
+        named: list[object] = [result.get(name) for name in RETURNED_NAMES]
+    elif isinstance(result, tuple | list):
+        named = list(result)
+    else:
+        named = [getattr(result, name, None) for name in RETURNED_NAMES]
+    return next((item for item in named if _holds_a_cache(item)), None)
+
+
+def _holds_a_cache(item: object) -> bool:
+    if isinstance(item, Mapping):
+        return bool(item) and all(isinstance(value, Tensor | tuple | list | Mapping) for value in item.values())
+    if isinstance(item, tuple | list):
+        pairs = [
+            isinstance(layer, tuple | list | Mapping) and len(layer) >= 2 or isinstance(layer, Tensor) and layer.ndim >= 5 for layer in item
+        ]
+        return bool(pairs) and all(pairs)
+    return isinstance(item, Tensor) and item.ndim >= 6 or "cache" in type(item).__name__.lower()
 
 
 def first_embedding(model: nn.Module) -> nn.Embedding | None:

@@ -15,6 +15,7 @@ from .convention import (
     ALIGNED_LABELS,
     HANDED_NAMES,
     LOSS_METHODS,
+    RETURNED_NAMES,
     SHIFTED_LABELS,
     WHOLE_MASKS,
     Convention,
@@ -132,7 +133,8 @@ def settle_convention(subject: Subject) -> Convention:
                 f"ids are [seq_len, batch]: {reason}; where yours are [batch, seq_len], it mixes the rows (batch_first=True)"
             )
         subject.convention = _with_own_cache(subject, case)
-        return _with_handed_cache(subject, _with_loss_method(subject))
+        form = _with_loss_method(subject)
+        return _with_returned_cache(subject, form) or _with_handed_cache(subject, form)
 
 
 def _with_own_cache(subject: Subject, case: Case) -> Convention:
@@ -279,6 +281,26 @@ def _sequence_first(subject: Subject, case: Case) -> str | None:
         turned = earlier + any(along)
         if same(alike, alike[:, :1]) and turned < as_given and (places or not turned):
             return "the first dimension is read in order and the second stays apart" if not turned else "read so, it breaks fewer rules"
+    return None
+
+
+def _with_returned_cache(subject: Subject, form: Convention) -> Convention | None:
+    """The convention with a cache that every call gives back, and that changes what the next call gives when it is handed on."""
+    names = inspect.signature(subject.model.forward).parameters
+    name = next((each for each in RETURNED_NAMES if each in names and names[each].default is None), None)
+    if name is None or form.use_cache or form.places or subject.adapter is not None:
+        return None
+    trial = replace(subject, convention=replace(form, cache=name), _last=[], _twins={})
+    case, more = (Case(name="a cache", input_ids=subject.token_ids(2, length)) for length in (3, 1))
+    with suppress(Exception):  # what it gives back is for something else
+        cache, alone = trial.call(case).cache, trial.call(more).logits
+        if cache is None:
+            return None
+        try:
+            output = trial.call(more, cache=cache)
+        except RuntimeError:  # what it gave itself does not fit: cache.* says what is wrong
+            return None if _reads_the_whole_again(trial) else trial.convention
+        return trial.convention if output.logits.shape == alone.shape and not torch.equal(output.logits, alone) else None
     return None
 
 

@@ -27,6 +27,7 @@ from .convention import (
     ids_tensor,
     is_loss_per_token,
     is_scalar_loss,
+    returned_cache,
     whole_mask,
 )
 from .deep_copies import deep_copy
@@ -279,6 +280,8 @@ class Subject:
             # With labels it gives the loss alone, or the logits that the loss was taken from: all of them come without.
             output = self._call(replace(case, labels=None), None, False, position_ids, attention_mask, None)
             output.loss = loss
+        if form.cache and not form.hands_cache and output.cache is None and (use_cache or not form.use_cache):
+            output.cache = returned_cache(result)
         if form.hands_cache and use_cache and output.cache is None:
             given = result if isinstance(result, tuple) else ()
             output.cache = next((item for item in given if type(item) is type(cache)), cache)  # handed back, or filled in place

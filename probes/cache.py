@@ -235,7 +235,7 @@ def _broken(subject: Subject, ways: Any, *, shrink: bool = True) -> Iterator[Fin
             if broken is None:
                 continue
             small = _smaller(twin, way, limit, broken.index[0]) if shrink else None
-            finding = _finding(twin, way, small or _one_row(way, broken.index[0]), broken, limit, setting)
+            finding = _finding(twin, way, small or _where_it_shows(twin, way, broken.index[0], limit), broken, limit, setting)
             if _recurrent(twin) and any(size > 1 for size in way.sizes[1:]):
                 finding = replace(finding, severity="warning", message=f"several tokens that continue a recurrent state: {finding.message}")
             yield finding
@@ -273,6 +273,12 @@ def _one_row(way: Way, row: int, seq: int | None = None) -> Way:
     return replace(way, case=case, first=padded)
 
 
+def _where_it_shows(twin: Subject, way: Way, row: int, limit: float) -> Way:
+    """The way with this row alone; as it is where the row alone goes right."""
+    alone = _one_row(way, row)
+    return alone if way.case.batch_size == 1 or breach(twin, alone, limit) is not None else way
+
+
 def _smaller(twin: Subject, way: Way, limit: float, row: int) -> Way | None:
     """The shortest sequence of this row alone, in as few chunks as possible, that still goes wrong; behind one token a position
     that restarts is one that lags by one, so that a longer prompt is tried first."""
@@ -304,6 +310,11 @@ def _finding(twin: Subject, way: Way, small: Way, broken: Difference, limit: flo
     runs = locate(twin, small.case, pieces(small.sizes), limit=limit, first=small.first)
     parting = runs.parting if runs else None
     told = why(runs) if runs and parting else Diagnosis()
+    if small.case.batch_size > 1 and broken.index[0]:
+        told = Diagnosis(
+            cause=f"row {broken.index[0]} alone is decoded right: among others what it gets from the cache is not its own",
+            fix="write and read the cache at the rows of the batch: cache[:batch]",
+        )
     evidence: dict[str, Scalar] = {
         "largest difference": broken.max_abs,
         "logits of magnitude": broken.scale,

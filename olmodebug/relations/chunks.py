@@ -196,7 +196,8 @@ def _parts(twin: Subject, case: Case, before: list[Chunk], runs: Runs, *, late: 
     def wrong(recording: Recording) -> bool:
         if recording.error is not None:
             return True
-        return difference(wanted, recording.result.logits[:, -wanted.shape[1] :], relative_limit=limit) is not None
+        given = min(wanted.shape[1], recording.result.logits.shape[1])
+        return difference(wanted[:, -given:], recording.result.logits[:, -given:], relative_limit=limit) is not None
 
     runs.part = go()
     if runs.part.error is not None or not wrong(runs.part):

@@ -37,7 +37,7 @@ def breach(twin: Subject, way: Way, limit: float, full: dict[Case, Tensor] | Non
     full = {} if full is None else full
     if way.case not in full:
         full[way.case] = run(twin, way.case)
-    logits = chunked(twin, way.case, way.sizes)
+    logits = chunked(twin, way.case, way.sizes, silent=full[way.case])
     if logits is None:
         return None
     found = difference(full[way.case][:, way.first :], logits[:, way.first :], relative_limit=limit)
@@ -64,10 +64,15 @@ def way_from(record: Mapping[str, Any]) -> Way:
     return Way(case=case_from(record["case"]), sizes=tuple(record["sizes"]), first=record["first"], given=record["given"])
 
 
-def chunked(twin: Subject, case: Case, sizes: tuple[int, ...]) -> Tensor | None:
-    """The logits of all chunks in a row; None where the model gives no cache back."""
+def chunked(twin: Subject, case: Case, sizes: tuple[int, ...], *, silent: Tensor | None = None) -> Tensor | None:
+    """The logits of all chunks in a row; None where the model gives no cache back. `silent` has those of the positions that a
+    model leaves out which, with a cache, gives the last position of each chunk only."""
     with settled(), own_code(twin, case):
         try:
-            return torch.cat(run_chunks(twin, case, pieces(sizes))[0], dim=1).cpu()
+            parts = run_chunks(twin, case, pieces(sizes))[0]
         except NoCache:
             return None
+    if silent is not None:
+        chunks = zip(pieces(sizes), parts, strict=True)
+        parts = [torch.cat((silent[:, chunk.start : chunk.stop - part.shape[1]].to(part), part), 1) for chunk, part in chunks]
+    return torch.cat(parts, dim=1).cpu()

@@ -61,6 +61,9 @@ _BASES = {
     "serving": "serving_style",
     "wordlm": "wordlm_style",
     "megatron": "megatron_style",
+    "gpt2": "gpt2_style",
+    "postnorm": "postnorm_style",
+    "plain": "plain_style",
 }
 
 

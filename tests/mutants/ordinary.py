@@ -1,0 +1,64 @@
+"""Broken models as ordinary people write them: a GPT-2 with `past`, an OLMo 2 with a cache of its own, a llama of plain functions.
+
+Each clean file was written before its mutants, and these before any probe had seen them. Here is what the probes missed, or
+told wrongly, at first contact.
+"""
+
+from __future__ import annotations
+
+from .catalog import Mutant, _mutant, _neutral
+
+ORDINARY: tuple[Mutant, ...] = (
+    # ---------------------------------------------------------------- gpt2: the cache comes back from every call
+    _mutant(
+        "gpt2/cached-behind-the-new",
+        "K03",
+        "Attention.forward",
+        "cache",
+        "order|front",
+        ("k = torch.cat((pk, k), dim=-2)", "k = torch.cat((k, pk), dim=-2)"),
+        ("v = torch.cat((pv, v), dim=-2)", "v = torch.cat((v, pv), dim=-2)"),
+    ),
+    _mutant(
+        "gpt2/mask-top-left",
+        "M09",
+        "Attention._attn",
+        "cache",
+        "top-left",
+        ("self.bias[:, :, ns - nd : ns, :ns]", "self.bias[:, :, :nd, :ns]"),
+    ),
+    _mutant(
+        "gpt2/decode-positions-restart",
+        "R16",
+        "GPT2.forward",
+        "cache",
+        "restart",
+        ("torch.arange(past_length, past_length + t, device=input_ids.device)", "torch.arange(0, t, device=input_ids.device)"),
+    ),
+    # ---------------------------------------------------------------- plain: the cache is made by setup_caches
+    _mutant(
+        "plain/cache-of-row-zero",
+        "K03",
+        "Layer.attention",
+        "cache",
+        "not its own",
+        ("k = keys[:b, : start_pos + t]", "k = keys[:1, : start_pos + t].expand(b, -1, -1, -1)"),
+        also="attend",
+    ),
+    _mutant(
+        "plain/values-written-at-zero",
+        "K03",
+        "Layer.attention",
+        "cache",
+        "slot",
+        ("values[:b, start_pos : start_pos + t] = v", "values[:b, :t] = v"),
+    ),
+)
+
+# Legal designs in the same files.
+LEGAL: tuple[Mutant, ...] = (
+    _neutral(
+        "plain/last-logits-in-decode",
+        ("        logits = self.output(h)\n", "        if use_cache:\n            h = h[:, -1:]\n        logits = self.output(h)\n"),
+    ),
+)

@@ -1,0 +1,43 @@
+"""Mutants as ordinary people write them, and legal variations of the same files. A few run by default, `-m slow` takes them all."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.catalog import Mutant, materialize, source
+from tests.mutants.ordinary import LEGAL, ORDINARY
+from tests.scoreboard import findings_on, judge
+from tests.test_mutants import CLEAN
+
+SHARP = frozenset("gpt2/cached-behind-the-new plain/cache-of-row-zero".split())
+# A legal design, and the topics that were once loud on it.
+ASKED = {"plain/last-logits-in-decode": "cache"}
+
+
+@pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name, marks=() if m.name in SHARP else pytest.mark.slow) for m in ORDINARY])
+def test_an_ordinary_mutant_is_caught_placed_and_explained(mutant: Mutant) -> None:
+    row = judge(mutant, " or ".join(f"{topic}." for topic in {*mutant.topics, "causality", "build"}))
+    assert not row["broke"], row["broke"]
+    assert row["detected"], f"not detected by {mutant.topics}"
+    assert row["placed"], f"expected {mutant.function}, observed {row['places']}"
+    assert row["explained"], f"expected one of {mutant.words}, observed {row['words']}"
+
+
+@pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name) for m in LEGAL])
+def test_a_legal_variation_gets_no_error(mutant: Mutant, tmp_path: Path) -> None:
+    findings = findings_on(f"{materialize(mutant, tmp_path)}:{mutant.build}", ASKED[mutant.name])
+    assert [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] in ("error", "broke")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["gpt2_style", "postnorm_style", "plain_style"])
+def test_a_clean_model_as_people_write_it_gets_no_error(style: str) -> None:
+    findings = findings_on(f"{CLEAN / style}.py:build")
+    assert [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] in ("error", "broke")] == []
+
+
+def test_every_edit_of_an_ordinary_model_applies_and_compiles() -> None:
+    for mutant in (*ORDINARY, *LEGAL):
+        compile(source(mutant), mutant.name, "exec")
+    assert {m.name for m in ORDINARY} >= SHARP
+    assert {m.name for m in LEGAL} == ASKED.keys()
