@@ -16,6 +16,8 @@ from .tracing.tracer import record
 FLASH_NAMES = ("flash", "use_flash", "use_sdpa", "use_flash_attn", "use_flash_attention")
 # Fresh weights make scores near zero, where a softcap or a scale hardly shows; trained models have scores of this size.
 TRAINED_SCORE = 20.0
+# A dropout rate above zero at which none of the few thousand numbers of a small run is dropped.
+LEAST_RATE = 1e-12
 
 
 def attention_twins(subject: Subject) -> list[tuple[str, Subject]]:
@@ -72,6 +74,18 @@ def set_dropout(model: nn.Module, rate: float) -> list[str]:
         object.__setattr__(holder, key, rate)  # a config may be frozen
         names.append(name)
     return names
+
+
+def with_dropout_on(subject: Subject) -> Iterator[tuple[str, Subject]]:
+    """Twins in train mode with every attention implementation, that take the branches for dropout and drop nothing: where
+    the rate is zero it becomes one that no draw falls below."""
+    for name in (None, *attention_choices(subject.model)):
+        twin = subject.fresh_twin(training=True, attention=name)
+        rates = [(holder, key) for _, holder, key, rate in dropout_rates(twin.model) if rate == 0.0]
+        for holder, key in rates:
+            object.__setattr__(holder, key, LEAST_RATE)  # a config may be frozen
+        if rates or name is not None:
+            yield "train mode with dropout on" + (f", {name} attention" if name else ""), twin
 
 
 def checkpointing_twin(subject: Subject, on: bool) -> Subject | None:

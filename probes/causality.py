@@ -33,6 +33,7 @@ from olmodebug.relations.leaks import leaks, section
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject
+from olmodebug.switches import with_dropout_on
 from olmodebug.tracing.products import score_parameters
 from olmodebug.tracing.tracer import record
 
@@ -80,6 +81,10 @@ def no_future(subject: Subject) -> Iterator[Finding]:
                     seen.add(key)
                     yield finding
             break
+    if not seen:
+        for finding in _with_dropout(subject):
+            yield finding
+            return
     twin = subject.twin()
     first = next(pairs(twin), None)
     if not seen and first is not None and (broken := below_rounding(twin, first)) is not None:
@@ -88,6 +93,17 @@ def no_future(subject: Subject) -> Iterator[Finding]:
     if not seen and (broken := drawn(twin, lambda s: _pair(twin, s.batch, s.seq, s.cut, _ones(s, twin)), limit=limit_of(twin))) is not None:
         _measure(subject, twin, broken.pair, limit_of(twin), "")
         yield from findings_of(broken, message=_text(broken))
+
+
+def _with_dropout(subject: Subject) -> Iterator[Finding]:
+    """The same in train mode on the branches that are taken only where dropout is on."""
+    for setting, twin in with_dropout_on(subject):
+        pair, broken = next(pairs(twin), None), None
+        with suppress(SubjectCodeError):  # a kernel without dropout
+            broken = None if pair is None else violation(twin, pair, limit=limit_of(twin))
+        if broken is not None:
+            broken.setting = setting
+            yield from findings_of(broken, message=_text(broken), altered=True)
 
 
 @probe(after=("causality.no-future", "determinism.eval-repeats"))

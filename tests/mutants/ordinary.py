@@ -35,6 +35,23 @@ ORDINARY: tuple[Mutant, ...] = (
         "restart",
         ("torch.arange(past_length, past_length + t, device=input_ids.device)", "torch.arange(0, t, device=input_ids.device)"),
     ),
+    # ---------------------------------------------------------------- branches for dropout
+    _mutant(
+        "plain/mask-lost-with-dropout",
+        "M02",
+        "attend",
+        "causality",
+        "no causal mask",
+        ("attn_mask=mask, dropout_p=p)", "attn_mask=mask if p == 0 else None, dropout_p=p)"),
+    ),
+    _mutant(
+        "postnorm/sdpa-mask-lost-with-dropout",
+        "M02",
+        "sdpa_attention",
+        "causality",
+        "no causal mask",
+        ("attn_mask=bias, dropout_p", "attn_mask=None if dropout > 0 else bias, dropout_p"),
+    ),
     # ---------------------------------------------------------------- plain: the cache is made by setup_caches
     _mutant(
         "plain/cache-of-row-zero",
