@@ -82,8 +82,9 @@ def no_future(subject: Subject) -> Iterator[Finding]:
                     yield finding
             break
     if not seen:
-        for finding in _with_dropout(subject):
-            yield finding
+        found = list(_with_dropout(subject))
+        yield from found[:1]
+        if found:
             return
     twin = subject.twin()
     first = next(pairs(twin), None)

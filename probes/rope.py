@@ -28,6 +28,7 @@ from olmodebug.tracing.rotation import (
     constant_case,
     maker,
     projected,
+    rounded_table,
     table_factor,
     trace_case,
     varies,
@@ -42,6 +43,8 @@ COARSE = 2.0**-14
 # Radians that can be felt at the end of a context.
 FELT = 0.02
 FELT_SHIFT = 1e-2
+# What the short contexts of small models show of angles that are computed in 16 bits.
+FELT_AFTER_CAST = 1e-3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,7 +78,7 @@ def depends_on_distance(subject: Subject) -> Iterator[Finding]:
         return
     head, query, key = apart.index
     start = rotated.start
-    rounded = _kept_in_16_bits(subject, angle_tables(rotated.recording, rotated.case.seq_len))
+    rounded = _kept_in_16_bits(subject, angle_tables(rotated.recording, rotated.case.seq_len)) or _cast_to_16_bits(rotated)
     told = rounded or _why_not_relative(subject, rotated)
     finding = _placed(
         subject,
@@ -293,6 +296,12 @@ def _why_not_relative(subject: Subject, rotated: Rotated) -> Diagnosis:
             cause=f"{turned} are rotated and {still} are not: {still} are the same at every position, so scores depend on where a token is",
             fix="rotate queries and keys alike",
         )
+    unturned = [head for head, states in enumerate(first.query if query else first.key) if not varies(states[None], FLOAT32)]
+    if unturned:
+        return Diagnosis(
+            cause=f"{'query' if query else 'key'} heads {', '.join(map(str, unturned))} are not rotated, and the others are",
+            fix="rotate all heads alike",
+        )
     shared = _shared_rotations(subject)
     if shared is not None:
         return shared
@@ -336,6 +345,19 @@ def _kept_in_16_bits(subject: Subject, tables: list[Angles]) -> Diagnosis | None
                 cause=f"the model is in {name}, and its buffer {table.name} with it: cosines and sines carry {8 if name == 'bfloat16' else 11} bits",
                 fix="keep the table in float32: compute it in forward, or make it anew in _apply after a cast",
                 evidence={"buffer": table.name},
+            )
+    return None
+
+
+def _cast_to_16_bits(rotated: Rotated) -> Diagnosis | None:
+    """Cosines and sines that forward casts to 16 bits, in a run in float64."""
+    for table in angle_tables(rotated.recording, rotated.case.seq_len):
+        low = rounded_table(rotated.recording, table, rotated.case.seq_len)
+        if low is not None:
+            return Diagnosis(
+                cause=f"forward casts cosines and sines to {low}, whatever the model's dtype: they carry {8 if low == 'bfloat16' else 11} bits",
+                fix="cast them to the dtype of queries and keys",
+                evidence={"dtype of the cosines": low},
             )
     return None
 
@@ -449,6 +471,14 @@ def _after_cast(subject: Subject, exact: list[tuple[list[int], Angles]]) -> Iter
             )
             return
         size = float(_radians(after, torch.atan2(before.sin, before.cos)).max())
+        if after.low is not None and size > FELT_AFTER_CAST:
+            message = f"after model.to(bfloat16) rotary angles are off by up to {size:.2g} rad at position {positions[-1]}"
+            told = Diagnosis(
+                cause=f"position * inv_freq is computed in {after.low}, which has 8 bits, before its cosine is taken",
+                fix="compute positions, inv_freq and their product in float32, and cast cos and sin afterwards",
+            )
+            yield replace(_at(subject, after, message, told), severity="warning")
+            return
         if size > 0.01:
             yield replace(
                 _at(

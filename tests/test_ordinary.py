@@ -9,7 +9,9 @@ from tests.mutants.ordinary import LEGAL, ORDINARY
 from tests.scoreboard import findings_on, judge
 from tests.test_mutants import CLEAN
 
-SHARP = frozenset("gpt2/cached-behind-the-new plain/cache-of-row-zero postnorm/sdpa-mask-lost-with-dropout".split())
+SHARP = frozenset(
+    "gpt2/cached-behind-the-new plain/cache-of-row-zero postnorm/cosines-cast-down postnorm/sdpa-mask-lost-with-dropout".split()
+)
 # A legal design, and the topics that were once loud on it.
 ASKED = {"plain/last-logits-in-decode": "cache"}
 

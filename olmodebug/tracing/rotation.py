@@ -23,6 +23,7 @@ from .tracer import Recording, record
 # Tables are known by the names that people give their buffers.
 TABLE = re.compile(r"cos|sin|freqs|rope|rotary", re.IGNORECASE)
 SEQ_LENS = (47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7)
+LOW = ("bfloat16", "float16")
 OF_LENGTH_1 = 2e-2  # cosines and sines may have been rounded to 8 bits
 # Ops that only move values: behind them stands the op that made the values.
 MOVES = ("expand", "view", "_unsafe_view", "transpose", "permute", "clone", "unsqueeze", "squeeze", "alias", "slice", "reshape", "t", "_to_copy",
@@ -54,13 +55,15 @@ class Scores:
 
 @dataclass(slots=True, kw_only=True)
 class Angles:
-    """The angles `[seq_len, pairs]` of one table, by their cosines and sines in float64, each pair once."""
+    """The angles `[seq_len, pairs]` of one table, by their cosines and sines in float64, each pair once. `low`: the 16-bit dtype
+    that the angles themselves stood in when their cosine was taken."""
 
     cos: Tensor
     sin: Tensor
     where: Where
     spot: Spot | None
     name: str | None = None
+    low: str | None = None
 
     @property
     def frequencies(self) -> Tensor:
@@ -218,6 +221,17 @@ def table_factor(recording: Recording, table: Angles, seq: int) -> float | None:
     return None
 
 
+def rounded_table(recording: Recording, table: Angles, seq: int) -> str | None:
+    """The 16-bit dtype that a run casts the cosines of a table to; None where it does not."""
+    pairs = table.cos.shape[1]
+    for event, kept in zip(recording.events, recording.kept, strict=True):
+        if event.op == "_to_copy" and event.outputs[0].dtype in LOW and (rows := _rows(kept.outputs[0], seq)) is not None:
+            layouts = (rows, rows[:, :pairs], rows[:, ::2])
+            if any(t.shape == table.cos.shape and torch.allclose(t.double(), table.cos, atol=OF_LENGTH_1) for t in layouts):
+                return event.outputs[0].dtype
+    return None
+
+
 def _add(found: list[Angles], cos: Tensor, sin: Tensor, recording: Recording, index: int, name: str | None) -> None:
     """One table more, unless it is there already; a pair that stands twice (two halves, or side by side) counts once."""
     both = torch.cat([cos, sin]).T
@@ -227,7 +241,10 @@ def _add(found: list[Angles], cos: Tensor, sin: Tensor, recording: Recording, in
             kept.append(column)
     cos, sin = cos[:, kept], sin[:, kept]
     if not any(other.cos.shape == cos.shape and torch.equal(other.cos, cos) for other in found):
-        found.append(Angles(cos=cos, sin=sin, where=recording.events[index].where, spot=recording.spots[index], name=name))
+        event = recording.events[index]
+        dtype = event.inputs[0].dtype if event.op == "cos" else ""
+        low = dtype if dtype in LOW else None
+        found.append(Angles(cos=cos, sin=sin, where=event.where, spot=recording.spots[index], name=name, low=low))
 
 
 def _rows(tensor: Tensor, seq: int) -> Tensor | None:

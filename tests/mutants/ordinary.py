@@ -35,6 +35,39 @@ ORDINARY: tuple[Mutant, ...] = (
         "restart",
         ("torch.arange(past_length, past_length + t, device=input_ids.device)", "torch.arange(0, t, device=input_ids.device)"),
     ),
+    # ---------------------------------------------------------------- rotary angles in 16 bits
+    _mutant(
+        "postnorm/angles-in-the-models-dtype",
+        "R01,R02",
+        "Rotary.forward",
+        "rope",
+        "computed in bfloat16",
+        (
+            "position_ids[:, :, None].float() * self.inv_freq[None, None, :].float()",
+            "position_ids[:, :, None].to(self.inv_freq.dtype) * self.inv_freq[None, None, :]",
+        ),
+        severity="warning",
+    ),
+    _mutant(
+        "postnorm/cosines-cast-down",
+        "R01",
+        "Rotary.forward",
+        "rope",
+        "casts cosines and sines to bfloat16",
+        ("return emb.cos(), emb.sin()", "return emb.cos().bfloat16(), emb.sin().bfloat16()"),
+        severity="warning",
+    ),
+    _mutant(
+        "postnorm/last-head-unrotated",
+        "R19",
+        "apply_rotary",
+        "rope",
+        "query heads 5 are not rotated",
+        (
+            "    q = q * cos + rotate_half(q) * sin\n",
+            "    q = torch.cat([(q * cos + rotate_half(q) * sin)[:, :-1], q[:, -1:]], dim=1)\n",
+        ),
+    ),
     # ---------------------------------------------------------------- branches for dropout
     _mutant(
         "plain/mask-lost-with-dropout",
