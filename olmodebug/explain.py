@@ -16,6 +16,7 @@ from .convention import NoLogits
 from .load import SubjectCodeError
 from .own_code import quiet
 from .records import Case, Where
+from .relations.edits import additive_mask
 from .relations.repair import Edit, Expressions, Found, expressions
 from .report import Scalar, Severity, SourceLine
 from .sources import Sources, Spot, excerpt, short_path, traceback_frames
@@ -334,7 +335,8 @@ def _sizes_do_not_fit(recording: Recording, explanation: Explanation, names: dic
             "right, so its rows fall on the queries; where batch equals seq_len this passes without an error"
         )
         explanation.fix = "use mask[:, None, None, :], turned into 0 where real and finfo.min where padded"
-        explanation.edits = _additive_mask(explanation.spot, mask is left, mask.ndim)
+        if explanation.spot is not None and (tree := expressions(explanation.spot)) is not None:
+            explanation.edits = additive_mask(tree, explanation.spot, 0 if mask is left else 1, flat=mask.ndim == 2)
     elif (table := _short_table(recording, left, right, seq)) is not None:
         name, rows = table
         explanation.cause = f"`{name}` has {rows} rows: a slice to {seq} positions comes back with {rows}, without an error of its own"
@@ -391,26 +393,6 @@ def _mask_of_new_tokens(left: Tensor, right: Tensor, seq: int) -> tuple[int, int
 def _batch_first_table(left: Tensor, right: Tensor, batch: int) -> bool:
     small, wide = (left, right) if left.ndim < right.ndim else (right, left)
     return small.ndim == 3 and wide.ndim == 4 and small.shape[0] == batch and small.shape[1] == wide.shape[2]
-
-
-def _additive_mask(spot: Spot | None, mask_is_left: bool, ndim: int) -> tuple[Edit, ...]:
-    tree = expressions(spot)
-    if tree is None or spot is None:
-        return ()
-    for node in tree.at(spot):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            pair: tuple[ast.expr, ast.expr] = (node.left, node.right)
-        elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
-            pair = (node.target, node.value)
-        else:
-            continue
-        mask, scores = (pair[0], pair[1]) if mask_is_left else (pair[1], pair[0])
-        text, states = tree.source(mask), tree.source(scores)
-        if not isinstance(scores, ast.Name | ast.Attribute):
-            return ()
-        spread = f"({text})[:, None, None, :]" if ndim == 2 else f"({text})"
-        return (tree.replace(mask, f"(1.0 - {spread}.to({states}.dtype)) * torch.finfo({states}.dtype).min"),)
-    return ()
 
 
 def _unsqueeze_index(recording: Recording, batch: int, seq: int) -> tuple[Edit, ...]:

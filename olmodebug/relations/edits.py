@@ -3,6 +3,7 @@
 import ast
 from typing import Any
 
+from ..sources import Spot
 from .relation import Culprit
 from .repair import Edit, Expressions
 
@@ -21,10 +22,7 @@ def call_of(tree: Expressions | None, culprit: Culprit, names: tuple[str, ...]) 
 
 def mask_scores(tree: Expressions, call: ast.Call) -> tuple[Edit, ...]:
     """softmax(X) -> softmax(X with later keys at finfo.min), for an X that is a plain name."""
-    target: ast.expr | None = call.args[0] if call.args else None
-    if isinstance(call.func, ast.Attribute) and not (isinstance(call.func.value, ast.Name) and call.func.value.id in ("F", "torch")):
-        plain_module = isinstance(call.func.value, ast.Attribute) and call.func.value.attr == "functional"
-        target = target if plain_module else call.func.value
+    target = call.func.value if isinstance(call.func, ast.Attribute) and _is_method(call) else call.args[0] if call.args else None
     if not isinstance(target, ast.Name | ast.Attribute):
         return ()
     x = tree.source(target)
@@ -33,17 +31,26 @@ def mask_scores(tree: Expressions, call: ast.Call) -> tuple[Edit, ...]:
 
 
 def set_dimension(tree: Expressions, call: ast.Call) -> tuple[Edit, ...]:
+    """softmax(X, dim) -> softmax(X, -1)."""
     for keyword in call.keywords:
         if keyword.arg == "dim":
             return (tree.replace(keyword.value, "-1"),)
-    method = isinstance(call.func, ast.Attribute) and not (isinstance(call.func.value, ast.Name) and call.func.value.id in ("F", "torch"))
-    position = 0 if method else 1
+    position = 0 if _is_method(call) else 1
     if len(call.args) > position:
         return (tree.replace(call.args[position], "-1"),)
     return ()
 
 
+def _is_method(call: ast.Call) -> bool:
+    """Whether what is called belongs to a value, and is no function of a module such as F, torch or torch.nn.functional."""
+    if not isinstance(call.func, ast.Attribute):
+        return False
+    holder = call.func.value
+    return (holder.id if isinstance(holder, ast.Name) else getattr(holder, "attr", "")) not in ("F", "torch", "functional")
+
+
 def set_keyword(tree: Expressions, call: ast.Call, name: str, value: str) -> tuple[Edit, ...]:
+    """f(X) -> f(X, name=value); the value of a keyword that is there already is replaced."""
     for keyword in call.keywords:
         if keyword.arg == name:
             return (tree.replace(keyword.value, value),)
@@ -74,21 +81,26 @@ def insert_before_method(tree: Expressions, call: ast.Call, text: str) -> tuple[
 
 
 def mask_operand(tree: Expressions, culprit: Culprit) -> tuple[Edit, ...]:
-    """`scores + mask` -> `scores + (1 - mask as [batch, 1, 1, seq_len]) * finfo.min`."""
+    """The smaller operand of the culprit's sum, a mask of 0 and 1, as one that is added."""
     assert culprit.left is not None and culprit.spot is not None
     sizes = [t.numel() for t in culprit.left.inputs[:2]]
-    for node in tree.at(culprit.spot):
+    small = 0 if sizes[0] < sizes[1] else 1
+    return additive_mask(tree, culprit.spot, small, flat=culprit.left.inputs[small].ndim == 2)
+
+
+def additive_mask(tree: Expressions, spot: Spot, operand: int, *, flat: bool) -> tuple[Edit, ...]:
+    """`scores + mask` -> `scores + (1 - mask) * finfo.min`, the mask being the first or the second operand; a flat one, [batch,
+    seq_len], is spread to [batch, 1, 1, seq_len]."""
+    for node in tree.at(spot):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             pair: tuple[ast.expr, ast.expr] = (node.left, node.right)
         elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
             pair = (node.target, node.value)
         else:
             continue
-        small = 0 if sizes[0] < sizes[1] else 1
-        mask, scores = tree.source(pair[small]), tree.source(pair[1 - small])
-        if not isinstance(pair[1 - small], ast.Name | ast.Attribute):
+        mask, scores = tree.source(pair[operand]), tree.source(pair[1 - operand])
+        if not isinstance(pair[1 - operand], ast.Name | ast.Attribute):
             return ()
-        flat = culprit.left.inputs[small].ndim == 2
         spread = f"({mask})[:, None, None, :]" if flat else f"({mask})"
-        return (tree.replace(pair[small], f"(1.0 - {spread}.to({scores}.dtype)) * torch.finfo({scores}.dtype).min"),)
+        return (tree.replace(pair[operand], f"(1.0 - {spread}.to({scores}.dtype)) * torch.finfo({scores}.dtype).min"),)
     return ()
