@@ -51,7 +51,7 @@ def first_stray(model: nn.Module, run: Callable[[], Any]) -> Stray | None:
     """
     watch = _Watch(model)
     watch.move(model)
-    with suppress(Exception), torch.no_grad(), watch:
+    with suppress(Exception), torch.no_grad(), watch:  # a to() that does not work on meta is no op that mixes devices
         model.to("meta")  # its tensors are there; a to() or an _apply of its own moves what else it keeps
     watch.stray = None
     handles = [

@@ -95,7 +95,7 @@ def _narrow_vocabulary(subject: Subject) -> None:
     more than tokens (a blank, a padding row), as many ids as logits."""
     if subject.declared_vocab or subject.setting(*VOCAB_NAMES) is not None or subject.embedding_rows is None:
         return
-    with settled(subject.model, seed=subject.seed), quiet(), suppress(Exception):
+    with settled(subject.model, seed=subject.seed), quiet(), suppress(Exception):  # as above
         subject.model.eval()
         width = subject.logits(subject.first_case()).shape[-1]
         if 1 < width < subject.embedding_rows:
@@ -143,7 +143,7 @@ def _with_own_cache(subject: Subject, case: Case) -> Convention:
     form, bare = subject.convention, held(subject.model)
     if subject.adapter is not None or form.places is None or not keeps_its_cache(subject):
         return form
-    trial = replace(subject, _last=[], _twins={}, bare=bare)
+    trial = replace(subject.called_as(form), bare=bare)
     try:
         with own_code(trial, case):
             new_cache(trial, case.batch_size, case.seq_len)
@@ -161,14 +161,15 @@ def _with_own_cache(subject: Subject, case: Case) -> Convention:
 
 def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Convention:
     """Another form of the call, under which the first run does go through; else the error, or a SubjectError where the
-    model speaks of how it wants to be called."""
+    model speaks of how it wants to be called. What a form raises that is not the right one says nothing: the first error counts.
+    """
     form, original = subject.convention, error.__cause__
     call = f"forward({form.ids} [{case.batch_size}, {case.seq_len}])"
     if isinstance(original, NoLogits):
         flags = [n for n, p in inspect.signature(subject.model.forward).parameters.items() if p.default is False and LOGITS_FLAG.search(n)]
         for name in flags:
-            asked = replace(subject, convention=replace(form, flags=(name,)), _last=[], _twins={})
-            with suppress(Exception):
+            asked = subject.called_as(replace(form, flags=(name,)))
+            with suppress(Exception):  # a flag for something else
                 asked.call(case)
                 return asked.convention
         if original.loss:
@@ -180,12 +181,12 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
     if len(required) == 1:
         trial = replace(form, ids="input_ids", in_dict=True, labels="labels", labels_aligned=False, attention_mask=None, position_ids=None)
         with suppress(Exception):
-            told = replace(subject, convention=trial, _last=[], _twins={}).call(replace(case, labels=case.input_ids))
+            told = subject.called_as(trial).call(replace(case, labels=case.input_ids))
             return trial if told.loss is not None else replace(trial, labels=None)
     if form.state:  # the rows that its state is for say which dimension holds them
         trial = replace(form, sequence_first=True)
         with suppress(Exception):
-            replace(subject, convention=trial, _last=[], _twins={}).call(case)
+            subject.called_as(trial).call(case)
             subject.assumptions.append(f"ids are [seq_len, batch]: {form.state} is made for the rows of the second dimension")
             return trial
     if form.attention_mask in form.required and (whole := _with_whole_mask(subject, case)) is not None:
@@ -194,7 +195,7 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
         bare: list[Held] = []
         with suppress(Exception):
             trial = replace(form, sets_up=True)
-            replace(subject, convention=trial, bare=bare, _last=[], _twins={}).call(case)
+            replace(subject.called_as(trial), bare=bare).call(case)
             hold(bare)
             return trial
         hold(bare)
@@ -204,7 +205,7 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
     for multiple in MULTIPLES_TRIED:
         trial = replace(form, multiple=multiple)
         with suppress(Exception):
-            asked = replace(subject, convention=trial, _last=[], _twins={})
+            asked = subject.called_as(trial)
             for length in (case.seq_len, multiple + 1):
                 asked.call(Case(name="how long", input_ids=subject.token_ids(case.batch_size, length)))
             subject.assumptions.append(
@@ -219,7 +220,8 @@ def _other_form(subject: Subject, case: Case, error: SubjectCodeError) -> Conven
 def _with_whole_mask(subject: Subject, case: Case) -> Convention | None:
     """The convention without a mask of the padding, where one [batch, seq_len] is not accepted and the argument holds the
     whole attention mask, causality included: then it is causal as the mask says, and sees everything where that hides nothing.
-    Where it is never causal, one that may be left out is left out."""
+    Where it is never causal, one that may be left out is left out. A mask that is refused, in whatever words, is not accepted.
+    """
     form, (batch, seq) = subject.convention, (case.batch_size, case.seq_len)
     if form.attention_mask is None or subject.adapter is not None:
         return None
@@ -233,7 +235,7 @@ def _with_whole_mask(subject: Subject, case: Case) -> Convention | None:
         with suppress(Exception):
             apart = []
             for hide in (True, False):
-                trial = replace(subject, convention=told, _last=[], _twins={})
+                trial = subject.called_as(told)
                 mask = whole_mask(whole, seq, hide=hide)
                 left, right = (trial.forward({form.ids: ids_tensor(c.input_ids), form.attention_mask: mask}) for c in (case, last))
                 left, right = (find_logits(r, batch_size=batch, seq_len=seq).logits[:, :-1] for r in (left, right))
@@ -313,7 +315,7 @@ def _with_handed_cache(subject: Subject, form: Convention) -> Convention:
     # With a start beside it the cache is the caller's all the same: the model keeps none.
     without = replace(form, start=None) if form.start and names[form.start].default is not inspect.Parameter.empty else form
     case = Case(name="a cache", input_ids=subject.token_ids(2, 3))
-    trial = replace(subject, convention=replace(form, cache=name, hands_cache=True), _last=[], _twins={})
+    trial = subject.called_as(replace(form, cache=name, hands_cache=True))
     with suppress(Exception):  # another kind of cache: what it wants is not known, so nothing is asked of it
         output = trial.call(case, use_cache=True)
         try:
@@ -331,7 +333,7 @@ def _reads_the_whole_again(trial: Subject) -> bool:
         trial.call(whole, use_cache=True, cache=trial.call(short, use_cache=True).cache)
     except NoLogits:  # it ran, and gives the logits of what was new
         return True
-    except Exception:
+    except Exception:  # what it is the probes of the cache tell
         return False
     return True
 
@@ -354,7 +356,7 @@ def _has_loss_for_each_label(subject: Subject) -> bool:
     case, form = subject.first_case(), subject.convention
     if form.labels is None or form.loss_method or form.multiple > 1 or subject.adapter is not None:
         return False
-    with settled(subject.model, seed=subject.seed), torch.no_grad(), quiet(), suppress(Exception):
+    with settled(subject.model, seed=subject.seed), torch.no_grad(), quiet(), suppress(Exception):  # the probes of the loss tell
         subject.model.eval()
         ids = ids_tensor(case.input_ids, subject.device)
         assert ids is not None

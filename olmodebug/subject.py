@@ -4,6 +4,7 @@ A probe never touches the subject itself: it works on a *twin*, a deep copy in t
 implementation that it asks for.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -123,7 +124,7 @@ class Subject:
             size = min(length, 4) if far else length
             spots = (*range(size - 1), length - 1)
             case = Case(name="how far", input_ids=self._random_ids(1, size), position_ids=(spots,) if far else None)
-            with settled(self.model, seed=self.seed), quiet(), suppress(Exception):
+            with settled(self.model, seed=self.seed), quiet(), suppress(Exception):  # too long, then: a shorter one is tried
                 self.at_once.logits(case)
                 return None if length == lengths[0] else length
         return None
@@ -148,7 +149,7 @@ class Subject:
         """What the report says about the subject."""
         parameters = {id(p): p for p in self.model.parameters()}.values()
         kind = type(self.model)
-        file = getattr(__import__("sys").modules.get(kind.__module__), "__file__", None)
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
         return SubjectInfo(
             spec=self.spec,
             kind=f"{kind.__module__}.{kind.__qualname__}" if not kind.__module__.startswith("_olmodebug_file") else kind.__qualname__,
@@ -204,7 +205,15 @@ class Subject:
         """The same subject, whose every call is one run: of a model that gives the last position only, no other logits then."""
         if not self.convention.last_only:
             return self
-        return replace(self, convention=replace(self.convention, last_only=False), _last=[], _twins={})
+        return self.called_as(replace(self.convention, last_only=False))
+
+    def called_as(self, convention: Convention) -> "Subject":
+        """The same live model, called in another way; nothing is remembered of what it gave before."""
+        return replace(self, convention=convention, _last=[], _twins={})
+
+    def around(self, model: nn.Module) -> "Subject":
+        """The same for another live model, of which nothing is remembered yet."""
+        return replace(self, model=model, _last=[], _twins={})
 
     def call(
         self,
@@ -442,7 +451,7 @@ class Subject:
         with settled(self.model, seed=self.seed), quiet():
             try:
                 return 1 + bool(torch.isfinite(self.logits(case)).all())
-            except Exception:
+            except Exception:  # of whatever kind: what it is the probe tells that runs into it
                 return 0
 
     def _copy(self) -> nn.Module:

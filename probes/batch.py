@@ -182,7 +182,7 @@ def _shape_crash(twin: Subject, pair: Pair, error: SubjectCodeError) -> Finding 
     case = pair.right
     try:
         twin.logits(replace(case, attention_mask=None, position_ids=None))
-    except Exception:
+    except Exception:  # it does not run without them either, and so they are not to blame
         return None
     argument = twin.convention.position_ids if pair.change == "positions" else twin.convention.attention_mask
     return crash(twin, case, error, message=f"{argument} of shape [batch, seq_len] = [{case.batch_size}, {case.seq_len}] is not accepted")

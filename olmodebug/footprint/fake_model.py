@@ -58,7 +58,7 @@ def fake_copy(subject: Subject, mode: FakeTensorMode, *, dtype: torch.dtype) -> 
                     memo[id(value)] = _fake(value, mode, dtype if value.is_floating_point() else value.dtype)
     model = deep_copy(subject.model, memo)
     model.train()
-    return replace(subject, model=model, assumptions=list(subject.assumptions), _twins={}, _last=[])
+    return replace(subject.around(model), assumptions=list(subject.assumptions))
 
 
 def _holders(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -16,8 +16,14 @@ from .captured import Parting
 from .hypotheses import Cause
 from .wiring import weights_read
 
-# Two float32 angles at position 66 may differ by this much where the frequencies are the same rounded otherwise.
+# Cosines and sines of float32 tables against those in float64, theta 1e4..1e6, 4..128 rotated numbers, 67 positions, are apart
+# by up to 8e-6 in sum; frequencies read from them by 2e-7 of their size, thetas by 5e-6; mean lengths of pairs by
+# 4e-9, in bfloat16 by 1.5e-4.
 TABLE_LIMIT = 1e-4
+SAME_FREQUENCY = 1e-4
+SAME_THETA = SAME_LENGTH = 1e-3
+# What multiplies queries with keys; fused attention is taken apart in these runs.
+PRODUCTS = ("bmm", "baddbmm")
 
 
 def angles(parting: Parting) -> Cause | None:
@@ -51,9 +57,9 @@ def angles(parting: Parting) -> Cause | None:
 def _described(aligned: Aligned, one: Angles, other: Angles) -> tuple[str, str, str]:
     mine, theirs = one.frequencies, other.frequencies
     pairs = len(mine)
-    if float((mine / theirs - 1).abs().max()) < 1e-4:
+    if float((mine / theirs - 1).abs().max()) < SAME_FREQUENCY:
         lengths = [float(torch.hypot(t.cos, t.sin).mean()) for t in (one, other)]
-        if abs(lengths[0] / lengths[1] - 1) > 1e-3:
+        if abs(lengths[0] / lengths[1] - 1) > SAME_LENGTH:
             text = f"the cosines and sines of RoPE are {lengths[0] / lengths[1]:.6g} times the reference's"
             return "RoPE factor", text, "scale the cosines and sines by the attention factor of the configuration, once, or not at all"
         return (
@@ -66,17 +72,19 @@ def _described(aligned: Aligned, one: Angles, other: Angles) -> tuple[str, str, 
         width = 2 * pairs
         head = _head_dim(aligned)
         for wide, which in ((head, "head_dim"), (2 * width, "twice the rotated width")):
-            if wide and wide != width and abs(bases[0] ** (wide / width) / bases[1] - 1) < 1e-3:
+            if wide and wide != width and abs(bases[0] ** (wide / width) / bases[1] - 1) < SAME_THETA:
                 text = f"the exponent of the RoPE frequencies is divided by {which} {wide} where the reference divides by the rotated width {width}"
                 return "RoPE exponent", text, f"divide by the rotated width: theta ** (-2i / {width})"
         text = f"RoPE's theta is {bases[0]:.6g} where the reference's is {bases[1]:.6g}"
         return "RoPE theta", text, f"take theta from the configuration: {bases[1]:.6g}"
     ratio = mine / theirs
-    if float((ratio / ratio[0] - 1).abs().max()) < 1e-4:
+    if float((ratio / ratio[0] - 1).abs().max()) < SAME_FREQUENCY:
         text = f"every RoPE frequency is {float(ratio[0]):.6g} times the reference's"
         return "RoPE scaling", text, "apply the scaling of the configuration to the frequencies, once"
     text = "the RoPE frequencies are scaled otherwise than the reference's: " + ", ".join(
-        f"pair {i}: {float(mine[i]):.4g} for {float(theirs[i]):.4g}" for i in range(pairs) if abs(float(mine[i] / theirs[i]) - 1) > 1e-4
+        f"pair {i}: {float(mine[i]):.4g} for {float(theirs[i]):.4g}"
+        for i in range(pairs)
+        if abs(float(mine[i] / theirs[i]) - 1) > SAME_FREQUENCY
     )
     return "RoPE scaling", text, "apply the scaling of the configuration (YaRN, linear) to the layers that it names"
 
@@ -84,10 +92,10 @@ def _described(aligned: Aligned, one: Angles, other: Angles) -> tuple[str, str, 
 def _base(frequencies: Tensor) -> float | None:
     """theta, where the frequencies are theta ** (-i / pairs); None where they are no such series."""
     pairs = len(frequencies)
-    if pairs < 2 or abs(float(frequencies[0]) - 1) > 1e-4 or bool((frequencies <= 0).any()):
+    if pairs < 2 or abs(float(frequencies[0]) - 1) > SAME_FREQUENCY or bool((frequencies <= 0).any()):
         return None
     slopes = -frequencies[1:].log() / torch.arange(1, pairs, dtype=frequencies.dtype)
-    if float((slopes / slopes[0] - 1).abs().max()) > 1e-3:
+    if float((slopes / slopes[0] - 1).abs().max()) > SAME_THETA:
         return None
     return math.exp(float(slopes[0]) * pairs)
 
@@ -230,10 +238,6 @@ def norm_of_queries(parting: Parting) -> Cause | None:
     )
 
 
-# What multiplies queries with keys; fused attention is taken apart in these runs.
-SCORES = ("bmm", "baddbmm")
-
-
 def turned_at_all(parting: Parting) -> Cause | None:
     """q or k that goes into the scores of a layer as it was projected, or is turned the other way, where the reference does otherwise."""
     weights = parting.aligned.weights
@@ -300,7 +304,7 @@ def _projected(parting: Parting, graph: Graph, layer: str, kind: str) -> Iterato
 def _scored(graph: Graph, value: Tensor, limit: float) -> bool:
     """Whether a product of queries with keys reads this tensor, or a multiple of it."""
     columns = graph.columns_of(value)
-    read = {source for i, node in enumerate(graph.nodes) if graph.event(i).op in SCORES for source in node.inputs}
+    read = {source for i, node in enumerate(graph.nodes) if graph.event(i).op in PRODUCTS for source in node.inputs}
     for held in (graph.nodes[source].columns for source in read):
         if columns is not None and held is not None and columns.matrix.shape == held.matrix.shape:
             if same(columns.times(held.scale / columns.scale), held, limit):

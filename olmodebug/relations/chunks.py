@@ -229,7 +229,7 @@ def locate_prefix(twin: Subject, case: Case, length: int, *, limit: float) -> Ru
 
 def _copy_of(twin: Subject) -> Subject:
     """A copy to write into: what an op gives back may be a view of a table that the model keeps."""
-    return replace(twin, model=deep_copy(twin.model), _twins={}, _last=[])
+    return twin.around(deep_copy(twin.model))
 
 
 def _parting(runs: Runs, go: Callable[..., Recording], wrong: Callable[[Recording], bool], limit: float) -> Parting | None:

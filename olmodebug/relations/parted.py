@@ -15,6 +15,7 @@ from .relation import WRITES
 
 HIDDEN = -1e3  # an additive mask holds 0, and this or less
 LOOK_BACK = 6  # ops between the slice of a cache and the copy into it
+SAME = 1e-6  # relative distance of what is one tensor in both runs: ten roundings of a table in float32
 
 
 def why(runs: Runs) -> Diagnosis:
@@ -126,7 +127,7 @@ def _wrong_order(runs: Runs, parting: Parting) -> Diagnosis | None:
         return None
     for dim in (d for d, size in enumerate(bad.shape) if size == length):
         for by in range(1, length):
-            if difference(good.roll(by, dim), bad, relative_limit=1e-6) is None:
+            if difference(good.roll(by, dim), bad, relative_limit=SAME) is None:
                 what = "the new tokens stand in front of the cached ones" if by == runs.chunk.queries else f"they are rolled by {by}"
                 return Diagnosis(
                     cause=f"the cached and the new tokens are put together in the wrong order: {what}",
@@ -297,7 +298,7 @@ def _lost(good: Tensor, bad: Tensor, moved: list[tuple[int, int]], chunk: Chunk)
     """The first token that is not where it should be, where every such token stands in the slot that it was written into."""
 
     def is_in(dim: int, place: int, slot: int) -> bool:
-        return difference(good.select(dim, place), bad.select(dim, slot), relative_limit=1e-6) is None
+        return difference(good.select(dim, place), bad.select(dim, slot), relative_limit=SAME) is None
 
     for dim in (dim for dim, size in enumerate(bad.shape) if size >= chunk.stop and bad.is_floating_point()):
         lost = [(place, slot) for place, slot in moved if not is_in(dim, place, place)]
@@ -341,7 +342,7 @@ def _cached_part(runs: Runs, parting: Parting) -> Diagnosis | None:
     if len(dims) != 1 or not bad.is_floating_point():
         return None
     old, new = (
-        difference(good.narrow(dims[0], *span), bad.narrow(dims[0], *span), relative_limit=1e-6) is not None
+        difference(good.narrow(dims[0], *span), bad.narrow(dims[0], *span), relative_limit=SAME) is not None
         for span in ((0, chunk.start), (chunk.start, chunk.queries))
     )
     if old == new:
@@ -364,9 +365,8 @@ def _used_for(part: Recording, event: Event) -> str | None:
         if later.op in ("cos", "sin", "embedding", "index", "index_select", "polar", "gather"):
             return "positions"
         if later.op in ("le", "lt", "ge", "gt", "le_", "lt_", "ge_", "gt_"):
-            if len(later.inputs) > 1 or not part.kept[later.index].arguments.get(
-                "other"
-            ):  # a number but 0 is the size of a window, or of a bucket
+            compared = part.kept[later.index].arguments.get("other")
+            if len(later.inputs) > 1 or not compared:  # a number but 0 is the size of a window, or of a bucket
                 return "mask"
         tainted |= {info.storage for info in later.outputs if info.storage}
     return None

@@ -36,7 +36,7 @@ def tree_of_spec(job: Job) -> ShapeTree:
     with suppress(Exception):  # code that reads values, or names a device, cannot run so; the next way shows what is wrong
         return shape_tree(resolve(replace(job, meta=True)))
     model, config = bare_model(job)
-    with suppress(Exception), FakeTensorMode():
+    with suppress(Exception), FakeTensorMode():  # the same of the next way
         _make_fake(model)
         return shape_tree(from_model(model, spec=job.spec, config=config, vocab_size=job.vocab_size, seed=job.seed))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
