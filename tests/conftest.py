@@ -1,6 +1,7 @@
 """What every test shares: one thread, hypothesis profiles, forked children, and the mark of tests that need a GPU."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -50,3 +51,12 @@ def pool() -> Iterator[Pool]:
 def _forked_children(pool: Pool, request: pytest.FixtureRequest) -> None:
     """A test marked `fresh` gets a new interpreter for each child, as a user does."""
     pool.fresh = request.node.get_closest_marker("fresh") is not None
+
+
+@pytest.fixture(scope="module")
+def _only_young_objects() -> Iterator[None]:
+    """What lives already is hidden from `gc.get_objects`: guards look through all objects, and here half a million are pytest's and torch's."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

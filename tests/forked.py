@@ -21,6 +21,7 @@ CHILDREN = (
 ).split()
 PROBES = tuple(f"olmodebug.probes.{path.stem}" for path in sorted((Path(__file__).parents[1] / "probes").glob("[!_]*.py")))
 MODULES = ("torch", "transformers.modeling_utils", *(f"olmodebug.{name}" for name in CHILDREN), *PROBES)
+BESIDE = ("torch", "olmodebug.ranks.child", "olmodebug.training.child")  # what a second child at a time is: a rank
 
 
 class Pool:
@@ -28,7 +29,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.able, self.fresh = True, False
-        self.servers: list[tuple[Forks, Forked | None]] = []
+        self.servers: dict[Forks, Forked | None] = {}
         self.lock = threading.Lock()
 
     def start(
@@ -37,18 +38,17 @@ class Pool:
         """What `Forks.start` does, in the folder and the environment of the caller; None where the test wants a fresh process."""
         if self.fresh or "CUDA_LAUNCH_BLOCKING" in environment:
             return None
-        with self.lock:
-            idle = [pair for pair in self.servers if pair[1] is None or pair[1].code is not None]
-            server = idle[0][0] if idle else Forks(MODULES)
-            self.servers = [pair for pair in self.servers if pair[0] is not server]
+        with self.lock:  # ranks start at a time
+            server = next((each for each, last in self.servers.items() if last is not None and last.code is not None), None)
+            server = server or Forks(BESIDE if self.servers else MODULES)
+            self.servers[server] = None
         own = {"module": module, "folder": str(Path.cwd()), "environment": {**os.environ, **environment}}
         forked = server.start("tests.forked", {**message, "forked": own}, {}, events=events, output=output, tick=tick)
-        with self.lock:
-            self.servers.append((server, forked))
+        self.servers[server] = forked
         return forked
 
     def close(self) -> None:
-        for server, _ in self.servers:
+        for server in self.servers:
             server.close()
 
 

@@ -18,6 +18,8 @@ from olmodebug.guards.settings import GUARDS
 from olmodebug.guards.watch import Watch
 from olmodebug.report import Finding
 
+pytestmark = pytest.mark.usefixtures("_only_young_objects")
+
 VOCAB = 31
 
 

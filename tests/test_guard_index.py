@@ -14,6 +14,8 @@ from olmodebug.guards.journal import Journal
 from olmodebug.guards.watch import Watch
 from olmodebug.report import Finding
 
+pytestmark = pytest.mark.usefixtures("_only_young_objects")
+
 
 class Attention(nn.Module):
     def __init__(self, rows: int) -> None:

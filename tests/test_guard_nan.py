@@ -15,6 +15,8 @@ from olmodebug.guards.nonfinite import NonFinite
 from olmodebug.guards.watch import Watch
 from olmodebug.report import Finding
 
+pytestmark = pytest.mark.usefixtures("_only_young_objects")
+
 
 class Model(nn.Module):
     """A little attention; `middle` is what a test breaks."""

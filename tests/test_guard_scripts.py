@@ -26,6 +26,8 @@ from olmodebug.report import Finding, from_json
 
 from .scripts.catalog import ELSEWHERE, FAULTS, FOLDER, SCRIPTS, Fault, line_number, source
 
+pytestmark = pytest.mark.usefixtures("_only_young_objects")
+
 ROOT = str(Path(__file__).parents[1])
 
 

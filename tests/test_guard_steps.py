@@ -17,6 +17,8 @@ from olmodebug.report import Finding
 
 from .test_guard_controls import VOCAB, Model, ids, loss_of
 
+pytestmark = pytest.mark.usefixtures("_only_young_objects")
+
 
 def found(run: Callable[[], None], *, guards: tuple[str, ...] = GUARDS) -> list[Finding]:
     """What is said of a piece of a script, which may raise."""
