@@ -18,11 +18,11 @@ from olmodebug.store import Run
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks"), pytest.mark.fresh]
 
 
-def run(folder: Path, server: Forks | None, action: str, timeout: float = 60.0) -> tuple[Death | None, dict[str, Any]]:
+def run(
+    folder: Path, server: Forks | None, action: str, timeout: float = 60.0, environment: dict[str, str] | None = None
+) -> tuple[Death | None, dict[str, Any]]:
     told: dict[str, Any] = {}
-    child = Child(
-        module="tests.samples.forked", folder=folder, timeout_seconds=timeout, environment={"CUDA_LAUNCH_BLOCKING": "1"} if server else {}
-    )
+    child = Child(module="tests.samples.forked", folder=folder, timeout_seconds=timeout, environment=environment or {})
     death = run_child(child, {"action": action}, lambda event: told.update(event), lambda: None, forks=server)
     return death, told
 
@@ -30,7 +30,7 @@ def run(folder: Path, server: Forks | None, action: str, timeout: float = 60.0) 
 def test_children_are_forks_of_one_process_that_has_the_imports_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # numpy's, which survive a fork; torch may have none
     with forks("torch") as server:
-        first, second = run(tmp_path, server, "tell"), run(tmp_path, server, "tell")
+        first, second = (run(tmp_path, server, "tell", environment={"CUDA_LAUNCH_BLOCKING": "1"}) for _ in range(2))
     assert first == second
     assert first[0] is None
     known = {name: first[1][name] for name in ("forked", "torch", "threads", "variable")}

@@ -85,6 +85,7 @@ def expect_clean(report: Report) -> None:
     assert report.sections["ranks"]["compared"]["gradient"] > 10
 
 
+@pytest.mark.fresh
 def test_fully_sharded_training_takes_the_step_of_one_process() -> None:
     expect_clean(step_on("olmo1-tiny", strategy="fsdp"))
 

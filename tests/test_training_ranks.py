@@ -15,6 +15,7 @@ from olmodebug.compare import roundings_limit
 from olmodebug.group import Rank, first_to_fail, lost_a_peer
 from olmodebug.process import Death
 from olmodebug.training.world import World
+from tests.command import run_here
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--batch-size", "4", "--seq-len", "16", "--dtype", "float32", "--timeout", "120")
@@ -64,13 +65,17 @@ IN_DOUBLE = """
 """
 
 
-def train(folder: Path, *arguments: str, launcher: tuple[str, ...] = ("-m",)) -> tuple[int, dict[str, Any]]:
+def train(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
     """(exit status, the training section of the report with its findings)."""
     data = folder / "a.jsonl"
     data.write_text("".join(json.dumps({"text": f"the cat number {i} sees the dog number {7 * i}. " * 3}) + "\n" for i in range(40)))
-    command = [sys.executable, *launcher, "olmodebug", "train", "--data", str(data), *SMALL, *arguments, "--json", "report.json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    line = ["train", "--data", str(data), *SMALL, *arguments, "--json", "report.json"]
+    if launcher:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *launcher, "olmodebug", *line]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    else:
+        done = run_here(folder, *line)
     assert (folder / "report.json").is_file(), done.stderr
     report = json.loads((folder / "report.json").read_text())
     [run] = report["sections"]["training"]["runs"]
