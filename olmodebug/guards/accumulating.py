@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..sources import Spot
 from .gradients import nearest_leaf
+from .part import Part
 
 WEIGHTS = "loop.token-weighted-accumulation"
 DIVIDED = "loop.accumulation-divided"
@@ -30,7 +31,7 @@ class _Accumulated:
     labels: Tensor
 
 
-class Accumulating:
+class Accumulating(Part):
     """A window is what adds up in the same gradient: backward passes of one line to one parameter, with no reset between."""
 
     def __init__(self, watch: Any) -> None:
@@ -58,9 +59,6 @@ class Accumulating:
             packet = getattr(aten, name)
             for overload in packet.overloads():
                 self.watch.look(getattr(packet, overload), self._changed)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _backward(self, roots: list[Tensor], spot: Spot | None) -> None:
         leaf = nearest_leaf(roots)

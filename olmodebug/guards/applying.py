@@ -10,6 +10,7 @@ from torch import Tensor
 from ..sources import Spot
 from ..units import plural
 from .gradients import Followed, follow, local, parameters, written_since
+from .part import Part
 from .place import text_of
 from .scheduling import UNSCALE
 
@@ -21,7 +22,7 @@ EMPTY_STEPS = 3  # in a row, each after a reset of fresh gradients, before it is
 LATE_CLIPS = 2
 
 
-class Applying:
+class Applying(Part):
     """Follows a few gradients of every optimizer from the backward that wrote them to the step that applies them."""
 
     def __init__(self, watch: Any) -> None:
@@ -53,9 +54,6 @@ class Applying:
         events.on("backward_done", self._done)
         events.on("step", self._step)
         events.on("stepped", self._stepped)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     # Thrown away
 

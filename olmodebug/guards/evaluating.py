@@ -9,6 +9,7 @@ from torch import nn
 
 from ..sources import Spot
 from . import place
+from .part import Part
 from .place import Place, text_of
 
 EVAL = "loop.evaluates-in-eval-mode"
@@ -21,7 +22,7 @@ MEAN_OR_SUM = (1, 2)  # torch's numbers of a reduction; a loss per token may cho
 aten = torch.ops.aten
 
 
-class Evaluating:
+class Evaluating(Part):
     """Follows dropout, losses without gradients and calls of `eval()`."""
 
     def __init__(self, watch: Any) -> None:

@@ -9,13 +9,14 @@ from torch import Tensor
 from ..sources import Spot
 from ..units import plural
 from .gradients import local, sample
+from .part import Part
 
 FILLED = "loop.weights-filled"
 
 NAMES_SHOWN = 4
 
 
-class Filling:
+class Filling(Part):
     """Compares what `to_empty` left with what the first backward finds."""
 
     def __init__(self, watch: Any) -> None:
@@ -25,9 +26,6 @@ class Filling:
     def listen(self) -> None:
         self.watch.events.on("emptied", self._emptied)
         self.watch.events.on("backward", self._backward)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _emptied(self, module: Any, shared: Any, spot: Spot | None) -> None:
         memory = [(name, p, local(p)) for name, p in module.named_parameters()]

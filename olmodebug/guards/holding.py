@@ -11,6 +11,7 @@ from ..sources import Spot
 from ..units import plural
 from .excerpts import lines_at
 from .gradients import has_plain_gradient, parameters, sample
+from .part import Part
 from .place import where_of
 
 ALL_HELD = "loop.every-parameter-optimized"
@@ -19,7 +20,7 @@ NORMS = "loop.norms-undecayed"
 NAMES_SHOWN = 4
 
 
-class Holding:
+class Holding(Part):
     """Compares the parameters of the models with those of the optimizers."""
 
     def __init__(self, watch: Any) -> None:
@@ -31,9 +32,6 @@ class Holding:
     def listen(self) -> None:
         self.watch.events.on("optimizer_made", lambda args, kwargs, spot: self.made.__setitem__(args[0], spot))
         self.watch.events.on("step", self._step)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
         number = self.steps[optimizer] = self.steps.get(optimizer, 0) + 1

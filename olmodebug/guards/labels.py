@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..sources import Spot
 from . import place
+from .part import Part
 from .place import Place
 
 SHIFT = "loop.labels-shifted-once"
@@ -39,7 +40,7 @@ class _Batch:
     model: nn.Module | None = None
 
 
-class Labels:
+class Labels(Part):
     """Compares the labels of the first losses with the ids that were read before."""
 
     def __init__(self, watch: Any) -> None:
@@ -55,9 +56,6 @@ class Labels:
         for op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
             self.watch.look(op, self._loss)
         self.watch.events.on("step", self._step)
-
-    def finish(self) -> None:
-        """Nothing waits for the end: what a collator does wrong, it does to its first batches."""
 
     def _embedding(self, args: Any, output: Any) -> None:
         ids = args[1]

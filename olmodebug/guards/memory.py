@@ -19,6 +19,7 @@ from ..sources import Spot, short_path
 from ..units import bytes_text
 from . import place
 from .excerpts import lines_at
+from .part import Part
 
 FITS = "memory.fits"
 
@@ -42,7 +43,7 @@ class _Made:
     device: str
 
 
-class Memory:
+class Memory(Part):
     """Follows the storages of one process."""
 
     def __init__(self, watch: Any) -> None:

@@ -14,6 +14,7 @@ from ..sources import Spot
 from . import place
 from .excerpts import lines_at
 from .gradients import parameters
+from .part import Part
 from .place import Place, text_of
 
 BACKWARD = "loop.backward-runs"
@@ -76,7 +77,7 @@ class _Passed:
         return node in (_graph([loss.grad_fn for loss in losses if loss.grad_fn is not None]) or ())
 
 
-class Misuse:
+class Misuse(Part):
     """Remembers the backward passes, of which one has freed the graph, and the last step of an optimizer."""
 
     def __init__(self, watch: Any) -> None:
@@ -92,9 +93,6 @@ class Misuse:
         self.watch.events.on("backward", self._backward)
         self.watch.events.on("backward_done", self._done)
         self.watch.events.on("step", self._step)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _backward(self, roots: list[Tensor], spot: Spot | None) -> None:
         self.roots = [weakref.ref(root) for root in roots]

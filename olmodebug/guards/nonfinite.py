@@ -23,6 +23,7 @@ from . import place
 from .excerpts import lines_at
 from .gradients import has_plain_gradient, parameters
 from .origins import Origin, describe, explain_origin, first_birth
+from .part import Part
 from .undefined import cause_of
 
 HEADROOM = "numerics.float16-headroom"
@@ -51,7 +52,7 @@ class _Pending:
     symptom: str | None = None
 
 
-class NonFinite:
+class NonFinite(Part):
     """The observer of one watched process."""
 
     def __init__(self, watch: Any, *, deferred: bool = False) -> None:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ..sources import Spot
 from .gradients import parameters, sample
+from .part import Part
 
 RATE = "loop.learning-rate"
 
 STEPS_AT_ZERO = 8  # a warm-up may begin with one
 
 
-class Rates:
+class Rates(Part):
     """Looks at the learning rates of every optimizer when it steps."""
 
     def __init__(self, watch: Any) -> None:
@@ -26,9 +27,6 @@ class Rates:
 
     def listen(self) -> None:
         self.watch.events.on("step", self._step)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
         rates = [group.get("lr") for group in optimizer.param_groups]

@@ -19,10 +19,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ..ranks.calls import Collective
 from ..ranks.notes import Notes, collective_of
 from ..ranks.record import RankWriter
+from .part import Part
 from .place import line_here, where_of
 
 
-class Recording:
+class Recording(Part):
     """The notes of one process; a process that trains nothing leaves none."""
 
     def __init__(self, watch: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ import torch.utils.data
 
 from ..sources import Spot
 from .labels import are_tokens
+from .part import Part
 
 FRESH = "loop.fresh-batches"
 
@@ -18,7 +19,7 @@ HASHED_TOKENS = 4096
 aten = torch.ops.aten
 
 
-class Repeating:
+class Repeating(Part):
     """Remembers every batch that was trained on by a hash of its tokens."""
 
     def __init__(self, watch: Any) -> None:
@@ -34,9 +35,6 @@ class Repeating:
         self.watch.look(aten.embedding.default, self._embedding)
         self.watch.events.on("step", self._step)
         self.watch.events.on("loader_iter", self._loader)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _embedding(self, args: Any, output: Any) -> None:
         if torch.is_grad_enabled() and torch._C._current_autograd_node() is None and are_tokens(args[1]):

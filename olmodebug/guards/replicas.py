@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..records import Where
 from ..sources import Spot
 from .gradients import parameters, sample
+from .part import Part
 from .place import where_of
 
 NOTED_STEP = 4  # by then a schedule has left a learning rate of 0
@@ -24,7 +25,7 @@ FUNCTIONAL = (
 )  # fmt: skip
 
 
-class Replicas:
+class Replicas(Part):
     """At the fourth step of a rank: its batches, a digest of the weights, and whether the ranks have exchanged any since the first."""
 
     def __init__(self, watch: Any) -> None:
@@ -41,9 +42,6 @@ class Replicas:
                     self.watch.look(getattr(ops, name).default, self._collective)
         self.watch.events.on("backward", self._backward)
         self.watch.events.on("step", self._step)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _collective(self, args: Any, output: Any) -> None:
         self.exchanged = self.exchanged or any(t.numel() > FEW_NUMBERS for t in _tensors(args))

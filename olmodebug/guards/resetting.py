@@ -11,6 +11,7 @@ from ..report import Finding
 from ..sources import Spot
 from .excerpts import lines_at
 from .gradients import Followed, follow, has_plain_gradient, local, nearest_leaf, sample
+from .part import Part
 from .place import text_of, where_of
 
 RESET = "loop.gradients-reset"
@@ -31,7 +32,7 @@ class _Left:
     applied: bool = False  # an update by hand has moved the weight along this gradient, which is still there
 
 
-class Resetting:
+class Resetting(Part):
     """Follows the gradients that were applied until they are gone, replaced or added to."""
 
     def __init__(self, watch: Any) -> None:
@@ -52,9 +53,6 @@ class Resetting:
         events.on("module_zeroed", self._module_zeroed)
         events.on("step", self._step)
         events.on("stepped", self._stepped)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _backward(self, roots: list[Tensor], spot: Spot | None) -> None:
         """Before a backward: are the gradients that were applied still there, unchanged?"""

@@ -10,6 +10,7 @@ from ..report import Finding
 from ..sources import Spot
 from .excerpts import lines_at
 from .gradients import has_plain_gradient, parameters, sample
+from .part import Part
 from .place import where_of
 
 SURVIVES = "loop.updates-survive-rounding"
@@ -19,7 +20,7 @@ SAMPLED_STEPS = (1, 2, 4, 8)
 LOST = 0.5  # of the sampled elements with a gradient: below, most of the update is rounded away
 
 
-class Rounding:
+class Rounding(Part):
     """Samples weights before and after a few steps of torch's own optimizers.
 
     Others may round stochastically or keep what was lost (Kahan): few weights move in a step, and nothing is lost.

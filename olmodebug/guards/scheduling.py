@@ -19,6 +19,7 @@ from ..sources import OWN, Spot
 from ..units import plural
 from .gradients import parameters
 from .origins import words_of
+from .part import Part
 from .place import rank
 
 UNSCALE = "loop.unscale-before-clip"
@@ -47,7 +48,7 @@ class _Window:
     scheduled: dict[int, list[int]] = field(default_factory=dict)
 
 
-class Scheduling:
+class Scheduling(Part):
     """Follows scaler, schedulers and graphs of one process."""
 
     def __init__(self, watch: Any) -> None:
@@ -137,9 +138,6 @@ class Scheduling:
             op="step",
             evidence={"scale": scale},
         )
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     # Schedules
 

@@ -8,12 +8,13 @@ from torch import nn
 from ..report import Finding
 from ..sources import Spot
 from .excerpts import lines_at
+from .part import Part
 from .place import where_of
 
 TIES = "loop.ties-kept"
 
 
-class Tying:
+class Tying(Part):
     """Looks at shared parameters once, at the first step of an optimizer."""
 
     def __init__(self, watch: Any) -> None:
@@ -24,9 +25,6 @@ class Tying:
     def listen(self) -> None:
         self.watch.events.on("emptied", lambda module, shared, spot: self.emptied.append((weakref.ref(module), shared, spot)))
         self.watch.events.on("step", self._step)
-
-    def finish(self) -> None:
-        """Nothing waits for the end."""
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
         number = self.steps[optimizer] = self.steps.get(optimizer, 0) + 1

@@ -37,6 +37,7 @@ from .misuse import Misuse
 from .models import Models
 from .nonfinite import NonFinite
 from .origins import FINITE, Origin
+from .part import Part
 from .place import Place
 from .rates import Rates
 from .repeating import Repeating
@@ -47,7 +48,7 @@ from .scheduling import Scheduling
 from .settings import settings_from
 from .tying import Tying
 
-LOOP = (
+LOOP: tuple[type[Part], ...] = (
     Misuse,
     Filling,
     Rates,
@@ -87,7 +88,7 @@ class Watch:
         self.spoiled = False  # a finding has told what makes weights huge or nan: the nan that comes of it is no second one
         self.events = Events(self.looking, self.fault)
         self.models = Models()
-        self.parts: list[Any] = []
+        self.parts: list[Part] = []
         self.looks: dict[int, list[Callable[[Any, Any], None]]] = {}
         self.nonfinite = NonFinite(self) if "nan" in guards else None
         if self.nonfinite is not None:
