@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmodebug.caches import keeps_its_cache, new_cache
+from olmodebug.caches import keeps_its_cache
 from olmodebug.compare import roundings_limit
 from olmodebug.examine import refused
 from olmodebug.explain import explain_run, place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference
-from olmodebug.relations.chunks import LENGTH_DEPENDENT, Chunk, call_chunk, locate, pieces, rope_type, run_chunks
+from olmodebug.relations.chunks import LENGTH_DEPENDENT, locate, pieces, rope_type, run_chunks
 from olmodebug.relations.diagnose import Diagnosis, mask_added_as_number
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.parted import why
 from olmodebug.relations.repair import Found
-from olmodebug.relations.ways import Way, breach, chunked, way_record
+from olmodebug.relations.ways import Way, breach, no_cache, way_record
 from olmodebug.report import Finding, Scalar
 from olmodebug.settings import attention_choices
 from olmodebug.subject import Subject, rows_before_the_first_position
@@ -32,8 +32,6 @@ LONGEST = 1024
 MOST_LOGITS = 4_000_000
 # Settings of sparse attention: a query keeps its best keys, so that a tie or a rounding changes which.
 CHOOSES_KEYS = ("index_topk", "indexer_budget", "index_top_k", "keep_window_size")
-# Causal-LM classes of transformers whose cache is not used as the others are.
-OWN_CACHES = ("cpmant", "prophetnet")
 # Layers that carry a state: state-space models, linear attention, gated recurrences.
 RECURRENT = re.compile(r"mamba|ssm|recurrent|deltanet|linearattention|lightning|rwkv|xlstm|lstm|retention", re.IGNORECASE)
 REFUSALS = (NotImplementedError, ValueError, AssertionError, TypeError)
@@ -119,41 +117,9 @@ def table_end(subject: Subject) -> Iterator[Finding]:
 
 
 def _needs_cache(subject: Subject) -> None:
-    if subject.setting("model_type") in OWN_CACHES:
-        not_applicable("its cache wants more than the new tokens: the whole input, or positions counted its own way")
-    if subject.convention.cache is None and not keeps_its_cache(subject):
-        not_applicable("forward takes no cache")
-    twin = subject.fresh_twin()  # what a call with a cache leaves behind is nobody else's business
-    if keeps_its_cache(subject) and _keeps_nothing(twin):
-        not_applicable("as it is configured, it keeps no keys and values from one call to the next")
-    if chunked(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), (2,)) is None:
-        not_applicable("use_cache=True gives no cache back")
-
-
-def _keeps_nothing(twin: Subject) -> bool:
-    """Whether a call with a place in the cache leaves the model as it was, and nothing that it holds is called a cache."""
-
-    def held() -> dict[str, Tensor]:
-        return {**dict(twin.model.named_buffers()), **dict(_plain(twin.model))}
-
-    new_cache(twin, 1, 4)
-    before = {name: (tensor, tensor.clone()) for name, tensor in held().items()}
-    if any(re.search(r"cache|past|(^|[._])[kv](ey|alue)?s?($|_)", name) for name in before):
-        return False
-    call_chunk(twin, Case(name="a first chunk", input_ids=twin.token_ids(1, 2)), Chunk(start=0, stop=2, seq=2), None)
-    after = held()
-    return before.keys() == after.keys() and all(t is before[n][0] and torch.equal(t, before[n][1]) for n, t in after.items())
-
-
-def _plain(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that modules hold as plain attributes, also one level deep in a list or a dict."""
-    for path, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers", "_modules"):
-                continue
-            for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,):
-                if isinstance(item, Tensor):
-                    yield f"{path}.{key}", item
+    reason = no_cache(subject)
+    if reason is not None:
+        not_applicable(reason)
 
 
 def _recurrent(twin: Subject) -> bool:

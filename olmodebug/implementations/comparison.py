@@ -29,6 +29,7 @@ from .backward import GradientGap, NoGradients, gradient_gap, script_of_gradient
 from .blocks import ON_BLOCKS
 from .captured import ON_TENSORS, differing_eps, eps_cause, parting_of
 from .casts import cast_order
+from .decoding import DECODING, Decoding, decoding
 from .extra import ON_EXTRA, unseen_clamp
 from .factors import ON_FACTORS
 from .hypotheses import ON_WEIGHTS, Cause
@@ -71,7 +72,8 @@ def compare(
     gap = aligned.gap()
     tried: list[tuple[str, bool]] = []
     gradients: GradientGap | None = None
-    unasked = "the outputs differ already"
+    unasked = differ = "the outputs differ already"
+    decoded = Decoding(unasked=differ)
     if gap is not None:
         verdict = locate(aligned, gap)
         aligned, tried = verdict.aligned, verdict.tried
@@ -83,18 +85,26 @@ def compare(
             findings += _gradient_findings(aligned, gradients, findings, scripts)
         except NoGradients as error:
             unasked = str(error)
+        decoded = decoding(aligned)
+        findings += decoded.findings
     probes = (WEIGHTS, OUTPUTS) + ((ARGUMENTS,) if gap is None else ()) + ((GRADIENTS,) if gradients is not None else ())
+    probes += (DECODING,) if decoded.unasked is None else ()
     failed = {f.probe for f in findings if f.severity == "error"}
     return Report(
         subject=left.info(),
         environment=environment(seed=seed, command=command),
         outcomes=tuple(Outcome(probe=name, status="failed" if name in failed else "passed") for name in probes)
-        + (() if gradients is not None else (Outcome(probe=GRADIENTS, status="skipped", reason=unasked),)),
+        + (() if gradients is not None else (Outcome(probe=GRADIENTS, status="skipped", reason=unasked),))
+        + (() if decoded.unasked is None else (_undecoded(decoded.unasked, differ),)),
         findings=merge_by_root(findings),
         sections={"implementations": _section(aligned, gap, gradients, tried)},
         seconds=time.perf_counter() - began,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _undecoded(reason: str, differ: str) -> Outcome:
+    return Outcome(probe=DECODING, status="skipped" if reason == differ else "not-applicable", reason=reason)
 
 
 def locate(aligned: Aligned, gap: Difference) -> Verdict:
