@@ -255,6 +255,12 @@ def test_a_fused_projection_in_metas_manner_is_divided(tmp_path: Path) -> None:
     assert report.findings == ()
 
 
+def test_single_numbers_among_the_weights_are_weights_too() -> None:
+    subject = subject_of(CLEAN / "modded_style.py", "build")
+    assert any(p.ndim == 0 for p in subject.model.parameters())
+    assert compare(subject, subject).findings == ()
+
+
 def test_a_weight_that_is_cast_or_viewed_is_read_where_the_tokens_meet_it(tmp_path: Path) -> None:
     path = _edited(tmp_path, ("return y.type_as(x) * weight", "return (y * weight.float().view(1, 1, -1)).type_as(x)"))
     subject = subject_of(path, "build")

@@ -204,7 +204,7 @@ def drawn(left: Layout, right: Layout, *, seed: int = 0) -> dict[str, Tensor]:
             weights[slot] = EMBEDDING_STD * noise
         elif slot.endswith("bias"):
             weights[slot] = 0.1 * noise
-        elif len(shape) == 1:
+        elif len(shape) <= 1:
             weights[slot] = 1 + 0.2 * noise
         else:
             weights[slot] = noise / math.sqrt(shape[-1])
