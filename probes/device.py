@@ -9,9 +9,9 @@ from olmodebug.devices import Stray, first_stray, plain_tensors
 from olmodebug.explain import place_of, source_lines
 from olmodebug.own_code import quiet
 from olmodebug.probe import probe, skip
-from olmodebug.records import Case
+from olmodebug.records import Case, Where
 from olmodebug.relations.repair import Found, expressions
-from olmodebug.report import Finding
+from olmodebug.report import Finding, Severity
 from olmodebug.settle import settled
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject
@@ -56,75 +56,97 @@ def _cases(twin: Subject, ids: tuple[tuple[int, ...], ...]) -> Iterator[Case]:
 
 
 def _finding(subject: Subject, stray: Stray, case: Case) -> Found | None:
-    shape = f"{stray.dtype}{list(stray.shape)}"
+    """The finding on a stray tensor that was made in the run, or is an attribute; None where it came from is not known."""
     if stray.made is not None:
-        where = place_of(stray.made, module=stray.module, op=stray.maker)
-        kept = _kept_device(subject)
-        if stray.maker == "_to_copy" and kept is not None:
-            return Found(
-                probe="",
-                severity="warning",
-                message=f"{shape} is moved to the {stray.device} that {kept} holds from an earlier call; {stray.op} then mixes two devices",
-                where=where,
-                source=source_lines(where),
-                cause=f"{kept} is a torch.device that was noted once, and does not change when the model moves",
-                fix="read the device from a parameter or from the input in every call",
-                expected="every tensor on the device of the inputs",
-                observed=f"{shape} on {stray.device}",
-                evidence={"condition": "a model that has run, and moves afterwards", "found by": "a run on the meta device"},
-                case=case,
-            )
-        if (chosen := _chosen_device(stray.made)) is not None:
-            return Found(
-                probe="",
-                severity="warning",
-                message=f"{shape} is put on {chosen}, the {stray.device} here, and not where the inputs are; {stray.op} then mixes two devices",
-                where=where,
-                source=source_lines(where),
-                cause=f"{chosen} was chosen apart from the model, and does not change when the model moves",
-                fix="read the device from the input in every call: device=input_ids.device",
-                expected="every tensor on the device of the inputs",
-                observed=f"{shape} on {stray.device}",
-                evidence={"condition": f"a model on another device than {chosen}", "found by": "a run on the meta device"},
-                case=case,
-            )
-        return Found(
-            probe="",
-            severity="error",
-            message=f"{stray.maker} makes {shape} on the {stray.device}, whatever the device of the model; {stray.op} then mixes two devices",
-            where=where,
-            source=source_lines(where),
-            cause=f"{stray.maker} is called without the inputs' device"
-            if stray.device == "cpu"
-            else f"the device {stray.device} is written down",
-            fix="make it with device=input_ids.device (or that of the hidden states)",
-            expected="every tensor on the device of the inputs",
-            observed=f"{shape} on {stray.device}",
-            evidence={"used at": str(place_of(stray.used, op=stray.op)), "found by": "a run on the meta device"},
-            case=case,
-        )
+        return _made_elsewhere(subject, stray, stray.made, case)
     if stray.attribute is None:
-        return None  # where it came from is not known
-    where = place_of(stray.used, module=stray.module, op=stray.op)
+        return None
     fresh = _in_fresh_build(subject, stray.attribute)
     why = (
         "it is a plain attribute, which .to(device) does not move"
         if fresh
         else "it was kept from an earlier call, and is not made anew when the model moves"
     )
-    return Found(
-        probe="",
-        severity="error" if fresh else "warning",
-        message=f"{stray.attribute} ({shape}) stays on the {stray.device} when the model moves; {stray.op} then mixes two devices",
-        where=where,
-        source=source_lines(where),
+    return _mixed(
+        stray,
+        case,
+        place_of(stray.used, module=stray.module, op=stray.op),
+        "error" if fresh else "warning",
+        f"{stray.attribute} ({_shape(stray)}) stays on the {stray.device} when the model moves",
         cause=why if fresh is not None else None,
         fix="register it: self.register_buffer(name, tensor, persistent=False)" if fresh else "compare its device before it is used again",
+    )
+
+
+def _made_elsewhere(subject: Subject, stray: Stray, made: Spot, case: Case) -> Found:
+    where = place_of(made, module=stray.module, op=stray.maker)
+    kept, chosen = _kept_device(subject), _chosen_device(made)
+    if stray.maker == "_to_copy" and kept is not None:
+        return _mixed(
+            stray,
+            case,
+            where,
+            "warning",
+            f"{_shape(stray)} is moved to the {stray.device} that {kept} holds from an earlier call",
+            cause=f"{kept} is a torch.device that was noted once, and does not change when the model moves",
+            fix="read the device from a parameter or from the input in every call",
+            condition="a model that has run, and moves afterwards",
+        )
+    if chosen is not None:
+        return _mixed(
+            stray,
+            case,
+            where,
+            "warning",
+            f"{_shape(stray)} is put on {chosen}, the {stray.device} here, and not where the inputs are",
+            cause=f"{chosen} was chosen apart from the model, and does not change when the model moves",
+            fix="read the device from the input in every call: device=input_ids.device",
+            condition=f"a model on another device than {chosen}",
+        )
+    return _mixed(
+        stray,
+        case,
+        where,
+        "error",
+        f"{stray.maker} makes {_shape(stray)} on the {stray.device}, whatever the device of the model",
+        cause=f"{stray.maker} is called without the inputs' device"
+        if stray.device == "cpu"
+        else f"the device {stray.device} is written down",
+        fix="make it with device=input_ids.device (or that of the hidden states)",
+        used_at=str(place_of(stray.used, op=stray.op)),
+    )
+
+
+def _mixed(
+    stray: Stray,
+    case: Case,
+    where: Where,
+    severity: Severity,
+    what: str,
+    *,
+    cause: str | None,
+    fix: str,
+    condition: str = "",
+    used_at: str = "",
+) -> Found:
+    known = {"condition": condition, "used at": used_at, "found by": "a run on the meta device"}
+    return Found(
+        probe="",
+        severity=severity,
+        message=f"{what}; {stray.op} then mixes two devices",
+        where=where,
+        source=source_lines(where),
+        cause=cause,
+        fix=fix,
         expected="every tensor on the device of the inputs",
-        observed=f"{shape} on {stray.device}",
-        evidence={"found by": "a run on the meta device"},
+        observed=f"{_shape(stray)} on {stray.device}",
+        evidence={name: text for name, text in known.items() if text},
         case=case,
     )
+
+
+def _shape(stray: Stray) -> str:
+    return f"{stray.dtype}{list(stray.shape)}"
 
 
 def _chosen_device(spot: Spot) -> str | None:

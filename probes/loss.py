@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
+from math import log, prod
 
 import torch
 import torch.nn.functional as F
@@ -280,12 +280,28 @@ def _is_added_to(twin: Subject, case: Case, loss: Tensor, expected: Tensor) -> b
 
 def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: float) -> tuple[str | None, str | None]:
     """The formula that gives this loss exactly, if one of the known slips does."""
+    mean = float(cross_entropy(logits, labels, shift=shift))
+    low = float(loss.bfloat16())
+    if low == float(loss) and low != mean and abs(low - mean) <= 2**-6 * abs(mean):
+        return "the loss is a bfloat16 number: it was computed in bfloat16, with steps of 1/256 of its size", "compute the loss in float32"
+    for cause, fix, value in _slips(logits, labels, shift):
+        if abs(value - float(loss)) <= max(limit, 1e-9) * max(1.0, abs(value)) and abs(value - mean) > 1e-9:
+            return cause, fix
+    if int((labels == IGNORED).sum()):
+        wrapped = labels.masked_fill(labels == IGNORED, 0)
+        if abs(_ce(logits, wrapped, shift) - float(loss)) <= max(limit, 1e-9) * max(1.0, mean):
+            return "labels of -100 are counted as token 0", "ignore_index=-100"
+    return None, None
+
+
+def _slips(logits: Tensor, labels: Tensor, shift: int) -> list[tuple[str, str, float]]:
+    """Known slips: in words, how to mend each, and the loss that it gives."""
     size = logits.shape[-1]
     counted = labels[:, shift:] if shift else labels
     valid, everything = int((counted != IGNORED).sum()), counted.numel()
     flat, target = logits.double().reshape(-1, size), labels.reshape(-1)
     mean = float(cross_entropy(logits, labels, shift=shift))
-    forms: list[tuple[str, str, float]] = [
+    return [
         (
             "the labels are not shifted: logit t is compared with label t, the token it has just read",
             "shift by one",
@@ -348,19 +364,8 @@ def _cause(logits: Tensor, labels: Tensor, loss: Tensor, shift: int, limit: floa
             "one mean over all counted tokens",
             _mean_of_means(logits, labels, shift),
         ),
-        ("the loss is in bits (log2)", "use the natural logarithm", mean / 0.6931471805599453),
+        ("the loss is in bits (log2)", "use the natural logarithm", mean / log(2)),
     ]
-    low = float(loss.bfloat16())
-    if low == float(loss) and low != mean and abs(low - mean) <= 2**-6 * abs(mean):
-        return "the loss is a bfloat16 number: it was computed in bfloat16, with steps of 1/256 of its size", "compute the loss in float32"
-    for cause, fix, value in forms:
-        if abs(value - float(loss)) <= max(limit, 1e-9) * max(1.0, abs(value)) and abs(value - mean) > 1e-9:
-            return cause, fix
-    if int((labels == IGNORED).sum()):
-        wrapped = labels.masked_fill(labels == IGNORED, 0)
-        if abs(_ce(logits, wrapped, shift) - float(loss)) <= max(limit, 1e-9) * max(1.0, mean):
-            return "labels of -100 are counted as token 0", "ignore_index=-100"
-    return None, None
 
 
 def _ce(logits: Tensor, labels: Tensor, shift: int) -> float:
