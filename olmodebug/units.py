@@ -1,7 +1,7 @@
 """Numbers as text: the only place where bytes, counts, seconds and dtypes become words."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 DTYPE_NAMES = {
     "float64": "f64",
@@ -87,6 +87,12 @@ def facts_text(facts: Mapping[str, str | int | float | bool | None]) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 probe`, `2 probes`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def listed(items: Iterable[object], most: int) -> str:
+    """`a, b and 3 more`: the first of many."""
+    names = list(map(str, items))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _three_digits(size: float) -> str:

@@ -23,6 +23,7 @@ from olmodebug.sources import OWN, Spot, code_of
 from olmodebug.state import keeper
 from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import Recording, record
+from olmodebug.units import listed
 
 FD_TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path that is cut changes the slope by its whole share
 # A gradient times its weight in float64: below this there is nothing but rounding of sums of order one.
@@ -495,7 +496,6 @@ def _finding(
     read = names[0] in _computed_with(recording)
     left_out = not read and any(call.module == owner for call in recording.calls)  # its own forward runs and does without it
     where = _forward_of(twin, owner) if left_out else _cut(recording, twin, owner)
-    listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return Found(
         probe="",
         severity=severity,  # type: ignore[arg-type]
@@ -504,5 +504,5 @@ def _finding(
         source=source_lines(where),
         cause=cause,
         fix=fix,
-        evidence={"parameters": listed, "of": sum(1 for p in twin.model.parameters() if p.requires_grad)},
+        evidence={"parameters": listed(names, 4), "of": sum(1 for p in twin.model.parameters() if p.requires_grad)},
     )

@@ -21,6 +21,7 @@ from olmodebug.report import Finding
 from olmodebug.settings import VOCAB_NAMES
 from olmodebug.sources import OWN, Spot, code_of
 from olmodebug.subject import Subject
+from olmodebug.units import listed
 
 SHOWN = 8
 # Settings by which a configuration says that it pads its vocabulary.
@@ -95,8 +96,6 @@ def tokenizer_fits(subject: Subject) -> Iterator[Finding]:
     missing = sorted((i, token) for token, i in tokens.items() if i >= rows)
     if not missing:
         return
-    shown = ", ".join(f"{i} {_shown(token)}" for i, token in missing[:SHOWN])
-    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     name, spot = _table(subject)
     where = place_of(spot, module=name)
     yield Found(
@@ -109,7 +108,7 @@ def tokenizer_fits(subject: Subject) -> Iterator[Finding]:
         fix=f"set vocab_size to {largest + 1}, or pad it to {_padded(largest + 1)} (a multiple of 128)",
         expected=f"at least {largest + 1} rows",
         observed=f"{rows} rows",
-        evidence={"tokens without a row": shown + more, "tokenizer": subject.tokenizer},
+        evidence={"tokens without a row": listed((f"{i} {_shown(token)}" for i, token in missing), SHOWN), "tokenizer": subject.tokenizer},
     )
 
 

@@ -11,6 +11,7 @@ from olmodebug.units import (
     count_text,
     dtype_text,
     facts_text,
+    listed,
     number_text,
     plural,
     seconds_text,
@@ -95,6 +96,10 @@ def test_the_name_of_a_value_says_its_unit() -> None:
 def test_every_value_has_a_text(name: str, value: str | int | float | bool | None) -> None:
     for ending in ("", "_bytes", "_seconds"):
         assert isinstance(value_text(name + ending, value), str)
+
+
+def test_of_many_names_the_first_are_told() -> None:
+    assert [listed("abcd"[:count], 2) for count in (0, 1, 2, 4)] == ["", "a", "a, b", "a, b and 2 more"]
 
 
 def test_one_is_singular() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..sources import Spot
-from ..units import plural
+from ..units import listed, plural
 from .gradients import local, sample
 from .part import Part
 
@@ -40,7 +40,7 @@ class Filling(Part):
             same = [name for name, weight, version, before in left if _as_left(weight(), held, version, before)]
             if same:
                 self.watch.spoiled = True
-                shown = ", ".join(same[:NAMES_SHOWN]) + (f" and {len(same) - NAMES_SHOWN} more" if len(same) > NAMES_SHOWN else "")
+                shown = listed(same, NAMES_SHOWN)
                 self.watch.tell(
                     FILLED,
                     "error",

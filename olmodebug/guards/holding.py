@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..report import Finding, Scalar
 from ..sources import Spot
-from ..units import plural
+from ..units import listed, plural
 from .excerpts import lines_at
 from .gradients import has_plain_gradient, parameters, sample
 from .part import Part
@@ -72,7 +72,7 @@ class Holding(Part):
         made = self.made.get(stale[0]) if stale else next((s for o, s in self.made.items() if o in self.steps), None)
         where = where_of(made or spot)
         names = [name for name, _ in missing]
-        shown = ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+        shown = listed(names, NAMES_SHOWN)
         evidence: dict[str, Scalar] = {"missing": len(missing), "with_gradient": total, "model": type(root).__name__}
         if stale and len(missing) == total:
             self.watch.find(

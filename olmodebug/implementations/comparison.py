@@ -22,6 +22,7 @@ from ..records import Difference, Where
 from ..report import Finding, Outcome, Report, merge_by_root
 from ..sources import Spot, short_path
 from ..subject import Subject
+from ..units import listed
 from .aligned import Aligned, Side, align
 from .alone import script_of, script_of_ops
 from .anchors import Graph, positions_first
@@ -376,7 +377,7 @@ def _gradient_findings(aligned: Aligned, gradients: GradientGap, so_far: list[Fi
     slots = [slot for slot in gradients.differing if slot not in tied]
     if slots:
         names = [aligned.left.layout.slots[s].parameter for s in slots]
-        shown = ", ".join(dict.fromkeys(names[:3])) + (f" and {len(set(names)) - 3} more" if len(set(names)) > 3 else "")
+        shown = listed(dict.fromkeys(names), 3)
         worst = gradients.differing[slots[0]]
         script = script_of_gradients(aligned, gradients, scripts)
         found.append(

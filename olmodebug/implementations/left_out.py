@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..units import listed
 from .aligned import Aligned
 from .anchors import Graph, first_bad, last_leading
 from .hypotheses import Cause
@@ -23,10 +24,9 @@ def unused_weights(aligned: Aligned) -> Cause | None:
     if aligned.gap(aligned.left_logits, aligned.run_right(changed)) is not None:
         return None
     names = list(dict.fromkeys(piece.parameter for slot, piece in mine.slots.items() if slot in unread))
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return Cause(
         name="unused weights",
-        text=f"{shown} {'is' if len(names) == 1 else 'are'} used for no logit; without {'it' if len(names) == 1 else 'them'} (at zero, the weight of a norm at one) the reference gives the same logits",
+        text=f"{listed(names, 3)} {'is' if len(names) == 1 else 'are'} used for no logit; without {'it' if len(names) == 1 else 'them'} (at zero, the weight of a norm at one) the reference gives the same logits",
         fix=f"use {names[0]} where the reference uses it",
         evidence={"unused": len(names)},
     )

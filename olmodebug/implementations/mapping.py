@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import SubjectError, UsageError
 from ..settings import HEAD_NAMES
 from ..subject import Subject
+from ..units import listed
 
 KEY_VALUE_HEAD_NAMES = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "n_query_groups", "kv_n_heads", "n_head_kv")
 
@@ -421,9 +422,8 @@ def fit(left: Layout, right: Layout, *, stated: Mapping[str, str] | None = None)
     missing = [s for s in left.slots if s not in right.slots], [s for s in right.slots if s not in left.slots]
     for mine, other, lacking in ((left, right, missing[0]), (right, left, missing[1])):
         if lacking:
-            names = ", ".join(dict.fromkeys(mine.slots[s].parameter for s in lacking[:4]))
-            more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
-            raise SubjectError(f"no counterpart in {other.subject.spec} for {names}{more} of {mine.subject.spec}; state it with --map FILE")
+            names = listed(dict.fromkeys(mine.slots[s].parameter for s in lacking), 4)
+            raise SubjectError(f"no counterpart in {other.subject.spec} for {names} of {mine.subject.spec}; state it with --map FILE")
     for slot in left.slots:
         a, b = left.shape(slot), right.shape(slot)
         if a != b and not _square_transposed(a, b):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ReportError
 from ..records import Where
+from ..units import listed
 
 WHOLE_TENSORS = ("allreduce", "broadcast")  # of these every rank must give the same shape; shards may be uneven
 TWO_RANKS = ("send", "recv", "recv_any_source")  # from one rank to another: no other rank has to call them
@@ -122,5 +123,4 @@ def parted(unlike: Unlike) -> tuple[str, Where]:
 
 def of_ranks(numbers: Sequence[int]) -> str:
     """`rank 3`, `ranks 3, 5`, the first of many."""
-    some = ", ".join(map(str, numbers[:MOST_NAMED])) + (f" and {len(numbers) - MOST_NAMED} more" if len(numbers) > MOST_NAMED else "")
-    return f"rank{'s' if len(numbers) > 1 else ''} {some}"
+    return f"rank{'s' if len(numbers) > 1 else ''} {listed(numbers, MOST_NAMED)}"

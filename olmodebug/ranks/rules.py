@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..records import Where
 from ..report import Finding, Scalar
+from ..units import listed
 from . import causes
-from .calls import of_ranks
+from .calls import MOST_NAMED, of_ranks
 from .logical import Held, distance, is_whole
 from .pair import Pair
 
@@ -28,8 +29,9 @@ def data(pair: Pair) -> Finding | None:
     lost = [row for row, count in enumerate(counts) if count == 0]
     repeated = [row for row, count in enumerate(counts) if count > 1]
     message = "; ".join(
-        [f"rows {_few(repeated)} of the batch are seen by more than one rank"] * bool(repeated)
-        + [f"rows {_few(lost)} by none" if repeated else f"rows {_few(lost)} of the batch are seen by no rank"] * bool(lost)
+        [f"rows {listed(repeated, MOST_NAMED)} of the batch are seen by more than one rank"] * bool(repeated)
+        + [f"rows {listed(lost, MOST_NAMED)} by none" if repeated else f"rows {listed(lost, MOST_NAMED)} of the batch are seen by no rank"]
+        * bool(lost)
     )
     same = repeated and all(rows == pair.rows[0] for rows in pair.rows)
     return finding(
@@ -235,7 +237,3 @@ def _unreduced(pair: Pair, name: str, user: str) -> Finding:
 def finding(message: str, *, severity: Any = "error", module: str = "", where: Where | None = None, **fields: Any) -> Finding:
     place = replace(where or Where(), module=module)
     return Finding(probe="", severity=severity, message=message, where=place, **fields)
-
-
-def _few(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:6])) + (f" and {len(rows) - 6} more" if len(rows) > 6 else "")

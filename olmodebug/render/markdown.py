@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 
 from ..report import Finding, Report
-from ..units import count_text, facts_text, seconds_text
+from ..units import count_text, facts_text, listed, seconds_text
 from .concise import by_severity, place, verdict_line
 
 MARKUP = re.compile(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)|^#")  # an underscore inside a word is none
@@ -51,9 +51,7 @@ def _not_run(report: Report) -> Iterator[str]:
     if names:
         yield from ("", "| how it ended | why | probes |", "|---|---|---|")
     for (status, reason), probes in names.items():
-        shown = ", ".join(map(_code, probes[:MOST_NAMES]))
-        more = f" and {len(probes) - MOST_NAMES} more" if len(probes) > MOST_NAMES else ""
-        yield f"| {status} | {_text(reason)} | {shown}{more} |"
+        yield f"| {status} | {_text(reason)} | {listed(map(_code, probes), MOST_NAMES)} |"
 
 
 def _finding(finding: Finding) -> Iterator[str]:
