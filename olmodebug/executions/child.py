@@ -21,7 +21,7 @@ def run(message: dict[str, Any], tell: Tell) -> None:
     from ..load import SubjectCodeError
     from ..report import plain
     from ..spec import Job, resolve
-    from .bundle import BundleError, Writer
+    from .bundle import Writer
     from .cases import cases_of
     from .execution import Execution
     from .run import Options, run_parity
@@ -58,8 +58,6 @@ def run(message: dict[str, Any], tell: Tell) -> None:
             tell("departures", values=_departures(message["reference"], message["job"], message["scripts"]))
         run_parity(subject, execution, cases, writer, tell=tell, options=options, weights=message["weights"])
         writer.close()
-    except BundleError as error:
-        tell("unusable", text=str(error))
     except OlmodebugError as error:
         tell("unusable", text=str(error))
     except Exception as error:

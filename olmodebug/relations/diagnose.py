@@ -36,24 +36,16 @@ REDUCTIONS = {
 MASKED = -1e30  # below any real score; finfo.min of float32 is -3e38
 LOOK_BACK = 16  # ops between a mask and its softmax
 SAME_VALUES = (
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "permute",
-    "transpose",
-    "expand",
-    "clone",
-    "_to_copy",
-    "unsqueeze",
-    "squeeze",
-    "mul",
-    "div",
-    "add",
-)
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "expand", "clone", "_to_copy", "unsqueeze", "squeeze", "mul", "div", "add",
+)  # fmt: skip
+MOVED_ONLY = 1e-9  # relative distance of numbers that are the same in another order, in float64
 OTHER_ROWS = "the other rows"
 # The fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer in eval mode.
 NATIVE_ATTENTION = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 FUSED_ATTENTION = ("_scaled_dot_product_", "_efficient_attention", "_flash_attention", "scaled_dot_product_attention")
+
+# Another way to read a tensor: what was done in words, how to mend it, the way, and what to insert before the reshape.
+Layout = tuple[str, str, Callable[[Tensor], Tensor], str]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -428,9 +420,25 @@ def _layout(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     """A reshape that reads several positions as one: does a transpose before it, or after it, put that right?"""
     assert culprit.left is not None and culprit.right is not None and culprit.event is not None
     before, after = culprit.left.inputs[0], culprit.right.inputs[0]
-    shape = culprit.left.outputs[0].shape
+    shape = tuple(culprit.left.outputs[0].shape)
     tree = expressions(culprit.spot)
-    trials: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = []
+    for cause, fix, layout, insert in _layouts(before, shape, part.seq):
+        try:
+            pairs = zip(part.views(layout(before)), part.views(layout(after)), strict=True)
+            holds = any(difference(a, b, relative_limit=MOVED_ONLY) is None for a, b in pairs)
+        except RuntimeError:
+            continue
+        if holds:
+            call = call_of(tree, culprit, ("reshape", "view", "contiguous", "flatten"))
+            edits = insert_before_method(tree, call, insert) if tree and call and insert else ()
+            evidence: dict[str, Scalar] = {"read as": f"{tuple(before.shape)} -> {tuple(shape)}"}
+            return Diagnosis(cause=cause, fix=fix, edits=edits, evidence=evidence)
+    return Diagnosis()
+
+
+def _layouts(before: Tensor, shape: tuple[int, ...], seq: int) -> list[Layout]:
+    """Ways to read a tensor as this shape that its sizes allow."""
+    trials: list[Layout] = []
     if before.ndim == 4:
         trials.append(
             (
@@ -450,49 +458,38 @@ def _layout(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
                 "",
             )
         )
-    if before.ndim == 3 and len(shape) == 3 and before.shape[1] % part.seq == 0 and shape[1] == part.seq < before.shape[1]:
+    if before.ndim == 3 and len(shape) == 3 and before.shape[1] % seq == 0 and shape[1] == seq < before.shape[1]:
         trials.append(
             (
-                f"heads are joined along the sequence, {tuple(before.shape)}, and the reshape to {tuple(shape)} reads several positions as one",
+                f"heads are joined along the sequence, {tuple(before.shape)}, and the reshape to {shape} reads several positions as one",
                 "join the heads along the last dimension: torch.cat(heads, dim=-1)",
-                lambda t: t.unflatten(1, (-1, part.seq)).transpose(1, 2).reshape(shape),
+                lambda t: t.unflatten(1, (-1, seq)).transpose(1, 2).reshape(shape),
                 "",
             )
         )
-    if before.ndim > 2 and len(shape) > 1 and before.shape[0] != before.shape[1] and part.seq in (*before.shape[:2], *shape[:2]):
+    if before.ndim > 2 and len(shape) > 1 and before.shape[0] != before.shape[1] and seq in (*before.shape[:2], *shape[:2]):
         trials.append(
             (
-                f"the reshape, which moves no element, reads {tuple(before.shape)} as {tuple(shape)}: the sequence is one of its first two "
+                f"the reshape, which moves no element, reads {tuple(before.shape)} as {shape}: the sequence is one of its first two "
                 "dimensions, and they are in the wrong order for that",
                 "transpose(0, 1) before the reshape",
                 lambda t: t.transpose(0, 1).reshape(shape),
                 ".transpose(0, 1)",
             )
         )
-    place = shape.index(part.seq) if list(shape).count(part.seq) == 1 else 0
-    if len(shape) > 4 and place > 1 and before.shape[:2] == (shape[0], part.seq):
+    place = shape.index(seq) if shape.count(seq) == 1 else 0
+    if len(shape) > 4 and place > 1 and before.shape[:2] == (shape[0], seq):
         rest = [size for dim, size in enumerate(shape) if dim not in (0, place)]
         order = (0, *range(2, place + 1), 1, *range(place + 1, len(shape)))
         trials.append(
             (
-                f"the heads are split by a reshape, which moves no element, without a permute: the sequence, dimension 1 of {tuple(before.shape)}, is read as dimension {place} of {tuple(shape)}",
-                f"reshape to {(shape[0], part.seq, *rest)}, then permute{order}",
-                lambda t: t.reshape(shape[0], part.seq, *rest).movedim(1, place),
+                f"the heads are split by a reshape, which moves no element, without a permute: the sequence, dimension 1 of {tuple(before.shape)}, is read as dimension {place} of {shape}",
+                f"reshape to {(shape[0], seq, *rest)}, then permute{order}",
+                lambda t: t.reshape(shape[0], seq, *rest).movedim(1, place),
                 "",
             )
         )
-    for cause, fix, layout, insert in trials:
-        try:
-            pairs = zip(part.views(layout(before)), part.views(layout(after)), strict=True)
-            holds = any(difference(a, b, relative_limit=1e-9) is None for a, b in pairs)
-        except RuntimeError:
-            continue
-        if holds:
-            call = call_of(tree, culprit, ("reshape", "view", "contiguous", "flatten"))
-            edits = insert_before_method(tree, call, insert) if tree and call and insert else ()
-            evidence: dict[str, Scalar] = {"read as": f"{tuple(before.shape)} -> {tuple(shape)}"}
-            return Diagnosis(cause=cause, fix=fix, edits=edits, evidence=evidence)
-    return Diagnosis()
+    return trials
 
 
 def _misplaced(culprit: Culprit, part: Part) -> Diagnosis:
