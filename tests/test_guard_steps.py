@@ -219,6 +219,17 @@ def clipped_before_and_after() -> None:
         optimizer.zero_grad()
 
 
+def measured_with_the_loss_scale() -> None:
+    model, optimizer = made()
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in range(3):
+        scaler.scale(loss_of(model, ids())).backward()
+        clip(model, float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
 def measured_after_the_step() -> None:
     model, optimizer = made()
     for _ in range(5):
@@ -627,6 +638,7 @@ def test_what_torch_refuses_for_another_reason_than_sizes_is_not_called_a_shape(
 
 LEGAL = (
     bad_steps_are_dropped, one_of_two_players_waits, closure_after_a_reset, clipped_before_and_after, measured_after_the_step,
+    measured_with_the_loss_scale,
     each_optimizer_clipped_before_its_step, unscaled_by_hand, one_loss_of_two_is_scaled, divided_afterwards,
     a_router_draws_inside_a_checkpointed_block,
 )  # fmt: skip

@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     if record.problem:
         say(f"olmodebug: {record.problem}")
     noted = _new_folder(arguments.record) if arguments.record else None
-    with tempfile.TemporaryDirectory() as spare:  # the guards write what they find, and a script may run where nobody can write
+    with tempfile.TemporaryDirectory(
+        prefix="olmodebug-"
+    ) as spare:  # the guards write what they find, and a script may run where nobody can write
         settings = Settings(guards=guards, folder=(record.folder or Path(spare)).resolve(), record=noted)
         started = time.perf_counter()
         ended = run_guarded(command, settings, os.environ)

@@ -1,6 +1,5 @@
 """Gradients on their way into an optimizer's step: thrown away before it, clipped after it, or applied with the loss scale in them."""
 
-import math
 import weakref
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from ..sources import Spot
 from ..units import plural
-from .gradients import Followed, follow, local, parameters, written_since
+from .gradients import Followed, clip_limit, follow, local, parameters, written_since
 from .part import Part
 from .place import text_of
 from .scheduling import UNSCALE
@@ -96,9 +95,8 @@ class Applying(Part):
     def _clip(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
         """Clipping of nothing but gradients that have been applied, when none came between them and their step."""
         given = [args[0]] if isinstance(args[0], Tensor) else args[0]
-        limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
-        if not isinstance(limit, (int, float)) or not math.isfinite(limit):
-            return  # with inf it only measures
+        if not isinstance(clip_limit(args, kwargs), (int, float)):
+            return
         clipped = {id(p) for p in given if p.grad is not None}
         self._clip_scaled(clipped, spot)
         applied = [o for o, followed in self.applied.items() if followed and all(f.is_unchanged() for f in followed)]

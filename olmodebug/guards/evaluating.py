@@ -66,7 +66,7 @@ class Evaluating(Part):
         if not self.watch.backwards:
             self.losses.append(here)
         elif args[3] in MEAN_OR_SUM:
-            self._tell_dropout(here)
+            self._tell_evaluated(here)
 
     def _sampled(self, args: Any, output: Any) -> None:
         """Tokens drawn after a forward with dropout and without gradients; what a router draws inside of one is no token."""
@@ -76,12 +76,11 @@ class Evaluating(Part):
             text = "tokens are sampled with dropout: the model is in train mode, and no gradient is recorded"
             self._tell_dropout(here, text, "multinomial")
 
-    def _tell_dropout(
-        self,
-        here: Place,
-        message: str = "an evaluation runs with dropout: the loss is computed under no_grad, and the model is in train mode",
-        op: str = "cross_entropy",
-    ) -> None:
+    def _tell_evaluated(self, here: Place) -> None:
+        text = "an evaluation runs with dropout: the loss is computed under no_grad, and the model is in train mode"
+        self._tell_dropout(here, text, "cross_entropy")
+
+    def _tell_dropout(self, here: Place, message: str, op: str) -> None:
         self.watch.tell(
             EVAL,
             "warning",
@@ -95,7 +94,7 @@ class Evaluating(Part):
     def finish(self) -> None:
         """A script that never trained has had nothing but evaluations."""
         if not self.watch.backwards and len(self.losses) >= FEWEST_LOSSES:
-            self._tell_dropout(self.losses[0])
+            self._tell_evaluated(self.losses[0])
 
     # Steps in eval mode
 

@@ -1,6 +1,7 @@
 """What the gradient guards share: the parameters of an optimizer, and which of them have a gradient of the plain kind."""
 
 import heapq
+import math
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def has_dense_gradient(parameter: Tensor) -> bool:
     """Whether there is a dense gradient, whole or this rank's part of it."""
     grad = parameter.grad
     return grad is not None and grad.layout == torch.strided and type(local(grad)) is Tensor
+
+
+def clip_limit(args: Any, kwargs: Any) -> Any:
+    """The limit that a clipping was given; None where it is not finite: with inf it only measures."""
+    limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
+    return None if isinstance(limit, (int, float)) and not math.isfinite(limit) else limit
 
 
 def follow(optimizer: Any, *, values: bool = False) -> list[Followed]:

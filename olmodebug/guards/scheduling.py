@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..sources import OWN, Spot
 from ..units import plural
-from .gradients import parameters
+from .gradients import clip_limit, parameters
 from .origins import words_of
 from .part import Part
 from .place import rank
@@ -98,11 +98,11 @@ class Scheduling(Part):
         self.unscaled.discard(scaler)
 
     def _clip(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
-        for scaler, scaled in list(self.scaled.items()):
+        limit = clip_limit(args, kwargs)
+        for scaler, scaled in list(self.scaled.items()) if limit is not None else ():
             scale = float(scaler.get_scale()) if scaled else 1.0
             if scale == 1.0:
                 continue
-            limit = args[1] if len(args) > 1 else kwargs.get("max_norm", kwargs.get("clip_value"))
             self.watch.tell(
                 UNSCALE,
                 "error",
