@@ -33,6 +33,13 @@ def bytes_text(count: int) -> str:
     return f"{_three_digits(size)} TiB"
 
 
+def fit_text(expected_bytes: int, safe_bytes: int, budget_bytes: int) -> str:
+    """Whether a predicted need stays within a budget: `fits` where its safe figure does, `may not fit` where only the expected one does."""
+    if safe_bytes <= budget_bytes:
+        return "fits"
+    return "may not fit" if expected_bytes <= budget_bytes else "does not fit"
+
+
 def count_text(count: int) -> str:
     """`3742016` as `3.74M`; powers of 1000, three digits."""
     if abs(count) < 1000:

@@ -13,6 +13,7 @@ from olmodebug.footprint.chrome_trace import chrome_trace
 from olmodebug.footprint.confirm import EMPTY
 from olmodebug.footprint.findings import findings_of
 from olmodebug.footprint.section import compare, section
+from olmodebug.render.figures.memory import draw
 from olmodebug.render.memory import memory_view
 from olmodebug.report import read
 
@@ -59,6 +60,20 @@ def test_it_reads_at_80_columns(body: dict) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "of the peak is three float32 copies of the logits" in text
     assert "does not fit" in text and "chunked cross-entropy" in text
+
+
+@pytest.mark.parametrize(("factor", "word", "short"), [(1.01, "fits", "yes"), (0.99, "may not fit", "maybe"), (0.5, "does not fit", "no")])
+def test_a_need_between_expected_and_safe_is_told_as_that(body: dict, factor: float, word: str, short: str) -> None:
+    memory = json.loads(json.dumps(body["sections"]["memory"]))
+    change = next(row for row in memory["what_ifs"] if row["needed"])
+    for needed in (memory["figures"]["process"], change["needed"]):
+        needed |= {"expected": int(0.9 * needed["safe"])}
+    memory["budget_bytes"] = int(factor * memory["figures"]["process"]["safe"])
+    change["needed"] = memory["figures"]["process"]
+    lines = drawn(memory).splitlines()
+    assert any(line.startswith(f"{word}  a budget of") for line in lines)
+    assert next(line for line in lines if line.strip().startswith(change["change"])).endswith(f" {short}")
+    assert f"It {word} a budget of" in draw(memory) and word in draw(memory).partition("What would help")[2]
 
 
 def test_a_chrome_trace_counts_the_bytes_of_every_category(body: dict) -> None:

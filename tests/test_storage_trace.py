@@ -11,8 +11,10 @@ from olmodebug.first_run import from_model
 from olmodebug.footprint.confirm import real_subject
 from olmodebug.footprint.dry_run import Prepared, trace_fake, trace_real, trace_steps
 from olmodebug.footprint.estimate import estimate, peak_of
+from olmodebug.footprint.findings import findings_of
 from olmodebug.footprint.gpus import GPUS
-from olmodebug.footprint.storage_trace import ACTIVATIONS, AUTOCAST, GRADIENTS, KV_CACHE, LOGITS, OPTIMIZER_STATE, PARAMETERS
+from olmodebug.footprint.section import section
+from olmodebug.footprint.storage_trace import ACTIVATIONS, AUTOCAST, GRADIENTS, KV_CACHE, LOGITS, OPTIMIZER_STATE, PARAMETERS, StorageTracer
 from olmodebug.footprint.training_step import StepPlan, make_optimizer, step
 from olmodebug.spec import Job
 
@@ -42,6 +44,20 @@ def test_fake_tensors_allocate_what_real_ones_do_event_for_event(spec: str, opti
     assert len(fake.events) > 500
     assert fake.sequence() == real.sequence()
     assert peak_of(fake.allocations, fake.events) == peak_of(real.allocations, real.events)
+
+
+@torch.library.custom_op("olmodebug_test::_fused", mutates_args=())
+def fused(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x])[: len(x)].clone()
+
+
+def test_an_operator_that_nobody_can_look_into_is_named_also_with_a_private_name() -> None:
+    """As torch's own cross-entropy in chunks is, and the kernels of flash_attn."""
+    with StorageTracer(nn.Linear(1, 1)) as tracer, torch.profiler.record_function("a part"):
+        fused(torch.ones(3))
+    assert list(tracer.finish().opaque) == ["olmodebug_test._fused"]
+    (finding,) = findings_of(section(opaque=list(tracer.trace.opaque), figures={"process": None, "tensors": None}))
+    assert finding.severity == "warning" and "olmodebug_test._fused" in finding.message
 
 
 @pytest.fixture(scope="module")

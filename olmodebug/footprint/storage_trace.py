@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # the documented FakeTenso
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 
+from ..group import COLLECTIVE_NAMESPACES
 from ..sources import Sources, Spot
 from .scratch import scratch_blocks
 
@@ -24,6 +25,7 @@ LOSS = "(loss)"  # what runs behind the output head, in the module column
 OPTIMIZER = "(optimizer)"
 DEVICE = torch.ops.prim.device.default
 ADDED = torch.ops.aten.add.Tensor
+TRANSPARENT = ("aten", "prims", "prim", "profiler", *COLLECTIVE_NAMESPACES)  # nothing is allocated within an operator of theirs
 NO_SEQUENCE = 1 << 62  # nodes that accumulate gradients have the largest number there is
 
 # What a storage is for. `working`, until something says more.
@@ -211,7 +213,7 @@ class StorageTracer(TorchDispatchMode):
         if self._scratch:
             for group in scratch_blocks(name, args):
                 self._momentary(group, name, place)
-        if not name.startswith("_") and getattr(func, "namespace", "aten") not in ("aten", "prims", "prim"):
+        if getattr(func, "namespace", "aten") not in TRANSPARENT:
             self.trace.opaque[f"{func.namespace}.{name}"] = self.trace.opaque.get(f"{func.namespace}.{name}", 0) + 1
         return out
 

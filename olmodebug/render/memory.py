@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Group
 
-from ..units import bytes_text, plural, seconds_text
+from ..units import bytes_text, fit_text, plural, seconds_text
 from .layout import Line, line, row
 
 Section = Mapping[str, Any]
@@ -15,6 +15,8 @@ WIDTH = 80
 BARS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 6  # rows of the timeline
 NAME = 34  # columns of a table's first field
+STYLES = {"fits": "green", "may not fit": "yellow", "does not fit": "red"}
+SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
 FEWEST_BYTES_SHOWN = 0.001  # of the peak: smaller categories are left to the JSON
 MOST_MODULES = 8
 MOST_HOLDERS = 6
@@ -33,8 +35,9 @@ def _prediction(section: Section) -> Iterator[Line]:
     if plan is not None:
         yield line((plan["text"], "bold"), card)
     if section["budget_bytes"] is not None:
-        words = {True: ("fits", "bold green"), False: ("does not fit", "bold red"), None: ("", "")}
-        yield line(words[section["fits"]], f"  a budget of {bytes_text(section['budget_bytes'])}")
+        needed = section["figures"]["process"] or section["figures"]["tensors"]
+        words = fit_text(needed["expected"], needed["safe"], section["budget_bytes"])
+        yield line((words, f"bold {STYLES[words]}"), f"  a budget of {bytes_text(section['budget_bytes'])}")
     yield line("")
     yield line((f"{'':{NAME}}{'low':>12}{'expected':>12}{'safe':>12}", "dim"))
     labels = {"tensors": "tensors allocated", "reserved": "reserved by the allocator", "process": "process (with CUDA context)"}
@@ -137,7 +140,8 @@ def _what_ifs(section: Section) -> Iterator[Line]:
             if item["needed"] is None:
                 yield line(item["reason"], head=f"  {item['change']}  ", indent=NAME + 12)
                 continue
-            fits = "" if item["fits"] is None else "yes" if item["fits"] else "no"
+            needed = item["needed"]
+            fits = SHORT[fit_text(needed["expected"], needed["safe"], budget)] if budget else ""
             yield line(
                 f"  {item['change'][: NAME + 8]:{NAME + 8}}{bytes_text(item['needed']['expected']):>12}{bytes_text(item['saved_bytes']):>12}{fits:>10}"
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ...units import bytes_text, seconds_text
+from ...units import bytes_text, fit_text, seconds_text
 from ..svg import round_ticks
 from .parts import legend, listed, paragraph, shares, table
 from .plots import Mark, Series, curves, stacked
@@ -52,8 +52,9 @@ def _figures(section: Section) -> Markup:
         return Markup("")
     budget = Markup("")
     if section["budget_bytes"] is not None:
-        words = {True: "It fits", False: "It does not fit", None: "Against"}[section["fits"]]
-        budget = paragraph(f"{words} a budget of {bytes_text(section['budget_bytes'])}.", class_="message")
+        needed = section["figures"]["process"] or section["figures"]["tensors"]
+        words = fit_text(needed["expected"], needed["safe"], section["budget_bytes"])
+        budget = paragraph(f"It {words} a budget of {bytes_text(section['budget_bytes'])}.", class_="message")
     return budget + table(["memory", "low", "expected", "safe"], rows, numbers=frozenset({1, 2, 3}))
 
 
@@ -104,8 +105,11 @@ def _timeline(section: Section) -> Markup:
             bands.append((colours[name], name, values))
         else:
             rest = [low + value for low, value in zip(rest, values, strict=True)]
-    bands.sort(key=lambda band: -list(colours).index(band[1]))
-    if section["kind"] != "snapshot":
+    words = Markup("")
+    if section["kind"] == "snapshot":
+        words = legend((colour, name) for name, colour in colours.items())
+    else:
+        bands.sort(key=lambda band: -list(colours).index(band[1]))
         bands.insert(0, (OTHER, "other", rest))
     highest = max(point["allocated_bytes"] for point in timeline["points"])
     budget = section["budget_bytes"]
@@ -120,6 +124,7 @@ def _timeline(section: Section) -> Markup:
                 marks=[Mark(index=timeline["peak"], text=f"peak {bytes_text(highest)}", class_="peak")],
                 level=(budget, f"budget {bytes_text(budget)}") if budget is not None else None,
             ),
+            words,
         ]
     )
 
@@ -147,9 +152,10 @@ def _what_ifs(section: Section) -> Markup:
         if change["reason"]:
             rows.append([change["change"], "", "", "", change["reason"]])
             continue
-        fits = {True: "✓ fits", False: "✗ does not fit", None: ""}[change["fits"]]
-        needed = bytes_text(change["needed"]["expected"]) if change["needed"] else ""
-        rows.append([change["change"], needed, bytes_text(change["saved_bytes"]), fits, change["owner"]])
+        needed, budget = change["needed"], section["budget_bytes"]
+        words = fit_text(needed["expected"], needed["safe"], budget) if budget else ""
+        fits = {"fits": "✓ fits", "does not fit": "✗ does not fit"}.get(words, words)
+        rows.append([change["change"], bytes_text(needed["expected"]), bytes_text(change["saved_bytes"]), fits, change["owner"]])
     axes = {"batch_size": "batch size", "seq_len": "sequence length"}
     largest = [
         f"Largest {axes[item['axis']]} that fits: {item['value']} (safe figure {bytes_text(item['safe_bytes'])}; bounded by {item['bounded_by']})"
@@ -261,7 +267,7 @@ def _sentence(text: str) -> str:
 
 
 def _signed(count: int) -> str:
-    return f"{'+' if count >= 0 else '-'}{bytes_text(abs(count))}"
+    return f"{'+' if count > 0 else '-' if count else ''}{bytes_text(abs(count))}"
 
 
 def _byte_ticks(highest: float) -> list[tuple[float, str]]:

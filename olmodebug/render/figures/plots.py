@@ -76,7 +76,7 @@ def stacked(
     length = len(bands[0][2]) if bands else 0
     totals = [sum(values[index] for _, _, values in bands) for index in range(length)]
     high = max([*totals, level[0] if level else 0, 1])
-    frame = _frame(length, 0, high * 1.02, 0)
+    frame = _frame(length, 0, high * (1.1 if marks else 1.02), 0)  # a mark's words stand above what it marks
     drawn: list[object] = [frame.horizontal(ticks)]
     base = [0.0] * length
     for colour, words, values in bands:
