@@ -43,6 +43,9 @@ class Comparison:
     arguments: list[dict[str, Any]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     nonfinite: list[str] = field(default_factory=list)
+    stateful: list[str] = field(
+        default_factory=list
+    )  # what a run of the right side changes in its model, and reads when it is called again
     outside: list[dict[str, Any]] = field(default_factory=list)  # results of compiled runs
     departed: dict[str, Any] = field(default_factory=dict)  # what compiling again in float64 said of them
 
@@ -53,7 +56,11 @@ def compare(left: Bundle, right: Bundle) -> Comparison:
     for event in right.of("nondeterministic"):
         found = next((op for op in ops if op["i"] == event["i"]), None)
         if found is not None and found.get("judged", {}).get("verdict") not in ("diverged",):
-            found["judged"] = {"verdict": "nondeterministic", "margin": found.get("judged", {}).get("margin", 0.0)}
+            found["judged"] = {
+                "verdict": "nondeterministic",
+                "margin": found.get("judged", {}).get("margin", 0.0),
+                "read": event.get("read"),
+            }
     judged = [op for op in ops if "judged" in op]
     of = {verdict: [op for op in judged if op["judged"]["verdict"] == verdict] for verdict in VERDICTS}
     bad = sorted([*of["diverged"], *of["nondeterministic"]], key=lambda op: op["i"])
@@ -63,6 +70,7 @@ def compare(left: Bundle, right: Bundle) -> Comparison:
     compiled = [found for side in (left, right) if (found := _compiled(side)) is not None]
     comparison = Comparison(
         section={},
+        stateful=list(dict.fromkeys(name for event in right.of("stateful") for name in event["changed"])),
         bad=bad,
         policies=policies,
         overflows=of["range"],

@@ -1,6 +1,7 @@
 """Findings from a comparison of two bundles, each with what to do and a script that shows its op alone."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ def findings(comparison: Comparison, right: Bundle, *, scripts: Path | None) -> 
     """What is wrong, arguments first, then weights, ops in the order in which they ran, and decisions."""
     dtype = right.head["execution"]["dtype"]
     words = right.head["words"]
-    found = [_argument(item) for item in comparison.arguments[:MOST]]
+    restless = min((op["i"] for op in comparison.nondeterministic if op["judged"].get("read")), default=math.inf)
+    found = [_argument(item) for item in comparison.arguments[:MOST] if item["op"]["i"] < restless]
     found += _weights(comparison.weights)
+    found += _stateful(comparison.stateful, words)
     groups = _grouped(comparison.bad)
     found += [_bad(group, words, dtype, right, scripts) for group in groups[:MOST]]
     found += [_policy(group, words, dtype, right, scripts) for group in _grouped(comparison.policies)[:MOST]]
@@ -103,6 +106,8 @@ def _bad(group: list[Op], words: str, dtype: str, right: Bundle, scripts: Path |
     op = group[0]
     judged = op["judged"]
     where = where_of(op)
+    if judged["verdict"] == "nondeterministic" and judged.get("read"):
+        return _restless(group, words)
     if judged["verdict"] == "nondeterministic":
         return Finding(
             probe="parity.determinism",
@@ -143,6 +148,41 @@ def _bad(group: list[Op], words: str, dtype: str, right: Bundle, scripts: Path |
         observed=_text(observed) if observed is not None else None,
         evidence=evidence,
     )
+
+
+def _restless(group: list[Op], words: str) -> Finding:
+    op = group[0]
+    where = where_of(op)
+    read = op["judged"]["read"]
+    return Finding(
+        probe="parity.determinism",
+        severity="warning",
+        message=f"what {op['op']} reads on {words} changes from one run to the next: {read}, and everything before it gives the same bits",
+        cause="the model keeps something from its earlier runs, in eval mode too; no kernel is at fault",
+        where=where,
+        source=source_lines(where),
+        fix="change it in training only, or make it anew in every forward",
+        expected="the same numbers in every run",
+        observed=f"another {read}",
+        evidence={"case": op["case"], "ops": len(group)},
+    )
+
+
+def _stateful(names: list[str], words: str) -> list[Finding]:
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [
+        Finding(
+            probe="parity.determinism",
+            severity="warning",
+            message=f"called again on {words}, the model gives other numbers: a forward in eval mode changes {shown}",
+            cause="the model reads what its last run left; no kernel is at fault, and here every run was started from the same values",
+            where=Where(module=names[0].rpartition(".")[0]),
+            fix="change it in training only, or make it anew in every forward",
+            evidence={"changed": len(names)},
+        )
+    ]
 
 
 def _policy(group: list[Op], words: str, dtype: str, right: Bundle, scripts: Path | None) -> Finding:

@@ -35,6 +35,7 @@ from .compiled import BACKENDS, backend_of, departed, judged, uncompiled
 from .execution import Execution, applied
 from .judge import Judgement, judge
 from .replay import ATTENTION, UNWRITTEN, Expected, expect, is_arithmetic, op_name
+from .state import another_input, remembers, same_start
 
 Tell = Callable[..., None]
 REPRO_BYTES = 64 << 20  # of inputs of one failed op
@@ -160,7 +161,7 @@ def run_parity(
 
 def _one(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch, weights: str | None) -> None:
     watch.offset = watch.count
-    model, writer = subject.model, watch.writer
+    writer = watch.writer
     once = (lambda: _gradients(subject, case)) if case.mode == "step" else (lambda: _forward(subject, case))
     run = (lambda: _step(subject, execution, case, weights)) if case.mode == "step" else once
     if watch.options.judged:
@@ -171,13 +172,7 @@ def _one(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch
         if case.mode == "step":
             result |= _stepped(subject, execution, weights)
     else:
-        first = len(watch.digests)
-        before = _digests(subject, once) if watch.options.repeat else []
-        replace = watch.options.replace
-        result = record(model, run, before=watch.before, on_event=watch.after, on_call=watch.left, log=False, replace=replace).result
-        unequal = next((i for i, (a, b) in enumerate(zip(before, watch.digests[first:], strict=False)) if a != b), None)
-        if unequal is not None:
-            writer.event("nondeterministic", case=case.name, i=first + unequal)
+        result = _seen(subject, case, watch, once, run)
     if watch.options.judged and case.mode == "forward" and not execution.compile:
         writer.event("noise", case=case.name, sigma=noise(subject, execution, case, result["logits"]))
     for name, tensor in result.items():
@@ -185,6 +180,25 @@ def _one(subject: Subject, execution: Execution, case: ParityCase, watch: _Watch
         line: dict[str, Any] = {"case": case.name, "name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)[6:]}
         line |= {"digest": digest(tensor), "norm": finite_number(tensor.detach().double().norm()), "sample": sample(tensor)}
         writer.event("result", **line, key=key if writer.tensor(key, tensor) else None)
+
+
+def _seen(subject: Subject, case: ParityCase, watch: _Watch, once: Callable[[], Any], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """The results of a run whose every op is looked at; whether its bits come again, from the same state and from where it ends."""
+    first, writer = len(watch.digests), watch.writer
+    changed: list[str] = []
+    before = _digests(subject, once, changed) if watch.options.repeat else []
+    with same_start(subject):
+        seen = record(
+            subject.model, run, before=watch.before, on_event=watch.after, on_call=watch.left, log=False, replace=watch.options.replace
+        )
+        result: dict[str, Tensor] = seen.result
+    unequal = next((i for i, (a, b) in enumerate(zip(before, watch.digests[first:], strict=False)) if a != b), None)
+    if unequal is not None:
+        read = another_input(subject, once, unequal) if watch.options.replace is None else None
+        writer.event("nondeterministic", case=case.name, i=first + unequal, read=read)
+    elif changed and remembers(subject, once):
+        writer.event("stateful", case=case.name, changed=changed)
+    return result
 
 
 def prepare(subject: Subject, execution: Execution, weights: str | None, *, graphs: list[int] | None = None) -> None:
@@ -324,14 +338,16 @@ def noise(subject: Subject, execution: Execution, case: ParityCase, logits: Tens
                     move = (2 * torch.rand(output.shape, generator=generator) - 1) * unit
                     output.mul_(1 + move.to(output.device))
 
-        moved = record(subject.model, lambda: _forward(subject, case), before=before, replace=shake, log=False).result["logits"]
+        with same_start(subject):
+            moved = record(subject.model, lambda: _forward(subject, case), before=before, replace=shake, log=False).result["logits"]
         total += (moved.double() - logits.double()).square().mean(-1).cpu()
     return [finite_number(v) for v in (total / NOISE_RUNS).sqrt().flatten().tolist()]
 
 
 def _drifts(subject: Subject, case: ParityCase, run: Callable[[], Any], writer: Writer) -> None:
     """How far the results drift when what the embedding gives is rounded once more, over NOISE_RUNS runs: what is ordinary."""
-    samples = {name: sample(tensor) for name, tensor in run().items()}
+    with same_start(subject):
+        samples = {name: sample(tensor) for name, tensor in run().items()}
     known: dict[str, list[float | str | None]] = {name: [] for name in samples}
     for seed in range(NOISE_RUNS):
         generator = torch.Generator().manual_seed(100 + seed)
@@ -346,22 +362,24 @@ def _drifts(subject: Subject, case: ParityCase, run: Callable[[], Any], writer: 
                 move = (2 * torch.rand(outputs[0].shape, generator=generator) - 1) * ROUNDOFF[outputs[0].dtype]
                 outputs[0].mul_(1 + move.to(outputs[0].device))
 
-        moved = record(subject.model, run, before=before, replace=shake, log=False).result
+        with same_start(subject):
+            moved = record(subject.model, run, before=before, replace=shake, log=False).result
         for name, tensor in moved.items():
             known[name].append(drift(samples[name], sample(tensor)))
     for name, values in known.items():
         writer.event("drift", case=case.name, name=name, values=values)
 
 
-def _digests(subject: Subject, run: Callable[[], Any]) -> list[int]:
-    """Checksums of every op's outputs, of a run that nobody judges."""
+def _digests(subject: Subject, run: Callable[[], Any], changed: list[str]) -> list[int]:
+    """Checksums of every op's outputs, of a run that nobody judges; `changed` takes the names of what it changes in the model."""
     seen: list[int] = []
 
     def note(moment: Moment) -> None:
         if not moment.event.op.startswith("_record_function"):
             seen.append(bits(moment))
 
-    record(subject.model, run, on_event=note, log=False)
+    with same_start(subject, changed):
+        record(subject.model, run, on_event=note, log=False)
     return seen
 
 
