@@ -29,6 +29,7 @@ MOST_LOGITS = 40_000_000
 LONGEST = 8192
 LEAST_ROWS = 16  # a table with fewer may number something else: segments, sides
 ALIBI_NAMES = ("alibi", "use_alibi")
+ANGLE_OPS = ("cos", "sin", "polar")
 POSITION_TABLE = re.compile(r"(^|[._])(cos|sin|rope|rotary|inv_freq|freqs|freqs_cis|wpe|wpos|pos|position|positions|alibi)([._]|$|_)")
 
 
@@ -161,7 +162,7 @@ def _encodes_positions(twin: Subject, case: Case) -> bool:
     with torch.no_grad(), quiet():
         recording = record(twin.model, lambda: twin.call(case))
     named = (name.lower() for event in recording.events for name in event.parameters)
-    return any(event.op in ("cos", "sin", "polar") for event in recording.events) or any(POSITION_TABLE.search(name) for name in named)
+    return any(event.op in ANGLE_OPS for event in recording.events) or any(POSITION_TABLE.search(name) for name in named)
 
 
 def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple[Where, bool]:
@@ -181,6 +182,10 @@ def _where_positions_end(twin: Subject, counted: Case, stretched: Case) -> tuple
         counts = event.op == "arange" and "pos" in linecache.getline(event.where.file or "", event.where.line or 0)
         cuts = event.op in ("slice", "narrow") and any(POSITION_TABLE.search(name) for name in event.parameters)
         if counts or cuts:
+            return place_of(spot, module=event.where.module, op=event.op), False
+    turned = next((i for i, event in enumerate(first.events) if event.op in ANGLE_OPS), 0)
+    for event, spot, kept in reversed(list(zip(first.events, first.spots, first.kept, strict=True))[:turned]):
+        if event.op == "arange" and kept.outputs[0].tolist() == list(range(counted.seq_len)):  # what the angles are made of
             return place_of(spot, module=event.where.module, op=event.op), False
     return Where(), False
 

@@ -17,7 +17,7 @@ from tests.test_mutants import CLEAN
 SHARP = frozenset(
     """
     jax/no-causal-mask jax/scale-missing jax/finite-mask jax/layer-0-for-all flex/cache-pointer-not-advanced
-    flex/targets-shifted moe/scale-nope-only heads/positions-reversed heads/loss-shifted-again
+    flex/targets-shifted jax/positions-ignored moe/scale-nope-only heads/positions-reversed heads/loss-shifted-again
     course/norm-without-root course/norm-of-the-sum course/stale-shortcut course/mixer-without-residual course/positions-zero
     course/keys-tiled course/normed-scores-multiplied course/gate-for-value course/scan-grows course/handed-cache-mask-rows
     course/switched-cache-counts-calls course/first-position-sampled torchnn/positions-along-the-batch
@@ -34,7 +34,6 @@ KNOWN_GAPS = {
     "moe/aux-loss-grows": "the right size of a balancing loss is a choice",
     "heads/mask-inverted": "found by logits.finite; ask of the loss and the gradients is put off until then",
     "heads/eps-outside": "no config says which eps, and 0.1 beside the root is a norm of its own",
-    "jax/positions-ignored": "detected and explained, placed at no line: no op reads the positions at all",
 }
 
 
