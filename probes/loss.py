@@ -1,7 +1,7 @@
 """The loss that a model computes itself is the next-token cross-entropy, nothing else."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import log, prod
 
@@ -14,7 +14,7 @@ from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
-from olmodebug.records import Case, Rows
+from olmodebug.records import Case, Rows, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
@@ -27,6 +27,7 @@ EQUAL = 1e-5  # some roundings of a loss in float32
 MOST_SMOOTHING = 0.5  # the least weight that label smoothing leaves the label
 # Losses are computed in float32 in most models, also where the model itself is in float64.
 LOSS_LIMIT = roundings_limit({"float32"})
+REDUCTIONS = ("nll_loss_forward", "nll_loss2d_forward", "_log_softmax", "logsumexp", "mean", "sum", "cross_entropy_loss")  # to a loss
 
 
 @probe(after=("logits.finite",))
@@ -145,6 +146,39 @@ def all_ignored_is_finite(subject: Subject) -> Iterator[Finding]:
             return
 
 
+@probe(after=("loss.next-token-cross-entropy",))
+def same_for_copies(subject: Subject) -> Iterator[Finding]:
+    """What is added to the cross-entropy is no larger for a batch in which every row stands twice.
+
+    Why: a sum over tokens grows with the batch, so a weight that was tuned at one size pulls harder at another.
+    Catches: a balancing loss multiplied by the number of tokens; a z-loss that is a sum and not a mean.
+    """
+    _needs_labels(subject)
+    for training in (False, True):
+        twin = subject.twin(training=training)
+        ids = twin.token_ids(*twin.sizes(), seed=39)
+        case = Case(name="a batch", input_ids=ids, labels=ids)
+        once, twice = (_added(twin, each) for each in (case, replace(case, input_ids=ids * 2, labels=ids * 2)))
+        if abs(once) <= 8 * EQUAL or abs(twice - 2 * once) > EQUAL * max(1.0, abs(twice)):
+            continue  # nothing that is told from rounding, or no sum
+        with torch.no_grad(), quiet(), settled(seed=twin.seed):
+            recording = record(twin.model, lambda: twin.call(case), keep=True)  # noqa: B023 - called at once
+        where = _loss_line(recording, ("add", "add_"))
+        yield Found(
+            probe="",
+            severity="warning",
+            message=f"beside the cross-entropy the loss holds {once:.4g} for {len(ids)} rows, and {twice:.4g} when each of them stands twice",
+            where=where,
+            source=source_lines(where),
+            cause="what is added to the cross-entropy is a sum over tokens, so its weight grows with the batch, and the cross-entropy is a mean",
+            fix="divide it by the number of tokens",
+            expected=f"{once:.4g}",
+            observed=f"{twice:.4g}",
+            case=case,
+        )
+        return
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, *, shift: int = 1) -> Tensor:
     """Mean cross-entropy in float64 of label t + shift from logits t, over the labels that are not -100."""
     scores, target = logits.detach().double(), labels
@@ -170,6 +204,12 @@ def _loss(twin: Subject, case: Case) -> tuple[Tensor, Tensor]:
     if output.loss is None:
         not_applicable(f"no scalar loss comes back when {twin.convention.labels} are given")
     return output.logits.cpu(), output.loss.detach().cpu()
+
+
+def _added(twin: Subject, case: Case) -> float:
+    """What the loss holds beside the cross-entropy."""
+    logits, loss = _loss(twin, case)
+    return float(loss) - float(cross_entropy(logits, torch.tensor(case.labels), shift=0 if twin.convention.labels_aligned else 1))
 
 
 def _close(loss: Tensor, expected: Tensor, limit: float) -> bool:
@@ -403,17 +443,9 @@ def _wrong(
     )
 
 
-def _loss_line(recording: Recording):  # type: ignore[no-untyped-def]
-    """The last op that reduces to a scalar."""
+def _loss_line(recording: Recording, ops: Sequence[str] = REDUCTIONS) -> Where:
+    """The last of some ops that gives one number."""
     for event, spot in zip(reversed(recording.events), reversed(recording.spots), strict=True):
-        if prod(event.outputs[0].shape if event.outputs else (2,)) == 1 and event.op in (
-            "nll_loss_forward",
-            "nll_loss2d_forward",
-            "_log_softmax",
-            "logsumexp",
-            "mean",
-            "sum",
-            "cross_entropy_loss",
-        ):
+        if prod(event.outputs[0].shape if event.outputs else (2,)) == 1 and event.op in ops:
             return place_of(spot, module=event.where.module, op=event.op)
     return place_of(None)

@@ -17,7 +17,7 @@ from tests.test_mutants import CLEAN
 SHARP = frozenset(
     """
     jax/no-causal-mask jax/scale-missing jax/finite-mask jax/layer-0-for-all flex/cache-pointer-not-advanced
-    flex/targets-shifted jax/positions-ignored moe/scale-nope-only heads/positions-reversed heads/loss-shifted-again
+    flex/targets-shifted jax/positions-ignored moe/scale-nope-only moe/aux-loss-grows heads/positions-reversed heads/loss-shifted-again
     course/norm-without-root course/norm-of-the-sum course/stale-shortcut course/mixer-without-residual course/positions-zero
     course/keys-tiled course/normed-scores-multiplied course/gate-for-value course/scan-grows course/handed-cache-mask-rows
     course/switched-cache-counts-calls course/first-position-sampled torchnn/positions-along-the-batch
@@ -31,7 +31,6 @@ KNOWN_GAPS = {
     "flex/buckets-both-directions": "only the bucket table's gradient shows it, and the reason is not established",
     "moe/exponent-of-whole-head": "frequencies that no known slip explains may be a scaling of the model's own: a note",
     "moe/experts-overwrite": "a token whose experts overwrite each other keeps every rule: no probe adds up the experts",
-    "moe/aux-loss-grows": "the right size of a balancing loss is a choice",
     "heads/mask-inverted": "found by logits.finite; ask of the loss and the gradients is put off until then",
     "heads/eps-outside": "no config says which eps, and 0.1 beside the root is a norm of its own",
 }
