@@ -19,7 +19,7 @@ from .errors import SubjectError
 from .explain import explain
 from .load import SubjectCodeError
 from .on_device import index_checked
-from .own_code import own_refusal
+from .own_code import refused
 from .probe import NotApplicable, Probe, Skipped
 from .records import Where
 from .relations.earlier import fails_after_another
@@ -234,11 +234,6 @@ def _builds(job: Job, finding: Finding) -> bool:
     edits = finding.edits if isinstance(finding, Found) else ()
     with RepairedSource(job, edits) as subject:
         return subject is not None
-
-
-def refused(error: BaseException) -> str | None:
-    """The model's own words when it declines a case of a probe openly: a clear refusal is no wrong answer."""
-    return own_refusal(error) if isinstance(error, SubjectCodeError) and error.stage == "run" else None
 
 
 def _raised(subject: Subject, error: BaseException) -> Finding:

@@ -45,3 +45,8 @@ def own_refusal(error: BaseException) -> str | None:
     if not frames or Sources(nn.Module()).is_torch(frames[-1][0].f_code.co_filename):
         return None
     return f"{type(original).__name__}: {str(original).strip().partition(chr(10))[0]}".removesuffix(": ")
+
+
+def refused(error: BaseException) -> str | None:
+    """The model's own words when it declines a case of a probe openly: a clear refusal is no wrong answer."""
+    return own_refusal(error) if isinstance(error, SubjectCodeError) and error.stage == "run" else None

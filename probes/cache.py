@@ -10,9 +10,9 @@ from torch import Tensor
 
 from olmodebug.caches import keeps_its_cache
 from olmodebug.compare import roundings_limit
-from olmodebug.examine import refused
 from olmodebug.explain import explain_run, place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.own_code import refused
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference
 from olmodebug.relations.chunks import LENGTH_DEPENDENT, locate, pieces, rope_type, run_chunks

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..compare import difference
-from ..examine import refused
 from ..explain import explain
 from ..load import SubjectCodeError
+from ..own_code import refused
 from ..records import Case, Difference, Where
 from ..relations.chunks import locate, pieces
 from ..relations.parted import why
