@@ -28,6 +28,7 @@ from olmodebug.tracing.norms import (
     norm_calls,
     norm_width,
     overflowing_squares,
+    survives_zeros,
     traced,
     unbiased,
     unit_rms,
@@ -178,7 +179,11 @@ def eps_as_configured(subject: Subject) -> Iterator[Finding]:
     twin = subject.twin()
     batch, seq = twin.sizes()
     case = Case(name="a batch", input_ids=twin.token_ids(batch, seq))
-    calls = norm_calls(_recorded(twin, case))
+    calls = [
+        call
+        for call in norm_calls(_recorded(twin, case))
+        if call.eps or not survives_zeros(twin.model.get_submodule(call.where.module), call.width)
+    ]
     if not declared:
         yield from _eps_left_out(twin, calls, case)
         not_applicable("its config declares no eps")

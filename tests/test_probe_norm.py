@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from olmodebug import check
 from olmodebug.tracing.norms import acts_as_norm, norm_calls, unit_rms, with_unit_weights
 from olmodebug.tracing.tracer import record
 from tests.mutants.catalog import CLEAN, MUTANTS, NEUTRAL, materialize
@@ -93,6 +94,43 @@ def test_a_norm_is_known_by_what_it_does(norm: nn.Module) -> None:
 @pytest.mark.parametrize("other", [nn.Linear(12, 12), nn.Identity(), nn.GELU(), nn.PReLU(12)])
 def test_other_modules_are_no_norms(other: nn.Module) -> None:
     assert not acts_as_norm(other.double(), 12)
+
+
+class Placed(nn.Module):
+    """A norm that has its eps in one of several places."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.weight, self.eps, self.place = nn.Parameter(torch.ones(12)), 1e-3, place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.place == "in the mean":
+            return self.weight * x * torch.rsqrt((x.pow(2) + self.eps).mean(-1, keepdim=True))
+        mean = x.pow(2).mean(-1, keepdim=True)
+        if self.place == "behind a cast root":
+            return self.weight * (x / (mean.sqrt().to(torch.float32) + self.eps)).to(x.dtype)
+        if self.place == "chosen":
+            mean = torch.where(mean > self.eps, mean, self.eps)
+        return self.weight * x * torch.rsqrt(mean)
+
+
+class Single(nn.Module):
+    """A model of one norm, whose config declares an eps or not."""
+
+    def __init__(self, place: str, **config: float) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(31, 12), Placed(place), nn.Linear(12, 31, bias=False)
+        self.config = {"hidden_size": 12, **config}
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.embed(input_ids)))
+
+
+@pytest.mark.parametrize("config", [{}, {"rms_norm_eps": 1e-3}], ids=["held", "declared"])
+@pytest.mark.parametrize(("place", "told"), [("in the mean", 0), ("behind a cast root", 0), ("chosen", 0), ("nowhere", 1)])
+def test_an_eps_may_stand_in_several_places_and_not_in_none(place: str, told: int, config: dict[str, float]) -> None:
+    report = check(Single(place, **config), select_probes="eps-as-configured")
+    assert [f.message.partition(",")[0] for f in report.findings] == ["this RMS norm adds no eps"] * told
 
 
 def test_the_eps_of_a_norm_is_read_from_its_run() -> None:

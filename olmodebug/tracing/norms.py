@@ -19,6 +19,7 @@ from .tracer import Recording, record
 FUSED = ("native_layer_norm", "_fused_rms_norm", "rms_norm")
 ROOTS = ("rsqrt", "sqrt")
 MEANS = ("mean", "var", "var_mean")
+COPIES = ("_to_copy", "clone", "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "detach", "alias")
 # Far above any activation, so that no sane eps is seen beside the mean square.
 LARGE = 1e6
 
@@ -68,6 +69,12 @@ def isolated(module: nn.Module, width: int, *, dtype: torch.dtype = torch.float6
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's tensors are; the CPU for one without any."""
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def survives_zeros(module: nn.Module, width: int) -> bool:
+    """Whether a module gives finite numbers for zeros: an eps is added somewhere, in whatever way."""
+    outputs = _at_scales(module, width, 0.0)
+    return outputs is not None and bool(torch.isfinite(outputs[0]).all())
 
 
 def norm_width(module: nn.Module) -> int | None:
@@ -173,29 +180,42 @@ def _by_hand(recording: Recording, written: dict[int, int], root: Event) -> Norm
     before = written.get(root.inputs[0].storage) if root.inputs else None
     if before is None:
         return None
-    event, kept = recording.events[before], recording.kept[before]
-    eps = _number(kept.arguments.get("other"))
-    mean_index: int | None = before
-    if event.op in MEANS and not _is_added_to(recording, root):
-        event, eps = root, 0.0
-    elif event.op in ("add", "add_"):
-        mean_index = written_before(recording, event.inputs[0].storage, before)
-    if eps is None or mean_index is None or recording.events[mean_index].op not in MEANS:
+    added = _added_number(recording, before)
+    index = before if added is None else written_before(recording, recording.events[before].inputs[0].storage, before)
+    if index is None or recording.events[index].op not in MEANS:
         return None
-    mean = recording.events[mean_index]
-    dims = recording.kept[mean_index].arguments.get("dim")
+    mean, event = recording.events[index], recording.events[before]
+    if added is None:
+        inside = written_before(recording, mean.inputs[0].storage, index) if mean.op == "mean" else None
+        if inside is not None and (added := _added_number(recording, inside)) is not None:  # the mean of x^2 + eps
+            event = recording.events[inside]
+        elif _is_added_to(recording, root):
+            return None
+        else:
+            event, added = root, 0.0
+    dims = recording.kept[index].arguments.get("dim")
     shape = mean.inputs[0].shape
     if not shape or dims not in ([-1], [len(shape) - 1]):
         return None
     kind = "RMS norm" if mean.op == "mean" else "layer norm"
-    return NormCall(where=event.where, event=event.index, eps=eps, width=shape[-1], kind=kind)
+    return NormCall(where=event.where, event=event.index, eps=added, width=shape[-1], kind=kind)
+
+
+def _added_number(recording: Recording, index: int) -> float | None:
+    """The number that an op adds to a tensor; None for any other op."""
+    added = recording.kept[index].arguments.get("other") if recording.events[index].op in ("add", "add_") else None
+    return _number(added)
 
 
 def _is_added_to(recording: Recording, root: Event) -> bool:
     """Whether a number is added to a root, or it is held above one, before it divides: an eps outside of the root."""
     made = {info.storage for info in root.outputs}
-    reader = next((e for e in recording.events[root.index + 1 :] if made & {info.storage for info in e.inputs}), None)
-    return reader is not None and reader.op in ("add", "add_", "clamp", "clamp_min", "clamp_", "maximum")
+    for event in recording.events[root.index + 1 :]:
+        if made & {info.storage for info in event.inputs}:
+            if event.op not in COPIES:
+                return event.op in ("add", "add_", "clamp", "clamp_min", "clamp_", "maximum")
+            made |= {info.storage for info in event.outputs}
+    return False
 
 
 def written_before(recording: Recording, storage: int, index: int) -> int | None:
