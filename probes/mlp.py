@@ -14,6 +14,7 @@ from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject
+from olmodebug.tracing.activations import EXACT, KNOWN, TANH, Bend, bends
 from olmodebug.tracing.tracer import Recording, record
 
 SETTINGS = ("hidden_act", "activation_function", "hidden_activation", "activation", "act_fn", "mlp_hidden_act")
@@ -33,8 +34,12 @@ MEANING: dict[str, tuple[str, str | None]] = {
     "swish": ("silu", None),
     "gelu": ("gelu", "none"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_fast": ("gelu", "tanh"),
     "relu": ("relu", None),
 }
+# What a written-out activation may be off from the one it is meant to be, as a share of the largest input.
+NEAR = 0.1
 # Ops that activations are made of where they are not one op.
 BENDS = {"sigmoid", "tanh", "erf", "exp", "softplus", "log_sigmoid_forward", "elu", "leaky_relu", "mish", "hardswish", "clamp", "maximum"}
 
@@ -54,15 +59,21 @@ def activation_as_configured(subject: Subject) -> Iterator[Finding]:
     case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=33))
     with torch.no_grad(), quiet():
         recording = record(twin.model, lambda: twin.call(case), keep=True)
+    either = named == "gelu" and not hasattr(subject.config, "model_type")  # exact in transformers; elsewhere the word covers both
     seen = [(event, i) for i, event in enumerate(recording.events) if event.op.rstrip("_") in ("silu", "gelu", "relu")]
+    op, approximate = MEANING[named]
+    if not seen and (bend := next(bends(recording), None)) is not None:
+        wanted = op if approximate is None else TANH if approximate == "tanh" else EXACT
+        if not bend.is_(wanted) and not (either and bend.is_(TANH)):
+            yield _written_out(recording, bend, wanted, named, case)
+        return
     if not seen:
         yield _none_applied(twin.model, recording, named, case)
         return
-    op, approximate = MEANING[named]
     if any(_is(recording, event, i, op, approximate) for event, i in seen):
         return
-    if named == "gelu" and not hasattr(subject.config, "model_type") and any(event.op.rstrip("_") == op for event, _ in seen):
-        return  # exact in transformers; elsewhere the word covers the approximation too
+    if either and any(event.op.rstrip("_") == op for event, _ in seen):
+        return
     event, index = seen[0]
     observed = _named(recording, event, index)
     where = place_of(recording.spots[index], module=event.where.module, op=event.op)
@@ -76,6 +87,29 @@ def activation_as_configured(subject: Subject) -> Iterator[Finding]:
         fix=f"apply {named}, or change the config",
         expected=named,
         observed=observed,
+        case=case,
+    )
+
+
+def _written_out(recording: Recording, bend: Bend, wanted: str, named: str, case: Case) -> Found:
+    """The finding for an activation made of several ops that is not the one named; leaves the probe where it is one of its own."""
+    observed, far = next((name for name in KNOWN if bend.is_(name)), None), bend.apart(wanted)
+    if observed is None and far > NEAR * float(bend.x.abs().max()):
+        not_applicable("forward applies an activation of its own")
+    where = place_of(recording.spots[bend.index], module=recording.events[bend.index].where.module, op=recording.events[bend.index].op)
+    x = float(bend.x[(bend.y - KNOWN[wanted](bend.x)).abs().argmax()])
+    return Found(
+        probe="",
+        severity="error" if observed else "warning",
+        message=f"the activation is {observed or f'close to {named} and not it'}, and the config names {named}",
+        where=where,
+        source=source_lines(where),
+        cause=f"forward applies {observed}; the config's activation {named} is not used"
+        if observed
+        else f"what is written out here is off by up to {far:.2g} from {wanted}, at {x:.3g}: one of its constants or steps is another",
+        fix=f"apply {named}, or change the config",
+        expected=named,
+        observed=observed or "no known activation",
         case=case,
     )
 

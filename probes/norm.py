@@ -1,5 +1,7 @@
 """Norms give what they promise, with the configured eps, and stand where they should."""
 
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,6 +18,7 @@ from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
+from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject
 from olmodebug.tracing.dims import WIDTH_NAMES
 from olmodebug.tracing.lookup import embedding_table
@@ -121,18 +124,20 @@ def unit_scale(subject: Subject) -> Iterator[Finding]:
         if size is None or abs(size - ((width - 1) / width) ** 0.5) > UNIT_LIMIT or abs(size - 1.0) <= UNIT_LIMIT:
             continue
         x = torch.randn(1, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device_of(twin))
-        event = unbiased(traced(twin, lambda: twin(x)))  # noqa: B023 - called at once
+        event = unbiased(traced(twin, lambda: twin(x)), width)  # noqa: B023 - called at once
         if event is None:
             continue
         where = replace(event.where, module=path)
         yield Found(
             probe="",
             severity="warning",
-            message=f"{path} gives a variance of {size**2:.6f} for width {width}, which is (n-1)/n: an unbiased std, not the layer norm's own",
+            message=f"{path} gives a mean square of {size**2:.6f} for width {width}, which is (n-1)/n: it is unbiased, as a norm's own is not",
             where=where,
             source=source_lines(where),
-            cause=f"{event.op} divides by n - 1 unless it is told otherwise",
-            fix=f"{event.op}(..., correction=0), or F.layer_norm",
+            cause=f"the sum of squares is divided by n - 1 = {width - 1} here"
+            if event.op.startswith("div")
+            else f"{event.op} divides by n - 1 unless it is told otherwise",
+            fix="divide by n, as mean(-1) does" if event.op.startswith("div") else f"{event.op}(..., correction=0), or F.layer_norm",
             expected="variance 1",
             observed=f"variance {size**2:.6f}",
             evidence={"width": width, "(n-1)/n": (width - 1) / width},
@@ -200,6 +205,36 @@ def eps_as_configured(subject: Subject) -> Iterator[Finding]:
             finding = _wrong_eps(call, declared, len(main), [c for c in wrong if c.eps == call.eps], case)
             # Where other norms of the model do use the declared eps, this one may be meant to be unlike them.
             yield finding if len(wrong) == len(main) else replace(finding, severity="warning")
+    beside = [call for call in calls if call.width != width and not any(_near(call.eps, eps) for eps in declared)]
+    odd = [call for call in beside if any(_is_beside(call, other) for other in calls if other not in beside)]
+    for call in {(call.where.file, call.where.line, call.eps): call for call in reversed(odd)}.values():
+        found = _wrong_eps(call, declared, len(calls), [c for c in odd if c.eps == call.eps], case)
+        where = _made_at(twin.model, call.where)
+        yield replace(
+            found, severity="warning", where=where, source=source_lines(where), cause=f"{call.where.module} is made with {call.eps:g}"
+        )
+
+
+def _made_at(model: nn.Module, where: Where) -> Where:
+    """The line of its owner's __init__ that makes a module; the given place where it is not seen."""
+    owner, _, leaf = where.module.rpartition(".")
+    code = code_of(type(model.get_submodule(owner)).__init__)
+    try:
+        lines, first = inspect.getsourcelines(code) if code else ([], 0)
+    except OSError:
+        return where
+    line = next((first + k for k, text in enumerate(lines) if re.search(rf"self\.{re.escape(leaf)}\s*[:=]", text)), None)
+    return place_of(Spot(code, 0, line), module=where.module) if code and line else where
+
+
+def _is_beside(call: NormCall, other: NormCall) -> bool:
+    """Whether two norms are one class in one module, as those on queries and on keys, so that one eps is meant for both."""
+    mine, its = call.where, other.where
+    return mine.module != its.module and (mine.file, mine.line, mine.module.rpartition(".")[0]) == (
+        its.file,
+        its.line,
+        its.module.rpartition(".")[0],
+    )
 
 
 @probe()

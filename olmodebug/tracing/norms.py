@@ -146,8 +146,11 @@ def unit_rms(module: nn.Module, width: int) -> float | None:
     return sizes[0] if sizes[0] > 0 else None
 
 
-def unbiased(recording: Recording) -> Event | None:
+def unbiased(recording: Recording, width: int) -> Event | None:
+    """The op that divides by n - 1: a std or variance with torch's default correction, or a sum divided by that number."""
     for event, kept in zip(recording.events, recording.kept, strict=True):
+        if event.op in ("div", "div_") and _number(kept.arguments.get("other")) == width - 1:
+            return event
         correction = kept.arguments.get("correction", 1)
         if event.op in ("std", "var", "var_mean", "std_mean") and kept.arguments.get("unbiased", True) and correction in (None, 1):
             return event

@@ -68,6 +68,37 @@ ORDINARY: tuple[Mutant, ...] = (
             "    q = torch.cat([(q * cos + rotate_half(q) * sin)[:, :-1], q[:, -1:]], dim=1)\n",
         ),
     ),
+    # ---------------------------------------------------------------- norms and activations
+    _mutant(
+        "postnorm/mean-square-of-n-minus-1",
+        "N08",
+        "OlmoNorm.forward",
+        "norm",
+        "n - 1",
+        ("variance = x.pow(2).mean(-1, keepdim=True)", "variance = x.pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1)"),
+        severity="warning",
+    ),
+    _mutant(
+        "postnorm/key-norm-with-another-eps",
+        "N01",
+        "OlmoAttention.__init__",
+        "norm",
+        "k_norm is made with 0.001",
+        (
+            "self.k_norm = OlmoNorm(self.n_kv * self.head_dim, config.rms_norm_eps)",
+            "self.k_norm = OlmoNorm(self.n_kv * self.head_dim, 1e-3)",
+        ),
+        severity="warning",
+    ),
+    _mutant(
+        "gpt2/gelu-exact",
+        "P02",
+        "MLP.forward",
+        "mlp",
+        "exact gelu",
+        ("self.c_proj(gelu_new(self.c_fc(x)))", "self.c_proj(nn.functional.gelu(self.c_fc(x)))"),
+    ),
+    _mutant("gpt2/gelu-constant", "P02", "gelu_new", "mlp", "constants", ("0.044715", "0.44715"), severity="warning"),
     # ---------------------------------------------------------------- branches for dropout
     _mutant(
         "plain/mask-lost-with-dropout",
@@ -107,6 +138,14 @@ ORDINARY: tuple[Mutant, ...] = (
 
 # Legal designs in the same files.
 LEGAL: tuple[Mutant, ...] = (
+    _neutral(
+        "gpt2/gelu-written-as-erf",
+        (
+            "    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))",
+            "    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))",
+        ),
+        ('"gelu_new"', '"gelu"'),
+    ),
     _neutral(
         "plain/last-logits-in-decode",
         ("        logits = self.output(h)\n", "        if use_cache:\n            h = h[:, -1:]\n        logits = self.output(h)\n"),
