@@ -146,10 +146,23 @@ def _finding(recording: Recording, reach: Reach, expected: int, window: int, kin
     seq = case.seq_len
     event, spot = recording.events[reach.index], recording.spots[reach.index]
     made = _mask_maker(recording, reach, seq)
-    if made is not None:
+    told = _why(recording, reach, expected, window, seq)
+    undone = _undone(recording, reach, expected, seq)
+    if undone is not None:
+        event, spot = recording.events[undone], recording.spots[undone]
+        told = Diagnosis(
+            cause=f"the mask of {expected} keys is applied before this {event.op.strip('_')}, which brings the hidden scores back within reach",
+            fix="mask last, after scales and softcaps",
+        )
+    elif made is not None and _is_made(recording, made, expected, seq):
+        told = Diagnosis(
+            cause=f"a mask that shows {expected} keys is made in this run, and this layer gets another one",
+            fix="give each layer the mask of its kind",
+        )
+    elif made is not None:
+        made = _first_with(recording, made, reach.keys, seq)
         event, spot = recording.events[made], recording.spots[made]
     kind = kinds[reach.layer] if kinds else "sliding_window"
-    told = _why(recording, reach, expected, window, seq)
     seen = f"all {seq}" if reach.keys == seq else str(reach.keys)
     where = place_of(spot, module=recording.events[reach.index].where.module, op=event.op)
     return Found(
@@ -187,6 +200,46 @@ def _why(recording: Recording, reach: Reach, expected: int, window: int, seq: in
             fix="hide the keys with key <= query - sliding_window; where masks are kept, make the window a part of their key",
         )
     return Diagnosis()
+
+
+def _shows(tensor: Tensor, keys: int, seq: int) -> bool:
+    """Whether the last row of a mask shows, or hides all but, so many keys up to the query's own."""
+    if tensor.dtype != torch.bool or tensor.ndim < 2 or tensor.shape[-2:] != (seq, seq):
+        return False
+    last = tensor[..., -1, :].reshape(-1, seq)
+    return any(bool((rows.sum(-1) == keys).all() and rows[:, -keys:].all()) for rows in (last, ~last))
+
+
+def _undone(recording: Recording, reach: Reach, expected: int, seq: int) -> int | None:
+    """The op between the mask that is as declared and the softmax after which hidden scores are no longer hidden."""
+    before = range(max(0, reach.index - 12), reach.index)
+    applied = [i for i in before if any(_shows(tensor, expected, seq) for tensor in recording.kept[i].inputs)]
+    for index in range(applied[-1] + 1, reach.index) if applied else ():
+        out = recording.kept[index].outputs[0] if recording.kept[index].outputs else None
+        if out is not None and out.is_floating_point() and out.shape[-2:] == (seq, seq) and float(out[..., -1, 0].max()) > -MASKED:
+            return index
+    return None
+
+
+def _is_made(recording: Recording, last: int, keys: int, seq: int) -> bool:
+    """Whether an op up to this one, or one beside it, makes a causal mask that shows so many keys."""
+    corner = torch.ones(seq, seq, dtype=torch.bool).triu(1)
+
+    def causal(tensor: Tensor) -> bool:
+        return any(bool((rows & corner).any()) is False for rows in (tensor, ~tensor))
+
+    return any(_shows(tensor, keys, seq) and causal(tensor) for kept in recording.kept[: last + 24] for tensor in kept.outputs)
+
+
+def _first_with(recording: Recording, index: int, keys: int, seq: int) -> int:
+    """The first op, back from the one that made a mask, whose result shows so many keys already: the line of the window."""
+    for _ in range(16):
+        inputs = recording.kept[index].inputs
+        before = next((maker(recording, index, k) for k, tensor in enumerate(inputs) if _shows(tensor, keys, seq)), None)
+        if before is None or before >= index:
+            break
+        index = before
+    return index
 
 
 def _mask_maker(recording: Recording, reach: Reach, seq: int) -> int | None:

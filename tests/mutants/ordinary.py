@@ -99,6 +99,36 @@ ORDINARY: tuple[Mutant, ...] = (
         ("self.c_proj(gelu_new(self.c_fc(x)))", "self.c_proj(nn.functional.gelu(self.c_fc(x)))"),
     ),
     _mutant("gpt2/gelu-constant", "P02", "gelu_new", "mlp", "constants", ("0.044715", "0.44715"), severity="warning"),
+    # ---------------------------------------------------------------- windows
+    _mutant(
+        "plain/window-plus-one",
+        "M06",
+        "window_mask",
+        "window",
+        "off by one",
+        ("(k > q - window)", "(k >= q - window)"),
+    ),
+    _mutant(
+        "plain/full-mask-for-every-layer",
+        "M08",
+        "attend",
+        "window",
+        "gets another one",
+        ("attn_mask=mask, dropout_p=p)", "attn_mask=mask | torch.ones_like(mask).tril(), dropout_p=p)"),
+    ),
+    _mutant(
+        "plain/mask-before-the-softcap",
+        "M03",
+        "attend",
+        "window",
+        "back within reach",
+        (
+            "    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p).transpose(1, 2)",
+            "    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -1e9)\n"
+            "    scores = 50 * torch.tanh(scores / 50)\n"
+            "    return (F.dropout(scores.softmax(-1), p) @ v).transpose(1, 2)",
+        ),
+    ),
     # ---------------------------------------------------------------- branches for dropout
     _mutant(
         "plain/mask-lost-with-dropout",
