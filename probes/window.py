@@ -24,6 +24,7 @@ MASKED = 5e3
 WINDOW_NAMES = ("sliding_window", "sliding_window_size")
 # Under these names the query's own key is counted by some and not by others: only a window that no layer has is judged.
 LOOSE_NAMES = ("window", "window_size", "local_window", "local_window_size", "attention_window", "attention_window_size")
+MASKS = ("add", "add_", "where", "masked_fill", "masked_fill_")
 WINDOWED, FULL = "sliding_attention", "full_attention"
 
 
@@ -212,7 +213,9 @@ def _shows(tensor: Tensor, keys: int, seq: int) -> bool:
 
 def _undone(recording: Recording, reach: Reach, expected: int, seq: int) -> int | None:
     """The op between the mask that is as declared and the softmax after which hidden scores are no longer hidden."""
-    before = range(max(0, reach.index - 12), reach.index)
+    if is_fused_attention(recording.events[reach.index].op):
+        return None
+    before = [i for i in range(max(0, reach.index - 12), reach.index) if recording.events[i].op in MASKS]
     applied = [i for i in before if any(_shows(tensor, expected, seq) for tensor in recording.kept[i].inputs)]
     for index in range(applied[-1] + 1, reach.index) if applied else ():
         out = recording.kept[index].outputs[0] if recording.kept[index].outputs else None
@@ -226,7 +229,7 @@ def _is_made(recording: Recording, last: int, keys: int, seq: int) -> bool:
     corner = torch.ones(seq, seq, dtype=torch.bool).triu(1)
 
     def causal(tensor: Tensor) -> bool:
-        return any(bool((rows & corner).any()) is False for rows in (tensor, ~tensor))
+        return any(not bool((rows & corner).any()) for rows in (tensor, ~tensor))
 
     return any(_shows(tensor, keys, seq) and causal(tensor) for kept in recording.kept[: last + 24] for tensor in kept.outputs)
 
@@ -251,7 +254,7 @@ def _mask_maker(recording: Recording, reach: Reach, seq: int) -> int | None:
         return None
     heads = kept.inputs[0].shape[-3]
     for index in range(reach.index - 1, max(-1, reach.index - 12), -1):
-        if recording.events[index].op not in ("add", "add_", "where", "masked_fill", "masked_fill_"):
+        if recording.events[index].op not in MASKS:
             continue
         for operand, tensor in enumerate(recording.kept[index].inputs):
             if tensor.ndim >= 2 and tensor.shape[-2:] == (seq, seq) and (tensor.ndim == 2 or tensor.shape[-3] != heads):
