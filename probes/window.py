@@ -49,15 +49,16 @@ def receptive_field(subject: Subject) -> Iterator[Finding]:
     seq = max(window + 3, subject.sizes()[1])
     if window > LONGEST or seq > (subject.usable_positions or seq):
         skip(f"a sequence longer than the window of {window} tokens is too long to be run here")
-    seen: set[tuple[str | None, int | None]] = set()
+    seen: set[tuple[object, ...]] = set()
     for setting, twin in settings_of(subject, train=False):
         case = Case(name="longer than the window", input_ids=twin.token_ids(1, seq, seed=40))
         recording = trace_case(twin, case)
         reaches = list(_reaches(recording, seq, len(kinds) if kinds else None))
         for reach, expected in _wrong(reaches, kinds, window, seq, exact=subject.setting(*WINDOW_NAMES) is not None):
             finding = _finding(recording, reach, expected, window, kinds, case, setting)
-            if (key := (finding.where.file, finding.where.line)) not in seen:
-                seen.add(key)
+            keys: set[tuple[object, ...]] = {(finding.where.file, finding.where.line), (finding.cause or reach.layer,)}
+            if not keys & seen:
+                seen |= keys
                 yield finding
 
 
@@ -157,7 +158,7 @@ def _finding(recording: Recording, reach: Reach, expected: int, window: int, kin
         )
     elif made is not None and _is_made(recording, made, expected, seq):
         told = Diagnosis(
-            cause=f"a mask that shows {expected} keys is made in this run, and this layer gets another one",
+            cause=f"a mask that shows {expected} keys is made in this run, and this layer gets {'the full causal one' if reach.keys == seq else 'another one'}",
             fix="give each layer the mask of its kind",
         )
     elif made is not None:

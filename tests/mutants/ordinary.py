@@ -113,7 +113,7 @@ ORDINARY: tuple[Mutant, ...] = (
         "M08",
         "attend",
         "window",
-        "gets another one",
+        "gets the full causal one",
         ("attn_mask=mask, dropout_p=p)", "attn_mask=mask | torch.ones_like(mask).tril(), dropout_p=p)"),
     ),
     _mutant(
