@@ -141,8 +141,8 @@ def _on_captured(aligned: Aligned) -> Iterator[tuple[str, Callable[[], Cause | N
             **ON_TENSORS,
             **ON_ROUTING,
             **ON_FACTORS,
-            **ON_BLOCKS,
             **ON_WIRING,
+            **ON_BLOCKS,
             **ON_EXTRA,
             **ON_SUMS,
         }.items()
