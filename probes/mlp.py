@@ -15,6 +15,7 @@ from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject
 from olmodebug.tracing.activations import EXACT, KNOWN, TANH, Bend, bends
+from olmodebug.tracing.norms import is_polynomial
 from olmodebug.tracing.tracer import Recording, record
 
 SETTINGS = ("hidden_act", "activation_function", "hidden_activation", "activation", "act_fn", "mlp_hidden_act")
@@ -40,8 +41,6 @@ MEANING: dict[str, tuple[str, str | None]] = {
 }
 # What a written-out activation may be off from the one it is meant to be, as a share of the largest input.
 NEAR = 0.1
-# Ops that activations are made of where they are not one op.
-BENDS = {"sigmoid", "tanh", "erf", "exp", "softplus", "log_sigmoid_forward", "elu", "leaky_relu", "mish", "hardswish", "clamp", "maximum"}
 
 
 @probe()
@@ -115,12 +114,15 @@ def _written_out(recording: Recording, bend: Bend, wanted: str, named: str, case
 
 
 def _none_applied(model: nn.Module, recording: Recording, named: str, case: Case) -> Found:
-    """The finding for a forward without any bend in it; leaves the probe where an activation may be made of several ops, or
-    where the model holds none."""
-    idle = next(_activations(model), None)
-    if idle is None or any(event.op.rstrip("_") in BENDS for event in recording.events):
+    """The finding for a forward with an activation that is held and never called, in a module that has no bend in what it
+    computes; leaves the probe where there is none, as where an activation is made of several ops or is an op of its own."""
+    called = {call.module: call.inputs[0].shape for call in recording.calls if call.inputs and call.inputs[0].shape}
+    owners = ((idle, *idle.rpartition(".")[::2]) for idle in _activations(model))
+    straight = (each for each in owners if each[1] in called and is_polynomial(model.get_submodule(each[1]), called[each[1]][-1]))
+    found = next(straight, None)
+    if found is None:
         not_applicable("forward applies no activation that is one op")
-    owner, _, attribute = idle.rpartition(".")
+    idle, owner, attribute = found
     code = code_of(type(model.get_submodule(owner)).forward)
     where = place_of(Spot(code, 0, code.co_firstlineno) if code else None, module=owner)
     return Found(
@@ -129,7 +131,7 @@ def _none_applied(model: nn.Module, recording: Recording, named: str, case: Case
         message=f"forward applies no activation, and the config names {named}",
         where=where,
         source=source_lines(where),
-        cause=f"{idle} is never called, and no other op bends what the feed-forward block computes",
+        cause=f"{idle} is never called, and no other op bends what {owner} computes: along a line it is a polynomial",
         fix=f"apply it: self.{attribute}(...)",
         expected=named,
         observed="none",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..casts import cast
+from ..compare import roundings_limit
 from ..records import Event, Where
 from .tracer import Recording, record
 
@@ -20,6 +21,7 @@ FUSED = ("native_layer_norm", "_fused_rms_norm", "rms_norm")
 ROOTS = ("rsqrt", "sqrt")
 MEANS = ("mean", "var", "var_mean")
 COPIES = ("_to_copy", "clone", "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "detach", "alias")
+FLOAT32 = roundings_limit({"float32"})  # what may be inside
 # Far above any activation, so that no sane eps is seen beside the mean square.
 LARGE = 1e6
 
@@ -104,6 +106,17 @@ def divides_by_square(module: nn.Module, width: int) -> bool:
     first, *others = outputs
     size = float(first.abs().max())
     return size > 0 and all(float((first - out * 2.0**i).abs().max()) <= 1e-3 * size for i, out in enumerate(others, 1))
+
+
+def is_polynomial(module: nn.Module, width: int) -> bool:
+    """Whether what a module gives along a line through 0 is a polynomial of the second degree, as of products of matrices: no
+    activation, by whatever ops, is in it. The third difference is 0 then; the scale is one at which activations are no parabolas."""
+    outputs = _at_scales(module, width, -1e3, 0.0, 1e3, 2e3)
+    if outputs is None:
+        return False
+    before, at, behind, far = (out.double() for out in outputs)
+    third = far - 3 * behind + 3 * at - before
+    return bool(torch.isfinite(third).all()) and float(third.abs().max()) <= FLOAT32 * float(far.abs().max())
 
 
 def _at_scales(module: nn.Module, width: int, *scales: float) -> list[Tensor] | None:
