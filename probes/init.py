@@ -255,6 +255,7 @@ def _depth(subject: Subject, build: Build, weights: list[Weight]) -> Found | Non
         return None
     once, twice = base / math.sqrt(2 * layers), base / (2 * layers)
     residual = [w for w in weights if w.role in RESIDUAL]
+    attention = [w for w in residual if w.role not in MLP_OUTPUT]
     inward = [w for w in weights if w.role in MLP_INPUT]
     outward = [w for w in weights if w.role in MLP_OUTPUT]
     doubled = next((own for role in RESIDUAL if (own := [w for w in residual if w.role == role]) and all(w.near(twice) for w in own)), None)
@@ -272,6 +273,9 @@ def _depth(subject: Subject, build: Build, weights: list[Weight]) -> Found | Non
         first = next(w for w in inward if w.role == scaled[0])
         text = f"std {first.std:.3g} is {base:.3g}/sqrt(2L): the depth scale is on {scaled[0]}, which feeds the MLP, and not on {outward[0].role}, which writes to the residual stream"
         fix = f"scale {outward[0].role}, not {scaled[0]}"
+    elif (halves := _half_scaled(attention, outward, once, base)) is not None:
+        (first, other), fix = halves, f"scale {halves[0].role} by 1/sqrt(2 * num_hidden_layers) too"
+        text = f"std {first.std:.3g}, and {other.role} has {other.std:.3g}, which is {base:.3g}/sqrt(2L): both write to the residual stream, and the depth scale is on one of them"
     else:
         return None
     where = _birth_place(build, first.name)
@@ -286,6 +290,14 @@ def _depth(subject: Subject, build: Build, weights: list[Weight]) -> Found | Non
         observed=f"std {first.std:.3g}",
         evidence={"layers": layers, "std of the other matrices": base},
     )
+
+
+def _half_scaled(attention: list[Weight], outward: list[Weight], once: float, base: float) -> tuple[Weight, Weight] | None:
+    """A projection to the residual stream that the depth scale has left out, and one that has it; every layer must say so."""
+    for without, scaled in ((attention, outward), (outward, attention)):
+        if without and scaled and all(w.near(base) for w in without) and all(w.near(once) for w in scaled):
+            return without[0], scaled[0]
+    return None
 
 
 def _forgotten(build: Build) -> tuple[str, Spot] | None:

@@ -12,7 +12,7 @@ from olmodebug.compare import difference
 from olmodebug.explain import source_lines
 from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe, skip
-from olmodebug.records import Case
+from olmodebug.records import Case, Where
 from olmodebug.relations.diagnose import Diagnosis, diagnose
 from olmodebug.relations.invariance import limit_of
 from olmodebug.relations.relation import Part, localise, model_sizes
@@ -48,6 +48,7 @@ def documents_are_isolated(subject: Subject) -> Iterator[Finding]:
             if finding is not None:
                 yield finding
                 return
+    yield from _future(twin, name, documents, limit)
 
 
 def _argument(subject: Subject) -> str:
@@ -61,6 +62,52 @@ def _argument(subject: Subject) -> str:
     return found
 
 
+def _future(twin: Subject, name: str, documents: Tensor, limit: float) -> Iterator[Finding]:
+    """The finding for a last token that changes what comes before it, once documents are told apart."""
+    batch, seq = documents.shape
+    first, other = twin.token_ids(batch, seq, seed=50), twin.token_ids(batch, seq, seed=51)
+    changed = tuple((*a[:-1], b[-1]) for a, b in zip(first, other, strict=True))
+    part = Part(batch=batch, seq=seq, columns=slice(0, seq - 1), fixed=model_sizes(twin.model))
+
+    def leaks(a: Tensor, b: Tensor) -> bool:
+        return difference(a[:, :-1], b[:, :-1], relative_limit=limit) is not None
+
+    left, right = (_logits(twin, ids, name, documents) for ids in (first, changed))
+    apart = difference(left[:, :-1], right[:, :-1], relative_limit=limit)
+    if apart is None:
+        return
+    runs = (lambda ids=ids: _logits(twin, ids, name, documents) for ids in (first, changed))
+    culprits = localise(twin.model, *runs, part=part, limit=limit, violated=leaks)
+    culprit = culprits[0] if culprits else None
+    told = diagnose(culprit, part, hidden="later tokens") if culprit else Diagnosis()
+    where = culprit.where if culprit else Where()
+    yield Found(
+        probe="",
+        severity="error",
+        message=f"with {name} given, logits at position {apart.index[1]} change by {apart.max_abs:.3g} when only the last token changes",
+        where=where,
+        source=source_lines(where),
+        cause=told.cause,
+        fix=told.fix or "hide later keys too: the mask of the documents and the causal mask",
+        expected="no change beyond rounding",
+        observed=f"a change of {apart.max_abs:.3g}",
+        evidence={"limit": limit * apart.scale},
+        case=Case(name="two documents in a row", input_ids=changed),
+    )
+
+
+def _logits(twin: Subject, ids: Any, name: str, told: Tensor | None) -> Tensor:
+    """The logits of a run with these document ids, or with none."""
+    with torch.no_grad(), quiet(), random_state_kept():
+        set_seed(twin.seed)
+        given = {} if told is None else {name: told.to(twin.device)}
+        result = twin.forward({twin.convention.ids: torch.tensor(ids, device=twin.device), **given})
+        logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+        logits = result[0] if logits is None else logits
+        assert isinstance(logits, Tensor)
+        return logits.cpu()
+
+
 def _leak(twin: Subject, name: str, documents: Tensor, row: int, cuts: list[int], limit: float) -> Found | None:
     """The finding for what the first document of a row changes in the second, or None."""
     batch, seq = documents.shape
@@ -69,14 +116,7 @@ def _leak(twin: Subject, name: str, documents: Tensor, row: int, cuts: list[int]
     changed = tuple(tuple(other[i][:cut] + ids[cut:]) if i == row else ids for i, ids in enumerate(first))
 
     def run(ids: Any, told: Tensor | None = documents) -> Tensor:
-        with torch.no_grad(), quiet(), random_state_kept():
-            set_seed(twin.seed)
-            given = {} if told is None else {name: told.to(twin.device)}
-            result = twin.forward({twin.convention.ids: torch.tensor(ids, device=twin.device), **given})
-            logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
-            logits = result[0] if logits is None else logits
-            assert isinstance(logits, Tensor)
-            return logits.cpu()
+        return _logits(twin, ids, name, told)
 
     part = Part(batch=batch, seq=seq, rows=slice(row, row + 1), columns=slice(cut, None), fixed=model_sizes(twin.model))
 

@@ -52,3 +52,14 @@ def test_positions_that_restart_promise_no_isolation() -> None:
     result = run("documents-are-isolated", f"{CLEAN / 'llama_style.py'}:build_positions")
     assert result.outcome.status == "not-applicable"
     assert "promise no isolation" in (result.outcome.reason or "")
+
+
+def test_a_mask_of_documents_in_place_of_the_causal_one_is_found(tmp_path: Path) -> None:
+    text = (CLEAN / "llama_style.py").read_text()
+    old = "mask = mask + document_mask(document_ids)"
+    assert text.count(old) == 1
+    path = tmp_path / "documents_only.py"
+    path.write_text(text.replace(old, "mask = document_mask(document_ids)"))
+    (finding,) = run("documents-are-isolated", f"{path}:build_packed").findings
+    assert "when only the last token changes" in finding.message
+    assert "does not hide all later keys" in (finding.cause or "")

@@ -99,6 +99,16 @@ ORDINARY: tuple[Mutant, ...] = (
         ("self.c_proj(gelu_new(self.c_fc(x)))", "self.c_proj(nn.functional.gelu(self.c_fc(x)))"),
     ),
     _mutant("gpt2/gelu-constant", "P02", "gelu_new", "mlp", "constants", ("0.044715", "0.44715"), severity="warning"),
+    _mutant(
+        "postnorm/attention-output-left-unscaled",
+        "I01",
+        "TinyOlmoForCausalLM._init_weights",
+        "init",
+        "depth scale is on one of them",
+        ('("o_proj.weight", "down_proj.weight")', '("out_proj.weight", "down_proj.weight")'),
+        severity="warning",
+        also="TinyOlmoForCausalLM.__init__",
+    ),
     # ---------------------------------------------------------------- windows
     _mutant(
         "plain/window-plus-one",
