@@ -21,16 +21,16 @@ from typing import Any
 from tests.mutants.catalog import MUTANTS, NEUTRAL, Mutant, materialize
 from tests.mutants.courses import COURSES
 from tests.mutants.courses import LEGAL as LEGAL_COURSES
+from tests.mutants.ordinary import LEGAL as LEGAL_ORDINARY
+from tests.mutants.ordinary import ORDINARY
 from tests.mutants.public import LEGAL as LEGAL_PUBLIC
 from tests.mutants.public import PUBLIC
 from tests.mutants.serving import SERVING
 from tests.mutants.strangers import LEGAL, STRANGERS
 
-STYLES = (
-    "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates course torchnn serving".split()
-)
+STYLES = "hf nanogpt llama litgpt titan jax flex moe heads compiled modded fast ahead registers recurrent gates course torchnn serving gpt2 postnorm plain".split()
 CLEAN = tuple(f"{style}_style" for style in STYLES)
-ALL = (*MUTANTS, *STRANGERS, *COURSES, *SERVING, *PUBLIC)
+ALL = (*MUTANTS, *STRANGERS, *COURSES, *SERVING, *PUBLIC, *ORDINARY)
 PRESETS = ("olmo1-tiny", "olmo2-tiny", "olmo3-tiny", "datadecide-tiny")
 WORKERS = 2
 
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     asked: dict[str, Any] = {"expression": arguments.select, "device": arguments.device}
     mutants = [m for m in ALL if re.search(arguments.only, m.name)]
-    neutral = [m for m in (*NEUTRAL, *LEGAL, *LEGAL_COURSES, *LEGAL_PUBLIC) if re.search(arguments.only, m.name)]
+    neutral = [m for m in (*NEUTRAL, *LEGAL, *LEGAL_COURSES, *LEGAL_PUBLIC, *LEGAL_ORDINARY) if re.search(arguments.only, m.name)]
     here = Path(__file__).parent / "mutants" / "clean"
     models = [(f"clean/{name}", f"{here / name}.py:build") for name in CLEAN] + [(f"preset/{name}", name) for name in PRESETS]
     models = [(name, spec) for name, spec in models if re.search(arguments.only, name)]
