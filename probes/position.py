@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
@@ -23,6 +23,7 @@ from olmodebug.report import Finding
 from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject, rows_before_the_first_position
 from olmodebug.tracing.tracer import Recording, record
+from olmodebug.units import listed
 
 # A run on the whole context is tried for real up to this many logits; above it by position_ids and on the meta device.
 MOST_LOGITS = 40_000_000
@@ -107,12 +108,13 @@ def honoured(subject: Subject) -> Iterator[Finding]:
     )
 
 
-@probe()
+@probe(after=("position.whole-context-runs",))
 def table_is_read(subject: Subject) -> Iterator[Finding]:
     """A table of positions is read at another row for every position.
 
     Why: a row that all tokens share says nothing about their order, and the other rows are never trained.
-    Catches: zeros where arange belongs; positions of shape [seq_len, 1] that count the wrong dimension.
+    Catches: zeros where arange belongs; positions of shape [seq_len, 1] that count the wrong dimension; a clamp that keeps
+    the far end of the context on one row.
     """
     twin = subject.twin()
     batch, seq = twin.sizes()
@@ -130,9 +132,14 @@ def table_is_read(subject: Subject) -> Iterator[Finding]:
             continue
         tables += 1
         table = kept.inputs[0].shape[0]
-        if table < max(seq, LEAST_ROWS) or bool((rows != rows.flatten()[0]).any()):
+        if table < max(seq, LEAST_ROWS):
             continue
         where = place_of(spot, module=event.where.module, op=event.op)
+        if bool((rows != rows.flatten()[0]).any()):
+            if (found := _read_twice(subject, name, where)) is not None:
+                yield found
+                return
+            continue
         yield Found(
             probe="",
             severity="warning",
@@ -148,6 +155,41 @@ def table_is_read(subject: Subject) -> Iterator[Finding]:
         return
     if not tables:
         not_applicable("forward looks no positions up in a table")
+
+
+def _read_twice(subject: Subject, name: str, where: Where) -> Found | None:
+    """The finding for a table of positions that is long enough for the whole context and is read at one row for several
+    positions of it."""
+    path = name.rpartition(".")[0]
+    twin, longest = subject.twin(dtype=torch.float32), subject.max_positions
+    module = dict(twin.model.named_modules()).get(path)
+    if longest is None or not isinstance(module, nn.Embedding):
+        return None
+    longest -= rows_before_the_first_position(subject, longest)
+    if longest > min(LONGEST, module.num_embeddings) or longest * twin.vocab_size > MOST_LOGITS:
+        return None
+    asked: list[Tensor] = []
+    watch = module.register_forward_pre_hook(lambda _, given: asked.append(given[0].detach().flatten()))
+    try:
+        run(twin, Case(name="the whole context", input_ids=twin.token_ids(1, longest, seed=37)))
+    finally:
+        watch.remove()
+    rows = asked[0].tolist() if asked else []
+    if len(rows) != longest or len(set(rows)) == longest:
+        return None
+    row = next(row for i, row in enumerate(rows) if row in rows[:i])
+    same = [i for i, each in enumerate(rows) if each == row]
+    return Found(
+        probe="",
+        severity="warning",
+        message=f"{name} is read at row {row} for {len(same)} of {longest} positions ({listed(same, 4)}); it has {module.num_embeddings} rows",
+        where=where,
+        source=source_lines(where),
+        cause="several positions of the context are looked up in one row",
+        fix="a row for each position: torch.arange(seq_len), without a clamp below the declared context",
+        expected=f"{longest} rows",
+        observed=f"{len(set(rows))} rows",
+    )
 
 
 def _looks_back(twin: Subject, case: Case) -> bool:

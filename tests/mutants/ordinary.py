@@ -35,6 +35,15 @@ ORDINARY: tuple[Mutant, ...] = (
         "restart",
         ("torch.arange(past_length, past_length + t, device=input_ids.device)", "torch.arange(0, t, device=input_ids.device)"),
     ),
+    _mutant(
+        "gpt2/positions-clamped",
+        "",
+        "GPT2.forward",
+        "position",
+        "one row",
+        ("self.wpe(position_ids))", "self.wpe(position_ids.clamp(max=self.config.n_positions // 2)))"),
+        severity="warning",
+    ),
     # ---------------------------------------------------------------- rotary angles in 16 bits
     _mutant(
         "postnorm/angles-in-the-models-dtype",
