@@ -1,12 +1,15 @@
 """The subject built again: from another seed, or on the meta device, with memory given to it afterwards."""
 
+import copy
 import inspect
+from dataclasses import is_dataclass, replace
 
 import torch
 from torch import nn
 
 from .casts import cast
 from .first_run import inner_model
+from .frequencies import THETA_NAMES
 from .own_code import quiet
 from .settle import settled
 from .subject import Subject
@@ -26,6 +29,28 @@ def rebuilt(subject: Subject, seed: int) -> nn.Module | None:
     # Only what was cast after it was built is cast again: weights in 16 bits may stand beside tables in float32.
     dtype = subject.dtype if uniform(subject.model) and built != subject.dtype else None
     return cast(model, dtype, device=subject.device).eval()
+
+
+def with_another_base(subject: Subject, base: float) -> nn.Module | None:
+    """A second model of the subject's class, from its config with another rotary base; None where the class wants more than
+    a config, or where the config declares the base in no place of its own or in more than one."""
+    config = copy.deepcopy(subject.config)
+    parameters = getattr(config, "rope_parameters", None)
+    names = [name for name in THETA_NAMES if getattr(config, name, None) is not None]
+    try:
+        if isinstance(parameters, dict) and "rope_theta" in parameters:
+            parameters["rope_theta"] = base
+        elif len(names) == 1 and is_dataclass(config) and not isinstance(config, type):
+            config = replace(config, **{names[0]: base})  # type: ignore[type-var]
+        elif len(names) == 1:
+            setattr(config, names[0], base)
+        else:
+            return None
+        with quiet(), settled(seed=subject.seed):
+            model = type(subject.model)(config)
+    except Exception:  # this class is built in another way
+        return None
+    return cast(model, torch.float32, device=subject.device).eval() if _shapes(model) == _shapes(subject.model) else None
 
 
 def materialised(subject: Subject, seed: int) -> nn.Module | None:

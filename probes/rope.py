@@ -12,7 +12,9 @@ from torch import Tensor
 from olmodebug.compare import difference, roundings_limit
 from olmodebug.explain import place_of, source_lines
 from olmodebug.frequencies import declared_bases, declared_factor, exponent_slip, fits, wrong_frequencies
+from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
+from olmodebug.rebuilt import with_another_base
 from olmodebug.records import Case, Where
 from olmodebug.relations.diagnose import Diagnosis
 from olmodebug.relations.invariance import limit_of, run
@@ -43,6 +45,7 @@ COARSE = 2.0**-14
 # Radians that can be felt at the end of a context.
 FELT = 0.02
 FELT_SHIFT = 1e-2
+OTHER_BASE = 7.0  # times the base that a config declares: its frequencies are unlike in every pair but the first
 # What the short contexts of small models show of angles that are computed in 16 bits.
 FELT_AFTER_CAST = 1e-3
 
@@ -198,7 +201,7 @@ def frequencies_as_configured(subject: Subject) -> Iterator[Finding]:
 
     Why: another base is fluent on short texts and incoherent on long ones, and no other check can see it.
     Catches: a rope_theta that is not passed on; an exponent over head_dim where only a part is rotated; a scaling that
-    is declared and never applied.
+    is declared and never applied; a table that models of two configs share.
     """
     declared = declared_bases(subject)
     if not declared:
@@ -217,6 +220,29 @@ def frequencies_as_configured(subject: Subject) -> Iterator[Finding]:
         # Frequencies that no known slip explains may be a scaling of the model's own.
         yield finding if told.cause else replace(finding, severity="note")
         return
+    if (found := _base_of_a_second_model(subject, [table for _, table in tables], declared[0][0])) is not None:
+        yield found
+
+
+def _base_of_a_second_model(subject: Subject, tables: list[Angles], theta: float) -> Found | None:
+    """The finding for a model of the same class, built beside the first with another base, that turns by the first one's."""
+    base = OTHER_BASE * theta
+    model = with_another_base(subject, base) if all(table.cos.shape[-1] > 1 for table in tables) else None
+    if model is None:
+        return None
+    try:
+        others = [table for _, table in _tables(subject.twin(dtype=torch.float32).around(model), near=True)]
+    except SubjectCodeError:
+        return None
+    if len(others) != len(tables) or not all(torch.equal(a.frequencies, b.frequencies) for a, b in zip(tables, others, strict=True)):
+        return None
+    message = f"a second model whose config declares the base {base:g} has the rotary frequencies of the first, whose base is {theta:g}"
+    told = Diagnosis(
+        cause="the base of the config does not reach them: a constant stands in its place, or the table is kept from one model to the next",
+        fix="make the table from the config, and key what is kept by the base too",
+        evidence={"theta in use": theta, "theta declared": base},
+    )
+    return replace(_at(subject, others[0], message, told), severity="warning")
 
 
 def _rotated(subject: Subject) -> Rotated:

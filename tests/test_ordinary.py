@@ -10,7 +10,7 @@ from tests.scoreboard import findings_on, judge
 from tests.test_mutants import CLEAN
 
 SHARP = frozenset(
-    "gpt2/cached-behind-the-new gpt2/positions-clamped plain/cache-of-row-zero gpt2/gelu-constant postnorm/key-norm-with-another-eps postnorm/cosines-cast-down postnorm/sdpa-mask-lost-with-dropout".split()
+    "gpt2/cached-behind-the-new gpt2/positions-clamped plain/table-shared-by-configs plain/cache-of-row-zero gpt2/gelu-constant postnorm/key-norm-with-another-eps postnorm/cosines-cast-down postnorm/sdpa-mask-lost-with-dropout".split()
 )
 # A legal design, and the topics that were once loud on it.
 ASKED = {"gpt2/gelu-written-as-erf": "mlp", "plain/last-logits-in-decode": "cache"}

@@ -183,6 +183,24 @@ ORDINARY: tuple[Mutant, ...] = (
         "slot",
         ("values[:b, start_pos : start_pos + t] = v", "values[:b, :t] = v"),
     ),
+    # ---------------------------------------------------------------- models of two configs
+    _mutant(
+        "plain/table-shared-by-configs",
+        "",
+        "Llama.__init__",
+        "rope",
+        "from one model to the next",
+        ("def precompute_freqs_cis", "TABLES = {}\n\n\ndef precompute_freqs_cis"),
+        (
+            "        freqs_cis = precompute_freqs_cis(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)\n",
+            "        key = (args.dim // args.n_heads, args.max_seq_len)\n"
+            "        if key not in TABLES:\n"
+            "            TABLES[key] = precompute_freqs_cis(*key, args.rope_theta)\n"
+            "        freqs_cis = TABLES[key]\n",
+        ),
+        also="precompute_freqs_cis",
+        severity="warning",
+    ),
 )
 
 # Legal designs in the same files.
