@@ -85,6 +85,19 @@ def _other_bases(config: Any) -> set[float]:
     return bases
 
 
+def declared_once(config: Any, base: float) -> bool:
+    """Whether a number stands in one place of a config: a base that others were derived from stands in several."""
+
+    def places(value: Any) -> int:
+        if isinstance(value, dict | list | tuple):
+            return sum(map(places, value.values() if isinstance(value, dict) else value))
+        if hasattr(value, "__dict__") and not isinstance(value, type):
+            return places(vars(value))
+        return int(isinstance(value, int | float) and not isinstance(value, bool) and value == base)
+
+    return places(config.to_dict() if hasattr(config, "to_dict") else config) == 1
+
+
 def fits(frequencies: Tensor, theta: float, factor: float) -> bool:
     """Whether these are the frequencies `[pairs]`, in rad a position and falling, of a base and a linear factor."""
     return torch.allclose(frequencies, _ideal(frequencies.numel(), theta, factor), rtol=2e-3, atol=1e-6)

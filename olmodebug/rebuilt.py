@@ -9,7 +9,7 @@ from torch import nn
 
 from .casts import cast
 from .first_run import inner_model
-from .frequencies import THETA_NAMES
+from .frequencies import THETA_NAMES, declared_once
 from .own_code import quiet
 from .settle import settled
 from .subject import Subject
@@ -31,9 +31,11 @@ def rebuilt(subject: Subject, seed: int) -> nn.Module | None:
     return cast(model, dtype, device=subject.device).eval()
 
 
-def with_another_base(subject: Subject, base: float) -> nn.Module | None:
-    """A second model of the subject's class, from its config with another rotary base; None where the class wants more than
-    a config, or where the config declares the base in no place of its own or in more than one."""
+def with_another_base(subject: Subject, usual: float, base: float) -> nn.Module | None:
+    """A second model of the subject's class, from its config with another rotary base than the usual one; None where the
+    class wants more than a config, or where the config has the usual base in no place of its own or in more than one."""
+    if not declared_once(subject.config, usual):
+        return None
     config = copy.deepcopy(subject.config)
     parameters = getattr(config, "rope_parameters", None)
     names = [name for name in THETA_NAMES if getattr(config, name, None) is not None]

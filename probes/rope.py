@@ -227,7 +227,7 @@ def frequencies_as_configured(subject: Subject) -> Iterator[Finding]:
 def _base_of_a_second_model(subject: Subject, tables: list[Angles], theta: float) -> Found | None:
     """The finding for a model of the same class, built beside the first with another base, that turns by the first one's."""
     base = OTHER_BASE * theta
-    model = with_another_base(subject, base) if all(table.cos.shape[-1] > 1 for table in tables) else None
+    model = with_another_base(subject, theta, base) if all(table.cos.shape[-1] > 1 for table in tables) else None
     if model is None:
         return None
     try:
