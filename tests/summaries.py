@@ -33,7 +33,9 @@ def first_contact() -> str:
         f"the right function, 19 explained, with no false alarm on its 13 clean and legal variants. In {', '.join(f'`{name}/`' for name in STRANGE)} "
         f"it was {found} of {seeded}, {placed} and {explained}, with false errors on the clean models of two of them; {seeded - len(STRANGERS)} of "
         f"those faults turned out to be legal or not to be told from what is. In four models as courses write them {COURSES[1]} of {COURSES[0]} "
-        f"were detected, with no false alarm; what was missed is in `course/`. The rows below come after the probes had learnt from "
+        f"were detected, with no false alarm; what was missed is in `course/`. In five models as people write them every day, with faults that "
+        f"were meant to be hard, it was 91 of 118, 74 in the right function, 85 explained, with two false errors on the 30 clean and legal "
+        f"ones; part of what was missed is in `gpt2/`, `postnorm/` and `plain/`. The rows below come after the probes had learnt from "
         f"them. On faults written by others expect the rates of first contact."
     )
 
