@@ -29,6 +29,7 @@ VARIABLES = (
     "PYTORCH_HIP_ALLOC_CONF",
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
 )
 
 GPUS_SHOWN = 8  # a line each: `olmodebug env` is for an issue's first screen

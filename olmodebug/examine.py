@@ -135,8 +135,7 @@ def run_probe(
             return Result(outcome=outcome(*asked))
         if (refusal := refused(error)) is not None and not findings:
             return Result(outcome=outcome("not-applicable", f"the model refuses this case: {refusal}"))
-        with settled(subject.model, seed=subject.seed), index_checked(subject.device):  # the failing run is traced again
-            findings.append(_found(_raised(subject, error), probe, subject))
+        findings.append(_found(_raised(subject, error), probe, subject))
     except Exception as error:
         if is_lost(error):
             return _device_lost(probe, subject, error, outcome("failed"))
@@ -145,8 +144,7 @@ def run_probe(
             return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
         raised = SubjectCodeError("a forward under the instruments of this probe")
         raised.__cause__ = error
-        with settled(subject.model, seed=subject.seed), index_checked(subject.device):
-            findings.append(_found(_raised(subject, raised), probe, subject))
+        findings.append(_found(_raised(subject, raised), probe, subject))
     if job is not None:
         findings = [verified(f, job, lambda: _holds(probe, job, f, findings)) for f in findings]  # noqa: B023 - called at once
     wrong = any(finding.severity == "error" for finding in findings)
@@ -238,7 +236,8 @@ def _builds(job: Job, finding: Finding) -> bool:
 
 def _raised(subject: Subject, error: BaseException) -> Finding:
     if isinstance(error, SubjectCodeError):
-        return (fails_after_another(subject, error) or explain(error)).finding(case=error.case)
+        with settled(subject.model, seed=subject.seed), index_checked(subject.device):  # the failing run is traced again
+            return (fails_after_another(subject, error) or explain(error)).finding(case=error.case)
     return Finding(probe="", severity="error", message=str(error))
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -63,15 +64,6 @@ def declared_bases(subject: Subject) -> list[tuple[float, float]]:
 
 def _other_bases(config: Any) -> set[float]:
     """Bases that the config declares elsewhere: for local layers, or for the parts of a model made of several."""
-    content = (
-        config.to_dict()
-        if hasattr(config, "to_dict")
-        else config
-        if isinstance(config, dict)
-        else vars(config)
-        if hasattr(config, "__dict__")
-        else {}
-    )
     bases: set[float] = set()
 
     def search(value: Any, name: str) -> None:
@@ -81,21 +73,32 @@ def _other_bases(config: Any) -> set[float]:
         elif isinstance(value, int | float) and not isinstance(value, bool) and value > 1 and BASE_WORDS.search(name):
             bases.add(float(value))
 
-    search(content, "")
+    search(_content(config), "")
     return bases
 
 
+def _content(config: Any) -> dict[str, Any]:
+    """What a config holds, by name."""
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    if is_dataclass(config):
+        return {each.name: getattr(config, each.name) for each in fields(config)}
+    return config if isinstance(config, dict) else getattr(config, "__dict__", {})
+
+
 def declared_once(config: Any, base: float) -> bool:
-    """Whether a number stands in one place of a config: a base that others were derived from stands in several."""
+    """Whether a number stands in one place of a config, and nothing in it could hold it unseen: a base from which others were
+    derived stands in several."""
 
     def places(value: Any) -> int:
         if isinstance(value, dict | list | tuple):
             return sum(map(places, value.values() if isinstance(value, dict) else value))
-        if hasattr(value, "__dict__") and not isinstance(value, type):
-            return places(vars(value))
-        return int(isinstance(value, int | float) and not isinstance(value, bool) and value == base)
+        if is_dataclass(value) and not isinstance(value, type):
+            return places(_content(value))
+        unseen = hasattr(value, "__dict__") and not callable(value)
+        return 2 if unseen else int(isinstance(value, int | float) and not isinstance(value, bool) and value == base)
 
-    return places(config.to_dict() if hasattr(config, "to_dict") else config) == 1
+    return places(_content(config)) == 1
 
 
 def fits(frequencies: Tensor, theta: float, factor: float) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from olmodebug.executions.check import ParityOrder, Side, check_parity
 from olmodebug.executions.execution import parse
-from olmodebug.forks import Forks, forks
+from olmodebug.forks import SPINS, Forks, forks
 from olmodebug.process import Child, Death, run_child
 from olmodebug.store import Run
 
@@ -39,12 +39,15 @@ def test_children_are_forks_of_one_process_that_has_the_imports_and_one_thread(t
     assert "CUDA_LAUNCH_BLOCKING" not in os.environ
 
 
-def test_threads_of_children_sleep_while_they_wait_unless_it_is_said_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+def test_threads_of_children_soon_sleep_while_they_wait_unless_it_is_said_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     with forks() as server:
-        assert [run(tmp_path, each, "tell")[1]["waits"] for each in (server, None)] == ["PASSIVE", "PASSIVE"]
+        assert [run(tmp_path, each, "tell")[1]["waits"] for each in (server, None)] == [SPINS, SPINS]
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert run(tmp_path, None, "tell")[1]["waits"] == "ACTIVE"
+    assert run(tmp_path, None, "tell")[1]["waits"] is None
 
 
 def test_a_fork_that_dies_or_hangs_takes_no_other_along(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Mutants as ordinary people write them, and legal variations of the same files. A few run by default, `-m slow` takes them all."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from olmodebug.frequencies import declared_once
 from tests.mutants.catalog import Mutant, materialize, source
 from tests.mutants.ordinary import LEGAL, ORDINARY
 from tests.scoreboard import findings_on, judge
@@ -43,3 +45,12 @@ def test_every_edit_of_an_ordinary_model_applies_and_compiles() -> None:
         compile(source(mutant), mutant.name, "exec")
     assert {m.name for m in ORDINARY} >= SHARP
     assert {m.name for m in LEGAL} == ASKED.keys()
+
+
+def test_a_base_is_declared_once_only_where_nothing_could_hold_it_unseen() -> None:
+    plain = SimpleNamespace(rope_theta=10000.0, n_layer=2, act=len)
+    assert declared_once(plain, 10000.0)
+    assert not declared_once(plain, 500000.0)
+    assert not declared_once(SimpleNamespace(rope_theta=10000.0, by_layer=[10000.0, 500000.0]), 10000.0)
+    plain.parent = plain  # a cycle
+    assert not declared_once(plain, 10000.0)

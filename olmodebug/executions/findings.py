@@ -9,7 +9,7 @@ from typing import Any
 from ..explain import source_lines
 from ..records import Where
 from ..report import Finding, Scalar
-from ..units import number_text, plural
+from ..units import listed, number_text, plural
 from .alone import HEAD, arguments_code, op_code, write_script
 from .bundle import Bundle, BundleError
 from .compare import Comparison, Op, number
@@ -171,12 +171,11 @@ def _restless(group: list[Op], words: str) -> Finding:
 def _stateful(names: list[str], words: str) -> list[Finding]:
     if not names:
         return []
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return [
         Finding(
             probe="parity.determinism",
             severity="warning",
-            message=f"called again on {words}, the model gives other numbers: a forward in eval mode changes {shown}",
+            message=f"called again on {words}, the model gives other numbers: a forward in eval mode changes {listed(names, 3)}",
             cause="the model reads what its last run left; no kernel is at fault, and here every run was started from the same values",
             where=Where(module=names[0].rpartition(".")[0]),
             fix="change it in training only, or make it anew in every forward",

@@ -17,8 +17,8 @@ HOW_TO_KEY = "key what is cached by everything it depends on: sizes, offset, win
 
 
 def different_calls(twin: Subject) -> Iterator[Case]:
-    """Calls that a table kept under too small a key takes for one: plain, with one row, with positions, with other ones, with a mask, of
-    other sizes."""
+    """Calls that a table kept under too small a key takes for one: plain, with one row, with positions, with other ones,
+    with a mask, of other sizes."""
     batch, seq = twin.sizes()
     ids = twin.token_ids(batch, seq, seed=17)
     yield Case(name="a plain call", input_ids=ids)
@@ -59,7 +59,7 @@ def fails_after_another(subject: Subject, error: BaseException) -> Explanation |
         case = Case(name="a sequence", input_ids=first.token_ids(1, subject.sizes()[1]))
     if _raised(first, case) is not None:
         return None
-    for earlier in different_calls(copy()):
+    for earlier in different_calls(first):
         other = copy()
         if _raised(other, earlier) is None and (raised := _raised(other, case)) is not None:
             where, name = keeper(other.model)

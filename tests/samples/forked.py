@@ -24,7 +24,7 @@ def run(message: dict[str, Any], tell: Tell) -> None:
         os._exit(119)
     parent = os.getppid()
     threads = len(list(Path(f"/proc/{parent}/task").iterdir()))
-    variable, waits = os.environ.get("CUDA_LAUNCH_BLOCKING"), os.environ.get("OMP_WAIT_POLICY")
+    variable, waits = os.environ.get("CUDA_LAUNCH_BLOCKING"), os.environ.get("GOMP_SPINCOUNT")
     tell("told", forked=forked, torch="torch" in sys.modules, parent=parent, threads=threads, variable=variable, waits=waits)
 
 
