@@ -1,11 +1,17 @@
 """Mutants as ordinary people write them, and legal variations of the same files. A few run by default, `-m slow` takes them all."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from olmodebug.first_run import from_model
 from olmodebug.frequencies import declared_once
+from olmodebug.rebuilt import with_another_base
+from olmodebug.spec import Job, resolve
 from tests.mutants.catalog import Mutant, materialize, source
 from tests.mutants.ordinary import LEGAL, ORDINARY
 from tests.scoreboard import findings_on, judge
@@ -54,3 +60,31 @@ def test_a_base_is_declared_once_only_where_nothing_could_hold_it_unseen() -> No
     assert not declared_once(SimpleNamespace(rope_theta=10000.0, by_layer=[10000.0, 500000.0]), 10000.0)
     plain.parent = plain  # a cycle
     assert not declared_once(plain, 10000.0)
+
+
+def test_a_second_model_is_built_from_a_config_of_any_kind_with_another_base() -> None:
+    llama = resolve(Job(spec="transformers:LlamaForCausalLM"))
+    usual = llama.config.rope_parameters["rope_theta"]  # type: ignore[attr-defined]
+    for subject, base in ((llama, usual), (from_model(Turned(Sizes())), 10000.0)):
+        model = with_another_base(subject, base, 7 * base)
+        assert model is not None
+        table = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+        torch.testing.assert_close(table[1], torch.tensor((7 * base) ** (-1 / len(table))))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    vocab_size: int = 31
+    rope_theta: float = 10000.0
+
+
+class Turned(nn.Module):
+    """A table of frequencies from a frozen config."""
+
+    def __init__(self, config: Sizes) -> None:
+        super().__init__()
+        self.config, self.embed, self.head = config, nn.Embedding(31, 8), nn.Linear(8, 31)
+        self.register_buffer("inv_freq", config.rope_theta ** (-torch.arange(4) / 4))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import olmodebug.model
 import olmodebug.subject
+from olmodebug.caches import new_cache
+from olmodebug.first_run import from_model
 from olmodebug.members import attribute_place
 from olmodebug.model import Olmo
 from olmodebug.presets import preset
@@ -181,3 +183,23 @@ def test_the_code_of_a_decorated_function_is_the_one_that_was_written() -> None:
     place = attribute_place(Decorated(), "table")
     assert str(place.function).endswith("Decorated.__init__")
     assert place.line == Decorated.__init__.__wrapped__.__code__.co_firstlineno + 3  # type: ignore[attr-defined]
+
+
+class OfItsOwnMind(nn.Module):
+    """Its cache is emptied with an argument that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(31, 8), nn.Linear(8, 31)
+
+    def reset_cache(self, *, how: str) -> None:
+        raise AssertionError(how)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))
+
+
+def test_a_method_that_wants_to_be_called_otherwise_is_no_fault_of_the_instruments() -> None:
+    with pytest.raises(TypeError) as caught:
+        new_cache(from_model(OfItsOwnMind()), 1, 4)
+    assert not is_ours(caught.value)
