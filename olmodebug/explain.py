@@ -163,7 +163,7 @@ def _view_out_of_order(error: BaseException, explanation: Explanation) -> None:
     calls = (node.func for node in tree.at(explanation.spot) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
     func = next((func for func in calls if func.attr == "view"), None)
     if func is not None:
-        explanation.cause = f"`{tree.source(func.value)}` does not lie in memory in the order of its dimensions, as after a transpose, and view never copies"
+        explanation.cause = f"`{tree.source(func.value)}` does not lie in memory in the order of its dimensions, as after a transpose or a cut, and view never copies"
         explanation.fix = "reshape in the place of view: it copies where it must"
         explanation.edits = (tree.replace(func, f"{tree.source(func.value)}.reshape"),)
 

@@ -67,6 +67,7 @@ def test_dozens_of_assertion_lines_are_one_fault_with_the_users_line() -> None:
         ("RuntimeError: The size of tensor a (2) must match the size of tensor b (11) at non-singleton dimension 2", "shapes"),
         ("RuntimeError: mat1 and mat2 shapes cannot be multiplied (22x48 and 64x97)", "matmul"),
         ("RuntimeError: shape '[2, 4, 11, 13]' is invalid for input of size 1056", "view"),
+        ("RuntimeError: view size is not compatible with input tensor's size and stride (at least one dimension spans", "strides"),
         ("RuntimeError: Trying to backward through the graph a second time (or directly access saved tensors", "second-backward"),
         ("RuntimeError: element 0 of tensors does not require grad and does not have a grad_fn", "no-gradient"),
         ("RuntimeError: CUDA error: an illegal memory access was encountered", "illegal-access"),
@@ -124,6 +125,7 @@ def test_what_the_cpu_really_raises_is_known() -> None:
         "shapes": lambda: x + torch.randn(4, 10),
         "matmul": lambda: x @ x,
         "view": lambda: x.view(3, 17),
+        "strides": lambda: x.T.view(-1),
         "no-gradient": lambda: x.sum().backward(),
         "dtypes": lambda: x @ x.T.double(),
     }

@@ -169,12 +169,21 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     Signature(
         name="view",
-        pattern=r"shape '\[(?P<shape>[^\]]*)\]' is invalid for input of size (?P<size>\d+)|view size is not compatible with input tensor's size and stride",
-        meaning="a view or reshape to another number of elements, or a view of a transposed tensor",
+        pattern=r"shape '\[(?P<shape>[^\]]*)\]' is invalid for input of size (?P<size>\d+)",
+        meaning="a view or reshape to another number of elements",
         guard="shape",
         causes=(
             Cause(text="a head count, batch or length that is written into the view is not the tensor's", tell="divide the size by the sizes that are right: what is left is the wrong one", hints=("heads", "view", "reshape")),
-            Cause(text="a view straight after a transpose", tell="the message speaks of strides: use reshape, or contiguous() first", hints=("stride",)),
+        ),
+    ),
+    Signature(
+        name="strides",
+        pattern=r"view size is not compatible with input tensor's size and stride",
+        meaning="a view of a tensor that does not lie in memory in the order of its dimensions; reshape copies where it must",
+        guard="shape",
+        causes=(
+            Cause(text="a view straight after a transpose or permute", tell="a transpose, permute or .T stands before it: use reshape, or contiguous() first", hints=("transpose", "permute", ".T")),
+            Cause(text="a view of a slice: columns cut out of a batch, as targets = batch[:, 1:]", tell="the tensor was cut along its last dimension: use reshape, or contiguous() on the slice", hints=("target", "label", "[:, ")),
         ),
     ),
     Signature(
