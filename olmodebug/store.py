@@ -57,10 +57,17 @@ def new_run(base: Path, *, name: str | None = None) -> Run:
         return Run(id=name, folder=None, problem=f"this run is not recorded: {home} cannot be written ({error.strerror})")
     _hold(folder)
     with contextlib.suppress(OSError):
-        for old in sorted(path for path in (home / "runs").iterdir() if path.is_dir())[:-KEPT_RUNS]:
+        for old in sorted((path for path in (home / "runs").iterdir() if path.is_dir()), key=_began)[:-KEPT_RUNS]:
             if not _is_held(old):
                 shutil.rmtree(old, ignore_errors=True)
     return Run(id=name, folder=folder)
+
+
+def _began(folder: Path) -> tuple[str, int]:
+    """What runs are ordered by: the second in the name, and within one second, where the rest of the name is drawn, what was written last."""
+    with contextlib.suppress(OSError):
+        return folder.name[: len("20261128-212120")], folder.stat().st_mtime_ns
+    return folder.name, 0  # another process has removed it since
 
 
 def _hold(folder: Path) -> None:
@@ -86,7 +93,7 @@ def _is_held(folder: Path) -> bool:
 def find_run(base: Path, wanted: str | None) -> Path:
     """The folder of a run by its id or the end of it; the newest finished one for None. ReportError when there is none."""
     runs = base / ".olmodebug" / "runs"
-    folders = sorted(path for path in runs.glob("*") if (path / "report.json").is_file())
+    folders = sorted((path for path in runs.glob("*") if (path / "report.json").is_file()), key=_began)
     if not folders:
         raise ReportError(f"no run is recorded under {base}; olmodebug check makes one")
     if wanted is None:

@@ -1,6 +1,7 @@
 """The run records: where they lie, how many are kept, and how one is found again."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,20 @@ def test_a_run_is_found_by_the_end_of_its_id_and_the_newest_without_one(tmp_path
         find_run(tmp_path, "bb")
     with pytest.raises(ReportError, match="no recorded run matches cccc"):
         find_run(tmp_path, "cccc")
+
+
+def test_of_two_runs_in_one_second_the_later_one_is_the_newest_whatever_was_drawn_for_its_name(tmp_path: Path) -> None:
+    for number, name in enumerate(("20260101-000000-ffff", "20260101-000000-0000", "20251231-235959-aaaa")):
+        folder = tmp_path / ".olmodebug" / "runs" / name
+        folder.mkdir(parents=True)
+        report(name).write(folder / "report.json")
+        os.utime(folder, (number, number))
+    assert find_run(tmp_path, None).name == "20260101-000000-0000"
+    for number in range(KEPT_RUNS - 2):
+        (tmp_path / ".olmodebug" / "runs" / f"20260102-0000{number:02d}-0000").mkdir()
+    new_run(tmp_path)
+    left = {path.name for path in (tmp_path / ".olmodebug" / "runs").glob("202[56]*-????") if path.name < "20260102"}
+    assert left == {"20260101-000000-0000"}
 
 
 def test_only_the_newest_runs_are_kept(tmp_path: Path) -> None:
