@@ -23,9 +23,11 @@ from .own_code import refused
 from .probe import NotApplicable, Probe, Skipped
 from .records import Where
 from .relations.earlier import fails_after_another
+from .relations.invariance import run
 from .relations.repair import Found, RepairedSource
 from .relations.stored import draws_record
 from .report import Finding, Outcome
+from .settings import attention_choices
 from .settle import settled
 from .sources import Sources, Spot, is_ours, traceback_frames
 from .spec import Job, device_named, resolve
@@ -142,7 +144,7 @@ def run_probe(
         spot = Sources(subject.model).spot_of(error)
         if not isinstance(error, NoLogits) and (is_ours(error) or spot is None or _of_the_probe(error, spot, probe)):
             return Result(outcome=outcome("error", traceback.format_exc()), findings=tuple(plain_finding(f) for f in findings))
-        raised = SubjectCodeError("a forward under the instruments of this probe")
+        raised = _without_instruments(subject, error) or SubjectCodeError("a forward under the instruments of this probe")
         raised.__cause__ = error
         findings.append(_found(_raised(subject, raised), probe, subject))
     if job is not None:
@@ -158,6 +160,19 @@ def run_probe(
         unexpected = Finding(probe=probe.name, severity="error", message=message)
         return Result(outcome=outcome("failed", "it was expected to fail and passes"), findings=(unexpected, *plain))
     return Result(outcome=outcome("failed" if wrong else "passed"), findings=plain, found=tuple(findings))
+
+
+def _without_instruments(subject: Subject, error: Exception) -> SubjectCodeError | None:
+    """The error of a plain forward with one of the attentions that the model offers; None where none raises one of this kind."""
+    for name in attention_choices(subject.model):
+        twin = subject.twin(attention=name)
+        case = twin.first_case()
+        try:
+            run(twin, case)
+        except SubjectCodeError as plain:
+            if type(plain.__cause__) is type(error):
+                return plain
+    return None
 
 
 def _of_the_probe(error: Exception, spot: Spot, probe: Probe) -> bool:

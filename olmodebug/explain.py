@@ -121,7 +121,7 @@ def explain_run(subject: Subject, run: Callable[[], Any], error: BaseException, 
     op = failed.op if failed else None
     names = dimension_names(subject, batch=case.batch_size, seq=case.seq_len)
     explanation = Explanation(
-        message=f"forward raises {type(original).__name__}: {_first_line(original)}",
+        message=f"forward{f' with {subject.attention} attention' if subject.attention else ''} raises {type(original).__name__}: {_first_line(original)}",
         where=place_of(spot, module=module, op=op),
         spot=spot,
         raised=f"{type(original).__name__}: {_first_line(original)}",

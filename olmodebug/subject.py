@@ -427,10 +427,13 @@ class Subject:
         twin.config = config_of(twin.model) or self.config
         twin.model.train(training)
         if dtype != self.dtype and twin.health() < self.health():
+            own = self._make_twin(self.dtype, training, attention)
+            if own.health() <= twin.health():
+                return twin  # it is this attention that does not run, in whatever dtype
             note = f"runs in {str(self.dtype).removeprefix('torch.')} only, so it was checked in that, with a wider limit"
             if dtype == torch.float64 and note not in self.assumptions:
                 self.assumptions.append(note)
-            return self._make_twin(self.dtype, training, attention)
+            return own
         return twin
 
     def first_case(self) -> Case:

@@ -9,7 +9,7 @@ from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
 from olmodebug.members import unregistered
 from olmodebug.own_code import own_code, quiet
-from olmodebug.probe import probe
+from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
@@ -17,7 +17,7 @@ from olmodebug.report import Finding
 from olmodebug.settings import attention_choices
 from olmodebug.settle import random_state_kept, set_seed
 from olmodebug.subject import Subject
-from olmodebug.switches import set_dropout
+from olmodebug.switches import attention_twins, set_dropout
 from olmodebug.tracing.tracer import record
 
 RANDOM_OPS = ("bernoulli", "bernoulli_", "native_dropout", "rand_like", "randn_like", "rand", "randn", "uniform_", "normal_", "multinomial")
@@ -64,6 +64,45 @@ def eval_repeats(subject: Subject) -> Iterator[Finding]:
             case=case,
         )
         return
+
+
+@probe()
+def zero_rate_draws_nothing(subject: Subject) -> Iterator[Finding]:
+    """In train mode with every dropout rate at zero, each attention implementation repeats itself where another one does.
+
+    Why: a rate of zero switches dropout off, and an implementation that goes on dropping trains another model.
+    Catches: F.dropout(weights, training=self.training), which drops half of them where the rate was forgotten.
+    """
+    repeating, drawing = [], []
+    for choice, twin in attention_twins(subject):
+        name = choice if "attention" in choice else f"{choice} attention"
+        train = twin.fresh_twin(training=True, attention=twin.attention)
+        set_dropout(train.model, 0.0)
+        batch, seq = train.sizes()
+        case = Case(name="a batch in train mode without dropout", input_ids=train.token_ids(batch, seq, seed=16))
+        apart = difference(_seeded(train, case, 1), _seeded(train, case, 2))
+        if apart is None:
+            repeating.append(name)
+        else:
+            drawing.append((name, train, case, apart))
+    if len(repeating) + len(drawing) < 2:
+        not_applicable("the model offers one attention implementation")
+    if not repeating:
+        return  # noise of the model's own, which no rate governs
+    for name, train, case, apart in drawing:
+        where = _random_op(train, case)
+        yield Found(
+            probe="",
+            severity="error",
+            message=f"with every dropout rate at zero two calls in train mode differ by {apart.max_abs:.3g} with {name}, and not with {repeating[0]}",
+            where=where,
+            source=source_lines(where),
+            cause=f"{where.op} draws at a rate of its own: none of the model's rates reaches it" if where.op else None,
+            fix="F.dropout(x, p=rate, training=self.training): without p the rate is 0.5" if where.op else None,
+            expected=f"equal bits, as with {repeating[0]}",
+            observed=f"{apart.mismatched} of {apart.total} logits differ",
+            case=case,
+        )
 
 
 def _seeded(twin: Subject, case: Case, seed: int) -> Tensor:

@@ -3,9 +3,11 @@
 import contextlib
 import gc
 import os
+import random
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -51,6 +53,14 @@ def pool() -> Iterator[Pool]:
 def _forked_children(pool: Pool, request: pytest.FixtureRequest) -> None:
     """A test marked `fresh` gets a new interpreter for each child, as a user does."""
     pool.fresh = request.node.get_closest_marker("fresh") is not None
+
+
+@pytest.fixture(autouse=True)
+def _drawn_alike() -> None:
+    """What a test draws is the same wherever it runs in the order, alone and beside others."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 -- the subjects under test draw from the global state
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from olmodebug.spec import Job, resolve
 from tests.mutants.catalog import MUTANTS, NEUTRAL, Mutant, materialize
 from tests.scoreboard import findings_on, judge
 
@@ -18,7 +20,7 @@ SHARP = frozenset(
     """
     hf/no-causal-mask hf/mask-polarity hf/causal-off-by-one hf/zero-one-mask-added hf/mask-minus-1e4
     hf/fully-masked-row-nan hf/eager-without-mask hf/layer-1-without-mask hf/mask-not-forwarded
-    hf/key-mask-on-queries hf/heads-merged-without-transpose hf/softmax-over-queries hf/dropout-in-eval-sdpa
+    hf/dropout-rate-forgotten-eager hf/raises-in-eager-alone hf/key-mask-on-queries hf/heads-merged-without-transpose hf/softmax-over-queries hf/dropout-in-eval-sdpa
     hf/position-ids-ignored hf/norm-used-twice hf/final-norm-missing hf/batch-mean hf/plain-list-of-layers
     hf/tying-by-copy hf/labels-shifted-twice hf/labels-not-shifted hf/ignored-labels-count
     hf/padding-mask-of-an-earlier-call hf/residual-overwritten-by-norm nanogpt/no-causal-mask
@@ -100,3 +102,9 @@ KNOWN_GAPS: dict[str, str] = {}
 
 # Detected and placed, with no cause told: the scoreboard counts them as not explained.
 FOUND_WITHOUT_CAUSE: frozenset[str] = frozenset()
+
+
+def test_an_attention_that_raises_in_every_dtype_does_not_make_a_model_of_one_dtype(tmp_path: Path) -> None:
+    (mutant,) = (m for m in MUTANTS if m.name == "hf/raises-in-eager-alone")
+    subject = resolve(Job(spec=f"{materialize(mutant, tmp_path)}:{mutant.build}"))
+    assert (subject.twin(attention="eager").dtype, subject.assumptions) == (torch.float64, [])
