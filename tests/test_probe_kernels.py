@@ -53,11 +53,17 @@ def test_kernels_probes_catch_place_and_explain(name: str) -> None:
         f"{CLEAN / 'nanogpt_style.py'}:build",
         f"{CLEAN / 'llama_style.py'}:build_moe",
         "transformers:GPTNeoXForCausalLM",
-        "transformers:Gemma2ForCausalLM",
     ],
 )
 def test_kernels_probes_are_silent_on_correct_models(spec: str) -> None:
     assert loud(spec, "kernels") == []
+
+
+def test_gemma_2_is_told_by_the_versions_of_transformers_whose_fused_attention_drops_its_softcap() -> None:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    found = loud("transformers:Gemma2ForCausalLM", "kernels")
+    assert [name.partition(":")[0] for name in found] == ["kernels.implementations-agree"] * Gemma2PreTrainedModel._supports_sdpa
 
 
 @pytest.mark.slow

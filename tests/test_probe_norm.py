@@ -58,6 +58,9 @@ def test_norm_probes_catch_place_and_explain(name: str) -> None:
     ],
 )
 def test_norm_probes_are_silent_on_correct_models(spec: str) -> None:
+    package, _, name = spec.partition(":")
+    if package == "transformers" and not hasattr(pytest.importorskip(package), name):
+        pytest.skip(f"this version of transformers has no {name}")
     assert loud(spec, "norm") == []
 
 
