@@ -63,6 +63,12 @@ def test_a_sequence_longer_than_the_rotary_table_is_placed_at_the_indexing_line(
     assert finding.where.line == line_of(Attention.forward, "self.cos[positions]")
 
 
+def test_positions_that_begin_anew_in_a_row_are_told_from_tokens() -> None:
+    places = nn.Embedding(8, 4)
+    (finding,) = found(lambda: places(torch.tensor([[*range(10), *range(5), 0, 0]])))
+    assert finding.cause == "position 9 is asked of a table of 8 rows"
+
+
 def test_a_token_beyond_the_vocabulary_names_the_embedding() -> None:
     model = Model()
     ids = torch.full((2, 7), 5)

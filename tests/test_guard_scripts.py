@@ -141,7 +141,7 @@ def test_findings_of_two_ranks_are_one_with_both_ranks(tmp_path: Path) -> None:
 
 def _noted(rank: int, **values: Any) -> dict[str, Any]:
     """What a rank writes at its fourth step; by default of one that is in order."""
-    common = {"replicated": True, "exchanged": True, "synced": True, "first": "a", "weights": "b", "shapes": [[3]]}
+    common = {"replicated": True, "exchanged": True, "synced": True, "last_synced": True, "first": "a", "weights": "b", "shapes": [[3]]}
     where = {"file": "train.py", "line": 7, "function": "main"}
     return {"event": "batches", "rank": rank, "steps": [[rank, n] for n in range(4)], "where": where, **common, **values}
 
@@ -151,6 +151,8 @@ def _noted(rank: int, **values: Any) -> dict[str, Any]:
     [
         ({}, {}, ""),
         ({"synced": False}, {"synced": False, "weights": "c"}, "no backward of these steps"),
+        ({"last_synced": False}, {"last_synced": False, "weights": "c"}, "the last backward before optimizer.step() ran under no_sync()"),
+        ({"exchanged": False}, {"exchanged": False, "weights": "c"}, "its own forward did not run"),
         ({}, {"first": "x", "weights": "c"}, "differed before the first step"),
         ({"replicated": False, "exchanged": False}, {"replicated": False, "exchanged": False, "weights": "c"}, "exchanged neither"),
         ({"replicated": False}, {"replicated": False, "weights": "c"}, ""),  # sharded, or averaged every so often

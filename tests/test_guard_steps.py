@@ -191,6 +191,132 @@ def closure_after_a_reset() -> None:
         optimizer.step(evaluate)
 
 
+def only_the_last_micro_batch(*, take: Callable[[nn.Module], None] = clip) -> None:
+    model, optimizer = made()
+    for number in range(12):
+        optimizer.zero_grad()
+        (loss_of(model, ids()) / 3).backward()
+        take(model)
+        if number % 3 == 2:
+            optimizer.step()
+
+
+def test_micro_batches_whose_gradients_are_reset_are_told() -> None:
+    (finding,) = found(only_the_last_micro_batch)
+    assert (finding.probe, finding.severity) == ("loop.gradients-reach-the-step", "warning")
+    assert "of 3 micro-batches only the last one" in finding.message
+    lines, first = inspect.getsourcelines(only_the_last_micro_batch)
+    assert finding.where.line == first + next(n for n, line in enumerate(lines) if "zero_grad" in line)
+
+
+def gathered_by_hand() -> None:
+    """Gradients clipped one by one and added up elsewhere, as for private training, and given back before the step."""
+    total: list[Tensor] = []
+
+    def take(model: nn.Module) -> None:
+        clip(model)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        total[:] = [t + g for t, g in zip(total, grads, strict=True)] if total else [g.clone() for g in grads]
+        for p, gradient in zip(model.parameters(), total, strict=True):
+            p.grad = gradient.clone()
+
+    only_the_last_micro_batch(take=take)
+
+
+def sharpness_aware() -> None:
+    """A first backward only shows where to move the weights before the second, whose gradient is applied to the old ones."""
+    model, optimizer = made()
+
+    def backward() -> None:
+        loss_of(model, ids()).backward()
+
+    for _ in range(5):
+        optimizer.zero_grad()
+        backward()
+        moved = [0.05 * p.grad for p in model.parameters() if p.grad is not None]
+        for p, change in zip(model.parameters(), moved, strict=True):
+            p.data += change
+        optimizer.zero_grad()
+        backward()
+        for p, change in zip(model.parameters(), moved, strict=True):
+            p.data -= change
+        optimizer.step()
+
+
+# Nothing to apply
+
+
+def no_backward() -> None:
+    model, optimizer = made()
+    for _ in range(5):
+        loss_of(model, ids())
+        optimizer.zero_grad()
+        optimizer.step()
+
+
+def optimizer_of_the_model_before() -> None:
+    model, optimizer = made()
+    for number in range(8):
+        if number == 4:
+            model = Model()  # as after loading a checkpoint
+        loss_of(model, ids()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [(no_backward, "backward was not called"), (optimizer_of_the_model_before, "the optimizer holds none of its parameters")],
+)
+def test_steps_that_find_no_gradient_are_told(fault: Callable[[], None], cause: str) -> None:
+    (finding,) = found(fault)
+    assert (finding.probe, finding.severity) == ("loop.gradients-reach-the-step", "error")
+    assert cause in (finding.cause or "")
+
+
+def test_gradients_that_no_optimizer_ever_applies_are_told() -> None:
+    def run() -> None:
+        model, optimizer = made()
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss_of(model, ids()).backward()
+        optimizer.zero_grad()
+
+    (finding,) = found(run)
+    assert finding.message == "gradients were computed and reset 5 times, and no optimizer has ever stepped: no weight changes"
+
+
+def a_schedule_is_looked_at() -> None:
+    _, optimizer = made()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    for _ in range(6):
+        optimizer.step()
+        schedule.step()
+
+
+def updates_by_hand_beside_an_optimizer() -> None:
+    model, optimizer = made()
+    for _ in range(6):
+        loss_of(model, ids()).backward()
+        for p in model.parameters():
+            p.data -= 0.1 * p.grad  # type: ignore[operator]
+        optimizer.zero_grad()
+
+
+def test_gradients_of_which_the_smallest_are_zero_are_followed_too() -> None:
+    """As those of low-rank additions, one factor of which begins at zero."""
+
+    def run() -> None:
+        down, up = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.zeros(2, 40))
+        optimizer = torch.optim.SGD([down, up], lr=0.1)
+        for _ in range(4):
+            (torch.ones(3, 4) @ down @ up - 1).pow(2).mean().backward()
+            optimizer.zero_grad()
+            optimizer.step()
+
+    assert said(run, "optimizer.zero_grad()") == ("loop.gradients-reach-the-step", "error", True)
+
+
 # Clipped too late
 
 
@@ -541,8 +667,23 @@ def test_a_backward_or_a_step_that_only_came_between_is_not_blamed() -> None:
     lines, first = inspect.getsourcelines(shared_and_another_between)
     frees = first + next(n for n, line in enumerate(lines) if "frees it" in line)
     assert f":{frees}, and shares its graph" in (shared.cause or "")
-    assert carried.cause is None and overwritten.cause is None
+    assert "reads a tensor of an earlier step" in (carried.cause or "") and overwritten.cause is None
     assert {f.probe for f in (shared, carried, overwritten)} == {"loop.backward-runs"}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_losses_in_a_list_of_an_object_are_told_also_where_their_backward_is_of_a_part(scaled: bool) -> None:
+    def run() -> None:
+        model, optimizer = made()
+        logs: dict[str, list[Tensor]] = {"loss": []}
+        for _ in range(8):
+            loss = loss_of(model, ids())
+            (loss / 2 if scaled else loss).backward()
+            logs["loss"].append(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert said(run, "].append(loss)") == ("loop.graph-released", "error", True)
 
 
 def test_losses_that_are_kept_in_a_loop_without_an_optimizer_are_told() -> None:
@@ -594,6 +735,76 @@ def a_router_draws_inside_a_checkpointed_block() -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_padding_in_a_loss_by_token_is_known_by_its_backward(weighted: bool) -> None:
+    def run() -> None:
+        model, optimizer = made()
+        for _ in range(3):
+            tokens = torch.where(torch.arange(20) < torch.tensor([[9], [12], [20], [15]]), torch.randint(2, VOCAB, (4, 20)), 1)
+            losses = F.cross_entropy(model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+            (losses * (tokens[:, 1:] != 1) if weighted else losses).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert [f.probe for f in found(run)[:1]] == ([] if weighted else ["loop.padding-unlabelled"])
+
+
+@pytest.mark.parametrize("fault", ["", "twice", "padding"])
+def test_labels_of_packed_rows_are_followed_beside_their_positions(fault: str) -> None:
+    """Prompts are not asked, rows end in padding, and positions begin anew in every document."""
+
+    class Packed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.places = nn.Embedding(VOCAB, 16, padding_idx=0), nn.Embedding(12, 16)
+
+        def forward(self, tokens: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+            return self.head(self.embed(tokens) + self.places(places))
+
+    def run() -> None:
+        model = Packed()
+        optimizer = torch.optim.AdamW(model.parameters())
+        places = torch.tensor([*range(12), *range(9), 0, 0, 0]).expand(4, 24)
+        for _ in range(2):
+            tokens = torch.randint(1, VOCAB, (4, 24)).masked_fill(torch.arange(24) > 20, 0)
+            labels = tokens.masked_fill((torch.arange(24) % 12 < 3) & (tokens != 0), -100)
+            labels = labels if fault == "padding" else labels.masked_fill(tokens == 0, -100)
+            cut = 2 if fault == "twice" else 1
+            F.cross_entropy(model(tokens, places)[:, :-cut].flatten(0, 1), labels[:, cut:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    expected = {"twice": ["loop.labels-shifted-once"], "padding": ["loop.padding-unlabelled"]}
+    assert [f.probe for f in found(run)[:1]] == expected.get(fault, [])
+
+
+class Fused(torch.autograd.Function):
+    """A head with its loss, as compiled code is one: autograd turns gradients off for the forward of a Function."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+        dropped = F.dropout(hidden, 0.1)
+        ctx.save_for_backward(torch.zeros_like(hidden))
+        return F.cross_entropy(dropped, labels)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.saved_tensors[0], None
+
+
+def a_loss_inside_of_a_function() -> None:
+    class Whole(Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return Fused.apply(super().forward(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())  # type: ignore[no-untyped-call, no-any-return]
+
+    model = Whole(0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(ids()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 # Padding that only the rows show
 
 
@@ -631,6 +842,42 @@ def test_a_label_beyond_the_classes_is_mended_with_the_number_that_this_loss_ign
     assert "give -1 where nothing is asked" in (finding.fix or "")
 
 
+def test_logits_whose_classes_stand_last_are_told() -> None:
+    (finding,) = found(lambda: F.cross_entropy(torch.randn(2, 5, 7), torch.zeros(2, 5, dtype=torch.long)))
+    assert finding.cause == "cross_entropy takes dimension 1 for the classes, which stand last in the logits (2, 5, 7)"
+
+
+def test_a_scaler_that_scaled_no_loss_is_explained() -> None:
+    def run() -> None:
+        model, optimizer = made()
+        scaler = torch.amp.GradScaler("cpu")
+        loss_of(model, ids()).backward()
+        scaler.unscale_(optimizer)
+
+    assert said(run, "scaler.unscale_(") == ("loop.scaler-in-order", "error", True)
+
+
+def test_blocks_in_a_plain_list_are_told_as_such() -> None:
+    class Listed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = [nn.Linear(16, 16)]
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.blocks[0](self.embed(tokens)))
+
+    def run() -> None:
+        model = Listed()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(4):
+            loss_of(model, ids()).backward()
+            optimizer.step()
+            model.zero_grad()
+
+    (finding,) = found(run)
+    assert finding.cause == "`blocks` of Listed is a plain list, whose modules are not registered as those of an nn.ModuleList are"
+
+
 def test_what_torch_refuses_for_another_reason_than_sizes_is_not_called_a_shape() -> None:
     assert said(lambda: torch.ones(2, dtype=torch.complex64).to_mkldnn(), "to_mkldnn") == ("process.survives", "error", True)
     assert said(lambda: torch.ones(2, 3).view(4), ".view(4)")[0] == "shape.fits"
@@ -640,7 +887,8 @@ LEGAL = (
     bad_steps_are_dropped, one_of_two_players_waits, closure_after_a_reset, clipped_before_and_after, measured_after_the_step,
     measured_with_the_loss_scale,
     each_optimizer_clipped_before_its_step, unscaled_by_hand, one_loss_of_two_is_scaled, divided_afterwards,
-    a_router_draws_inside_a_checkpointed_block,
+    a_router_draws_inside_a_checkpointed_block, gathered_by_hand, sharpness_aware, a_schedule_is_looked_at, updates_by_hand_beside_an_optimizer,
+    a_loss_inside_of_a_function,
 )  # fmt: skip
 
 

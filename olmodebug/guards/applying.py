@@ -1,6 +1,7 @@
 """Gradients on their way into an optimizer's step: thrown away before it, clipped after it, or applied with the loss scale in them."""
 
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..sources import Spot
 from ..units import plural
-from .gradients import Followed, clip_limit, follow, local, parameters, written_since
+from .gradients import Followed, clip_limit, follow, local, parameters, sample, written_since
 from .part import Part
 from .place import text_of
 from .scheduling import UNSCALE
@@ -19,6 +20,22 @@ SCALED = "loop.step-unscaled"
 
 EMPTY_STEPS = 3  # in a row, each after a reset of fresh gradients, before it is told
 LATE_CLIPS = 2
+STEPS_LOOKED_AT = 16  # a loop that drops micro-batches does so from its first step on
+DROPPING_STEPS = 3  # in a row that apply the last of several micro-batches: a batch that is skipped for its nan comes now and then
+
+
+@dataclass(slots=True)
+class _Wiped:
+    """Gradients that were reset before a step: how often since the last one, where, and the weights they belonged to."""
+
+    at: Spot | None
+    times: int
+    weights: list[tuple[Any, Tensor]]
+    left: list[Followed] = field(default_factory=list)  # the gradients as the last backward left them, at most clipped or unscaled since
+    kept: bool = False  # whether a step applies those, and none that were gathered by hand
+
+    def is_kept(self) -> bool:
+        return bool(self.left) and all(f.is_unchanged() for f in self.left)
 
 
 class Applying(Part):
@@ -28,7 +45,14 @@ class Applying(Part):
         self.watch = watch
         self.made: weakref.WeakSet[Any] = weakref.WeakSet()
         self.applied: weakref.WeakKeyDictionary[Any, list[Followed]] = weakref.WeakKeyDictionary()
-        self.wiped: weakref.WeakKeyDictionary[Any, Spot | None] = weakref.WeakKeyDictionary()
+        self.wiped: weakref.WeakKeyDictionary[Any, _Wiped] = weakref.WeakKeyDictionary()
+        # by optimizer, of the first steps: some weights as they were at the last backward
+        self.weights: weakref.WeakKeyDictionary[Any, list[tuple[Any, Tensor]]] = weakref.WeakKeyDictionary()
+        self.dropping: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.changing: list[
+            Any
+        ] = []  # optimizers whose gradients are as the last backward left them, while clipping or unscaling changes them
+        self.lines: list[Any] = []  # of the backward passes since a step
         self.empty: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.backward_at: Spot | None = None
         self.clipped = False  # since the last backward, and before a step
@@ -45,6 +69,9 @@ class Applying(Part):
         events.on("module_zeroed", self._module_reset)
         events.on("clip", self._clip)
         events.on("scaler_scale_done", self._scaled)
+        for before, after in (("clip", "clipped"), ("scaler_unscale_", "scaler_unscale__done")):
+            events.on(before, self._before_change)
+            events.on(after, self._after_change)
         events.on("scaler_unscale__done", lambda scaler, args, spot, result: self.scaled.pop(args[0], None))
         events.on("scaler_update_done", lambda scaler, args, spot, result: self.scaled.clear())
         events.on("scaler_step", lambda scaler, args, spot: setattr(self, "scaler_steps", args[0] if args else None))
@@ -59,8 +86,10 @@ class Applying(Part):
     def _reset(self, optimizer: Any, spot: Spot | None) -> None:
         """Gradients that no step has applied are about to go."""
         fresh = written_since(optimizer, self.applied.get(optimizer, []))
-        if any(bool(local(grad).any()) for f in fresh if (grad := f.gradient()) is not None):
-            self.wiped[optimizer] = spot
+        if fresh and _has_gradients(optimizer):
+            wiped = self.wiped.get(optimizer)
+            weights = self.weights.get(optimizer, [])
+            self.wiped[optimizer] = _Wiped(spot, wiped.times + 1, wiped.weights) if wiped else _Wiped(spot, 1, weights)
 
     def _module_reset(self, args: Any, kwargs: Any, spot: Spot | None) -> None:
         owned = {id(p) for p in args[0].parameters()}
@@ -71,23 +100,54 @@ class Applying(Part):
     def _stepped(self, optimizer: Any, spot: Spot | None) -> None:
         """After the step, so that the gradients of a closure count."""
         self.applied[optimizer] = follow(optimizer)
-        reset = self.wiped.pop(optimizer, None)
+        wiped = self.wiped.pop(optimizer, None)
         own = (type(optimizer).step.__module__ or "").startswith("torch.optim")  # others may keep gradients elsewhere
-        if reset is None or not own or _has_gradients(optimizer):
+        if wiped is None or not own or _has_gradients(optimizer):
             self.empty[optimizer] = 0
+            if self.watch.steps < STEPS_LOOKED_AT:
+                self._dropped(optimizer, wiped, spot)
+            self.lines.clear()
             return
+        self.lines.clear()
         self.empty[optimizer] = self.empty.get(optimizer, 0) + 1
         if self.empty[optimizer] == EMPTY_STEPS:
             self.watch.tell(
                 REACH,
                 "error",
-                reset,
+                wiped.at,
                 f"the gradients are reset before optimizer.step() at {text_of(spot)} applies them: no weight changes",
                 "zero_grad",
                 cause=f"backward at {text_of(self.backward_at)} wrote them, and in {EMPTY_STEPS} steps in a row every gradient was None or zero",
                 fix="zero_grad, forward, backward, step: in this order",
                 expected="gradients when the optimizer steps",
                 observed="none",
+            )
+
+    def _before_change(self, *told: Any) -> None:
+        self.changing = [optimizer for optimizer, wiped in self.wiped.items() if wiped.is_kept()]
+
+    def _after_change(self, *told: Any) -> None:
+        for optimizer in self.changing:
+            self.wiped[optimizer].left = follow(optimizer, values=True)
+
+    def _dropped(self, optimizer: Any, wiped: _Wiped | None, spot: Spot | None) -> None:
+        """A step that applies the last of several passes of one line, which were all taken of the same weights."""
+        lines, passes = self.lines, len(self.lines)
+        if wiped is None or not wiped.kept or len(set(lines)) > 1 or passes != wiped.times + 1 or not wiped.weights:
+            self.dropping[optimizer] = 0
+            return
+        self.dropping[optimizer] = self.dropping.get(optimizer, 0) + 1
+        if self.dropping[optimizer] == DROPPING_STEPS:
+            self.watch.tell(
+                REACH,
+                "warning",
+                wiped.at,
+                f"of {passes} micro-batches only the last one reaches optimizer.step() at {text_of(spot)}: the gradients of the others are reset",
+                "zero_grad",
+                cause=f"backward at {text_of(self.backward_at)} wrote them, and in {DROPPING_STEPS} steps in a row the weights had not moved before this line",
+                fix="zero_grad once for each optimizer.step(), after it",
+                expected=f"the sum of {passes} gradients",
+                observed="the last of them",
             )
 
     # Clipped too late
@@ -141,6 +201,9 @@ class Applying(Part):
 
     def _backward(self, roots: list[Tensor], spot: Spot | None) -> None:
         self.backward_at, self.clipped = spot, False
+        self.lines.append((spot.code, spot.line) if spot is not None else None)
+        for wiped in self.wiped.values():  # nothing is lost where the weights have moved in between
+            wiped.weights = [(p, then) for p, then in wiped.weights if (now := p()) is not None and torch.equal(sample(local(now)), then)]
         scaler = next((s for reference, s in self.losses if any(reference() is root for root in roots)), None)
         self.written = []
         if scaler is not None and float(scaler.get_scale()) != 1.0:
@@ -152,8 +215,15 @@ class Applying(Part):
             if new:
                 self.scaled[optimizer] = (scaler, new)
         self.written = []
+        for optimizer, wiped in self.wiped.items():
+            wiped.left = follow(optimizer, values=True)
+        for optimizer in list(self.made) if self.watch.steps < STEPS_LOOKED_AT else ():
+            weights = ((f.parameter, f.parameter()) for f in follow(optimizer))
+            self.weights[optimizer] = [(reference, sample(local(p)).clone()) for reference, p in weights if p is not None]
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
+        if (wiped := self.wiped.get(optimizer)) is not None:
+            wiped.kept = wiped.is_kept()
         scaler, followed = self.scaled.pop(optimizer, (None, []))
         if scaler is None or self.scaler_steps is optimizer or not all(f.is_unchanged() for f in followed):
             return

@@ -186,6 +186,12 @@ def _apart(noted: dict[int, Event]) -> list[Finding]:
     elif not any(e["synced"] for e in every):
         cause = "no backward of these steps averaged the gradients: require_backward_grad_sync was False, or no_sync() was on, in each"
         fix = "let the last backward before optimizer.step() run with synchronisation"
+    elif not any(e["exchanged"] for e in every):
+        cause = "the ranks exchanged no gradients, though DistributedDataParallel was to average them: its own forward did not run"
+        fix = "call the wrapped model, model(...), and not model.module(...)"
+    elif not any(e["last_synced"] for e in every):
+        cause = "the last backward before optimizer.step() ran under no_sync(): what it added was averaged with no other rank"
+        fix = "no_sync() around every micro-batch but the last one of a step"
     else:
         cause, fix = None, "look at what changes weights or gradients on one rank only"
     return [

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import Function
 
 from ..sources import Spot
 from . import place
@@ -55,12 +56,12 @@ class Evaluating(Part):
             self.dropped = weakref.ref(modules[0]) if modules else None
 
     def _loss(self, args: Any, output: Any) -> None:
-        """A loss without gradients after dropout ran: an evaluation in train mode. Checkpointing also runs without gradients."""
-        if torch.is_grad_enabled():
+        """A loss without gradients after dropout ran: an evaluation in train mode."""
+        if torch.is_grad_enabled() or _inside_a_function():
             return
         self._remember_evaluation()
         model = self.dropped() if self.dropped is not None else None
-        if model is None or not model.training or _checkpointing():  # dropout in eval mode is meant (Monte Carlo dropout)
+        if model is None or not model.training:  # dropout in eval mode is meant (Monte Carlo dropout)
             return
         here = place.here(sys._getframe(3))
         if not self.watch.backwards:
@@ -162,5 +163,6 @@ def _running() -> set[Any]:
     return found
 
 
-def _checkpointing() -> bool:
-    return any(code.co_filename.endswith("torch/utils/checkpoint.py") for code in _running())
+def _inside_a_function() -> bool:
+    """Whether the forward of a `torch.autograd.Function` runs, as compiled code and checkpointing do: autograd turns gradients off for it."""
+    return Function.apply.__func__.__code__ in _running()  # type: ignore[attr-defined]

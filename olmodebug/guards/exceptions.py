@@ -53,12 +53,15 @@ def explain_exception(error: BaseException) -> Finding | None:
         where = at.at()
         text = operands(error, at.spot, {})
         first = str(error).strip().partition("\n")[0]
+        cause, fix = _classes_last(error) or (None, None)
         return Finding(
             probe=FITS if SIZES.search(first) or isinstance(error, IndexError) else RAISED,
             severity="error",
             message=f"{type(error).__name__}: {first}" + (f" ({text})" if text else ""),
             where=where,
             source=lines_at(where),
+            cause=cause,
+            fix=fix,
             observed=text or None,
             raised=f"{type(error).__name__}: {first}",
         )
@@ -77,6 +80,16 @@ def explain_exception(error: BaseException) -> Finding | None:
         evidence={**found.evidence, **evidence},
         raised=found.raised or None,
     )
+
+
+def _classes_last(error: BaseException) -> tuple[str, str] | None:
+    """Cause and fix of a cross-entropy over logits `[..., classes]` of more than two dimensions."""
+    frames = [frame for frame, _, _ in traceback_frames(error.__traceback__) if frame.f_code is torch.nn.functional.cross_entropy.__code__]
+    logits, target = (frames[-1].f_locals.get(name) for name in ("input", "target")) if frames else (None, None)
+    if not isinstance(logits, Tensor) or not isinstance(target, Tensor) or logits.ndim < 3 or target.shape != logits.shape[:-1]:
+        return None
+    classes = f"cross_entropy takes dimension 1 for the classes, which stand last in the logits {tuple(logits.shape)}"
+    return classes, "logits.flatten(0, -2) against target.flatten(), or move the classes to dimension 1"
 
 
 def _of_worker(error: BaseException) -> Finding | None:

@@ -1,5 +1,6 @@
 """Parameters that get gradients and that no optimizer holds, and what an optimizer decays against the script's own grouping."""
 
+import gc
 import weakref
 from typing import Any
 
@@ -93,7 +94,8 @@ class Holding(Part):
             Finding(
                 probe=ALL_HELD,
                 severity="warning",
-                message=f"{plural(len(missing), 'parameter')} of {type(root).__name__} get gradients, and no optimizer holds them: {shown}",
+                message=f"no optimizer holds {plural(len(missing), 'parameter')} of {type(root).__name__} that {'gets' if len(missing) == 1 else 'get'} gradients: {shown}",
+                cause=_unregistered(root),
                 fix="give them to the optimizer; if they are meant to stay, requires_grad_(False) also saves their backward",
                 where=where,
                 source=lines_at(where),
@@ -129,6 +131,21 @@ class Holding(Part):
                     source=lines_at(where),
                 )
             )
+
+
+def _unregistered(module: nn.Module) -> str | None:
+    """The plain list or dict of another module in which a module stands: nothing registers it there, so parameters() leaves it out."""
+    for holder in gc.get_referrers(module):
+        if not isinstance(holder, (list, tuple, dict)):
+            continue
+        for owner in (o for o in gc.get_objects() if isinstance(o, nn.Module) and o is not module):
+            name = next((n for n, value in vars(owner).items() if value is holder), None)
+            if name is not None and not name.startswith("_"):
+                kind, right = type(holder).__name__, "ModuleDict" if isinstance(holder, dict) else "ModuleList"
+                return (
+                    f"`{name}` of {type(owner).__name__} is a plain {kind}, whose modules are not registered as those of an nn.{right} are"
+                )
+    return None
 
 
 def _of_norms(roots: list[nn.Module]) -> set[int]:

@@ -26,6 +26,7 @@ IN_BOUNDS = "index.in-bounds"
 NO_WRAP = "index.no-negative-wrap"
 PROBABILITIES = "index.probabilities"
 
+MOSTLY = 0.5  # of the steps of positions go up by one
 SHORT_RAMP = 2  # indices; a single 0 is no sequence of positions
 
 Use = tuple[Tensor, Tensor, int, int, int]  # table, index, dimension, bound, lowest legal index
@@ -233,6 +234,9 @@ def _cause(bad: Bad, flat: Tensor, value: int, name: str | None, spot: Place) ->
         length = bad.index.shape[-1]
         cause = f"a sequence of {length} tokens is longer than the position table of {bad.bound} rows"
         return cause, f"cut the batch to {bad.bound} tokens, or build the table for at least {largest + 1} positions", ()
+    if bad.op in ("embedding", "tensor indexing") and are_positions(bad.index):
+        cause = f"position {largest} is asked of a table of {bad.bound} rows"
+        return cause, f"build the table for at least {largest + 1} positions, or count no further than {bad.bound - 1}", ()
     if bad.op == "embedding" and value < 0:
         if value == -100:
             return (
@@ -256,9 +260,6 @@ def _cause(bad: Bad, flat: Tensor, value: int, name: str | None, spot: Place) ->
             "else the tokenizer that the model was made for"
         )
         return ": ".join([words[0], " and ".join(words[1:])]) if words[1:] else words[0], fix, ()
-    if bad.op == "tensor indexing" and _is_ramp(flat, bad.index):
-        cause = f"position {largest} is asked of a table of {bad.bound} rows"
-        return cause, f"build the table for at least {largest + 1} positions, or cut the sequence to {bad.bound}", ()
     return None, None, ()
 
 
@@ -298,6 +299,16 @@ def _is_ramp(flat: Tensor, index: Tensor) -> bool:
         return False
     rows = flat.reshape(-1, length)
     return bool(((rows[:, 1:] - rows[:, :-1]) == 1).all())
+
+
+def are_positions(index: Tensor) -> bool:
+    """Whether an index counts up by one along its last dimension, and else begins anew or stands still: positions, also of several
+    documents in a row and of padding."""
+    if index.ndim == 0 or index.shape[-1] < 2:
+        return False
+    before, after = index[..., :-1], index[..., 1:]
+    counted = after - before == 1
+    return bool((counted | (after == 0) | (after == before)).all()) and float(counted.float().mean()) > MOSTLY
 
 
 def _same_memory(left: Tensor, right: Tensor) -> bool:

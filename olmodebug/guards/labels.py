@@ -4,6 +4,7 @@ Token ids are seen at the embedding, labels at the cross-entropy, the attention 
 """
 
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..sources import Spot
 from . import place
+from .index import are_positions
 from .part import Part
 from .place import Place
 
@@ -49,18 +51,23 @@ class Labels(Part):
         self.losses = 0
         self.shifted_right: set[int] = set()
         self.eos_lost = self.eos_kept = 0
+        self.by_token: deque[tuple[int, _Batch, Tensor, Place]] = deque(maxlen=4)
         self.twice: list[Callable[[], None]] = []
 
     def listen(self) -> None:
         self.watch.look(aten.embedding.default, self._embedding)
         for op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
             self.watch.look(op, self._loss)
+        for op in (aten.nll_loss_backward.default, aten.nll_loss2d_backward.default):
+            self.watch.look(op, self._loss_backward)
         self.watch.events.on("step", self._step)
 
     def _embedding(self, args: Any, output: Any) -> None:
         ids = args[1]
         if self.losses >= LABELS_LOOKED_AT or not are_tokens(ids):
             return
+        if self.batch is not None and self.batch.ids.shape == ids.shape and ids.unique().numel() < FEWEST_KINDS:
+            return  # the types of the tokens before
         batch = self.batch = _Batch(ids=ids)
         here = place.here(sys._getframe(3))
         batch.model = here.modules[0] if here.modules else None
@@ -89,18 +96,31 @@ class Labels(Part):
             return
         labels = labels.reshape(rows, -1)
         here = place.here(sys._getframe(3))
-        shift = _shift(ids, labels, ignore)
+        padding = set(ids[~batch.real.cpu()].tolist()) if batch.real is not None else set()
+        shift = _shift(ids, labels, ignore, padding.pop() if len(padding) == 1 else ignore)
         if shift == 1:
             self.shifted_right.add(self.watch.steps)
-            if args[3] != 0:  # a mean or a sum; a loss per token may be masked afterwards
+            if args[3] != 0:  # a mean or a sum
                 self._padding(batch, labels, ignore, here)
                 self._eos(batch, labels, ignore, here)
+            else:  # a loss per token, which may be masked afterwards: its backward knows
+                self.by_token.append((args[1].data_ptr(), batch, labels, here))
         elif shift == 2 and self.watch.steps not in self.shifted_right:
             self._shifted_twice(batch, here)
         elif shift == 0 and labels.shape[1] == ids.shape[1]:
             message = "labels are not shifted: position i learns token i, which it has just read"
             fix = "logits[:, :-1] against labels[:, 1:]; right only for a model that does not see its own token"
             self.watch.tell(SHIFT, "warning", here, message, "cross_entropy", fix=fix, expected="token i + 1", observed="token i")
+
+    def _loss_backward(self, args: Any, output: Any) -> None:
+        """Losses by token that have no part in the gradient are as if their labels were ignored."""
+        weight, target, ignore = args[0], args[2], args[5]
+        known = next((item for item in self.by_token if item[0] == target.data_ptr()), None)
+        if known is None or weight.numel() != known[2].numel():
+            return
+        self.by_token.remove(known)
+        _, batch, labels, here = known
+        self._padding(batch, labels.masked_fill(weight.cpu().reshape(labels.shape) == 0, ignore), ignore, here)
 
     def _shifted_twice(self, batch: _Batch, here: Place) -> None:
         """Told at the step: a head that predicts two ahead beside a loss on the next token is legal, in either order."""
@@ -177,10 +197,8 @@ class Labels(Part):
 
 
 def are_tokens(ids: Tensor) -> bool:
-    """Whether an embedding's index `[batch, seq]` is read as text: no ramp of positions."""
-    if ids.ndim != 2 or type(ids) is not Tensor or ids.device.type == "meta" or ids.shape[1] < 2:
-        return False
-    return not bool((ids[:, 1:] - ids[:, :-1] == 1).all())
+    """Whether an embedding's index `[batch, seq]` is read as text: no positions."""
+    return ids.ndim == 2 and type(ids) is Tensor and ids.device.type != "meta" and ids.shape[1] > 1 and not are_positions(ids)
 
 
 def _matching(value: Any, ids: Tensor) -> Tensor | None:
@@ -205,12 +223,12 @@ def _trailing(padded: Tensor) -> Tensor:
     return padded.flip(1).long().cumprod(1).bool().flip(1)
 
 
-def _shift(ids: Tensor, labels: Tensor, ignore: int) -> int | None:
-    """The k for which labels[:, j] is ids[:, j + k] wherever it is asked; None where none fits or several could."""
+def _shift(ids: Tensor, labels: Tensor, ignore: int, padding: int) -> int | None:
+    """The k for which labels[:, j] is ids[:, j + k] wherever it is asked; None where none fits or several could. Padding fits any."""
     fits = {}
     for k in (0, 1, 2):
         width = min(labels.shape[1], ids.shape[1] - k)
-        asked = labels[:, :width] != ignore
+        asked = (labels[:, :width] != ignore) & (labels[:, :width] != padding)
         values, tokens = labels[:, :width][asked], ids[:, k : k + width][asked]
         if values.numel() < FEWEST or len(set(values.tolist())) < FEWEST_KINDS:
             return None

@@ -42,6 +42,11 @@ REFUSALS = (
         "unscale once an optimizer step, after the last micro-batch, and call scaler.update() after scaler.step(optimizer)",
     ),
     _Refusal(
+        r"Attempted \w+ but _scale is None",
+        "no loss has gone through scaler.scale() before this call: backward ran on the loss itself",
+        "scaler.scale(loss).backward()",
+    ),
+    _Refusal(
         r"No inf checks were recorded prior to update",
         "scaler.update() runs, and no optimizer has stepped through the scaler since the last one",
         "scaler.step(optimizer) in the place of optimizer.step()",
@@ -55,26 +60,23 @@ REFUSALS = (
 FREED = "Trying to backward through the graph a second time"
 OVERWRITTEN = "modified by an inplace operation"
 CHANGED = re.compile(r"\[\S*Tensor \[([\d, ]*)\]\].* is at version (\d+)")  # torch's words on what was overwritten
-PASSED = 64  # backward passes that are remembered: those of a few steps with many losses
-MOST_NODES = 20_000  # of a graph that is searched; of a larger one nothing is told
+PASSED = 16  # backward passes that are remembered: those of a few steps with many losses
+MOST_NODES = 5_000  # of a graph that is searched; of a larger one nothing is told
 
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
-    """A backward that has ended. Autograd numbers its nodes as they are made; `begun` was the next number when it began."""
+    """A backward that has ended, and the numbers of the nodes behind its losses, which may be gone by now. Autograd numbers
+    nodes as they are made; `begun` was the next number when it began."""
 
     begun: int
-    roots: list[Any]
+    nodes: frozenset[int] | None
     at: Spot | None
 
     def may_have_freed(self, node: Any) -> bool | None:
-        """Whether its losses lead to a node; None where they are gone, and nobody can tell."""
-        if node._sequence_nr() >= self.begun:
-            return False
-        losses = [root() for root in self.roots]
-        if any(loss is None for loss in losses):
-            return None
-        return node in (_graph([loss.grad_fn for loss in losses if loss.grad_fn is not None]) or ())
+        """Whether its losses led to a node; None of a graph that was too large, where nobody can tell."""
+        number = node._sequence_nr()
+        return None if self.nodes is None and number < self.begun else number in (self.nodes or ())
 
 
 class Misuse(Part):
@@ -84,6 +86,7 @@ class Misuse(Part):
         self.watch = watch
         self.roots: list[Any] = []  # of the backward that runs
         self.begun = -1
+        self.nodes: frozenset[int] | None = None
         self.passed: deque[_Passed] = deque(maxlen=PASSED)
         self.stepped = -1  # the number of the next node when the last optimizer stepped
         self.optimizer: Any = None
@@ -98,9 +101,11 @@ class Misuse(Part):
         self.roots = [weakref.ref(root) for root in roots]
         # private, as the number of a node: no public accessor; without them nothing is known of what came before
         self.begun = torch.autograd._get_sequence_nr()
+        graph = _graph(self._nodes())
+        self.nodes = None if graph is None else frozenset(node._sequence_nr() for node in graph)
 
     def _done(self, roots: list[Tensor], spot: Spot | None) -> None:
-        self.passed.append(_Passed(self.begun, self.roots, spot))
+        self.passed.append(_Passed(self.begun, self.nodes, spot))
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
         self.stepped, self.optimizer, self.step_at = torch.autograd._get_sequence_nr(), weakref.ref(optimizer), spot

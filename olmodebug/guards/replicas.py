@@ -33,6 +33,8 @@ class Replicas(Part):
         self.first = ""  # digest of the weights before the first step
         self.exchanged = False
         self.synced = False
+        self.last_synced = True  # whether the last backward before each step was one that averages
+        self.syncs = True
         self.noted = False
 
     def listen(self) -> None:
@@ -48,11 +50,13 @@ class Replicas(Part):
 
     def _backward(self, roots: list[Tensor], spot: Spot | None) -> None:
         if not self.noted and torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.synced = self.synced or any(m.require_backward_grad_sync for m in self._wrappers())
+            self.syncs = any(m.require_backward_grad_sync for m in self._wrappers())
+            self.synced = self.synced or self.syncs
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
         if self.noted or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
+        self.last_synced = self.last_synced and self.syncs
         wrappers = self._wrappers()
         ignored = {id(p) for m in wrappers for name, p in m.module.named_parameters() if name in m.parameters_to_ignore}
         weights = [p for p in parameters(optimizer) if type(p.data) is Tensor and id(p) not in ignored]
@@ -73,6 +77,7 @@ class Replicas(Part):
             weights=_digest(weights),
             exchanged=self.exchanged,
             synced=self.synced,
+            last_synced=self.last_synced,
             where={"file": where.file, "line": where.line, "function": where.function},
         )
 

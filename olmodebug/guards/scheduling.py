@@ -7,9 +7,10 @@ import itertools
 import sys
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ WINDOWS = 2  # optimizer steps that show the same order before it is told
 KEPT_STEPS = 5  # steps in a row whose loss graphs are all alive
 SKIPS = 24  # in a row: from 65536 a scaler has then halved to below 1, and a gradient that still overflows is not its doing
 DEPTH = 64  # graph nodes searched behind a variable that keeps losses
+ARITHMETIC = ("MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0", "NegBackward0")
 
 
 class _Token:
@@ -209,8 +211,8 @@ class Scheduling(Part):
         for root in roots:
             if root.grad_fn is not None:
                 token = _Token()
-                metadata: Any = root.grad_fn.metadata  # a dict that lives and dies with the node
-                metadata["olmodebug"] = token
+                for node in _losses(root):
+                    node.metadata["olmodebug"] = token  # a dict that lives and dies with the node
                 self.graphs.append((self.watch.backwards if self.by_hand else self.watch.steps, weakref.ref(token)))
 
     def _stepped(self, optimizer: Any, spot: Spot | None) -> None:
@@ -314,15 +316,38 @@ def _is_used_whole(code: CodeType, variable: str) -> bool:
     )
 
 
+def _losses(root: Tensor) -> list[Any]:
+    """The nodes of the losses behind a root: what is divided, scaled or added up for backward may be let go while they are kept."""
+    waiting: list[Any] = [root.grad_fn]
+    found: list[Any] = []
+    while waiting and len(found) < DEPTH:
+        node = waiting.pop()
+        if root.numel() == 1 and node.name() in ARITHMETIC:
+            waiting += [before for before, _ in node.next_functions if before is not None and not hasattr(before, "variable")]
+        else:
+            found.append(node)
+    return found
+
+
 def _keeper(frame: FrameType | None) -> tuple[str | None, Spot | None]:
     """The variable of the running code that holds the losses, and the line that adds to it."""
     while frame is not None:
         if rank(frame.f_code.co_filename) == OWN:
-            for name, value in list(frame.f_locals.items()):
+            for name, value in _reachable(frame):
                 if _holds(value):
                     return name, _adds(frame, name)
         frame = frame.f_back
     return None, None
+
+
+def _reachable(frame: FrameType) -> Iterator[tuple[str, Any]]:
+    """The variables of a function, the attributes of objects among them, and the entries of dicts, as the code writes them."""
+    for name, value in list(frame.f_locals.items()):
+        yield name, value
+        if isinstance(value, dict):
+            yield from ((f"{name}[{key!r}]", item) for key, item in list(value.items()))
+        elif not isinstance(value, (ModuleType, type)):
+            yield from ((f"{name}.{key}", item) for key, item in list(getattr(value, "__dict__", {}).items()))
 
 
 def _holds(value: Any) -> bool:
@@ -336,15 +361,17 @@ def _holds(value: Any) -> bool:
 
 def _marks(node: Any) -> int:
     seen: set[Any] = set()
-    queue, marks = [node], 0
+    marks: set[int] = set()  # the tokens: one loss may have several nodes
+    queue = [node]
     while queue and len(seen) < DEPTH:
         node = queue.pop(0)
         if node is None or node in seen:
             continue
         seen.add(node)
-        marks += "olmodebug" in node.metadata
+        if "olmodebug" in node.metadata:
+            marks.add(id(node.metadata["olmodebug"]))
         queue += [following for following, _ in node.next_functions]
-    return marks
+    return len(marks)
 
 
 def _adds(frame: FrameType, name: str) -> Spot | None:
@@ -354,9 +381,11 @@ def _adds(frame: FrameType, name: str) -> Spot | None:
     except (OSError, SyntaxError, ValueError):
         return None
     for node in ast.walk(tree):
-        added = isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and node.target.id == name
-        summed = isinstance(node, ast.Assign) and any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node.value))
-        summed = summed and isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+        added = isinstance(node, ast.AugAssign) and ast.unparse(node.target) == name
+        summed = isinstance(node, ast.Assign) and any(ast.unparse(target) == name for target in node.targets)
+        summed = (
+            summed and isinstance(node, ast.Assign) and any(ast.unparse(n) == name for n in ast.walk(node.value) if isinstance(n, ast.expr))
+        )
         call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == f"{name}.append"
         if (added or summed or call) and isinstance(node, ast.stmt):
             return Spot(frame.f_code, frame.f_lasti, node.lineno)

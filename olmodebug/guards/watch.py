@@ -29,6 +29,7 @@ from .events import Events
 from .excerpts import lines_at
 from .filling import Filling
 from .holding import Holding
+from .idle import Idle
 from .index import Bad
 from .journal import Journal
 from .labels import Labels
@@ -54,6 +55,7 @@ LOOP: tuple[type[Part], ...] = (
     Rates,
     Resetting,
     Applying,
+    Idle,
     Holding,
     Rounding,
     Tying,
