@@ -26,8 +26,10 @@ from olmodebug.tracing.norms import (
     FUSED,
     NormCall,
     acts_as_norm,
+    could_hold_a_norm,
     device_of,
     divides_by_square,
+    grows_with_input,
     norm_calls,
     norm_width,
     overflowing_squares,
@@ -35,6 +37,7 @@ from olmodebug.tracing.norms import (
     traced,
     unbiased,
     unit_rms,
+    unused_norms,
     with_unit_weights,
 )
 from olmodebug.tracing.stream import (
@@ -64,6 +67,8 @@ EPS_NAMES = (
     "layer_norm_rms_epsilon",
     "eps",
 )
+# What says by its name that it is a norm over the last dimension.
+NAMED_NORM = re.compile(r"(rms|layer)_?norm", re.IGNORECASE)
 # Norms cast to float32 inside, and unit scale is judged on squares.
 UNIT_LIMIT = roundings_limit({"float32"})
 # Activations of a few hundred are ordinary in trained models; their squares leave float16, whose largest number is 65504.
@@ -170,6 +175,67 @@ def _wrong_divisor(
         fix=fix,
         expected=expected,
         evidence={"width": width},
+    )
+
+
+@probe()
+def takes_effect(subject: Subject) -> Iterator[Finding]:
+    """What is called a norm normalises: its numbers are used, and what it gives does not grow with what it is given.
+
+    Why: without its norms a model trains until its activations have grown, and with weights from elsewhere it gives random words.
+    Catches: return x * weight, where y = x * rsqrt(...) was meant; a norm that lost its division.
+    """
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq))
+    recording = _recorded(twin, case)
+    seen: set[object] = set()
+    for path, module in twin.model.named_modules():
+        width, kind = norm_width(module), type(module)
+        if (
+            width is None
+            or width < 2
+            or kind in seen
+            or not NAMED_NORM.search(kind.__name__)
+            or not grows_with_input(with_unit_weights(module), width)
+        ):
+            continue
+        seen.add(kind)
+        where = next((e.where for e in recording.events if e.where.module == path), Where(module=path))
+        yield _without_effect(
+            where,
+            case,
+            f"{path}, of class {kind.__name__}, hands on an input 1000 times as large 1000 times as large: it normalises nothing",
+        )
+    for call, goes_on in unused_norms(recording):
+        if (place := (call.where.file, call.where.line)) not in seen:
+            seen.add(place)
+            yield _without_effect(
+                goes_on.where,
+                case,
+                f"what {call.where.function} normalises at line {call.where.line} is never used",
+                f"line {goes_on.where.line} goes on with numbers that were not normalised",
+            )
+    declared = [name for name in EPS_NAMES if isinstance(subject.setting(name), float)]
+    if declared and not seen and not could_hold_a_norm(recording):
+        spots = (spot for spot in recording.spots if spot is not None and NAMED_NORM.search(spot.function))
+        yield _without_effect(
+            place_of(next(spots, None)),
+            case,
+            f"the config declares {declared[0]}, and no op of a forward could be part of a norm: none takes a mean or a root",
+        )
+
+
+def _without_effect(where: Where, case: Case, message: str, cause: str | None = None) -> Found:
+    return Found(
+        probe="",
+        severity="error",
+        message=message,
+        where=where,
+        source=source_lines(where),
+        cause=cause,
+        fix="return what was normalised: weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)) for an RMS norm",
+        case=case,
     )
 
 

@@ -20,6 +20,7 @@ SHARP = frozenset(
     """
     hf/no-causal-mask hf/mask-polarity hf/causal-off-by-one hf/zero-one-mask-added hf/mask-minus-1e4
     hf/fully-masked-row-nan hf/eager-without-mask hf/layer-1-without-mask hf/mask-not-forwarded
+    llama/norm-result-unused hf/norm-without-division llama/norm-without-division
     hf/dropout-rate-forgotten-eager hf/raises-in-eager-alone hf/key-mask-on-queries hf/heads-merged-without-transpose hf/softmax-over-queries hf/dropout-in-eval-sdpa
     hf/position-ids-ignored hf/norm-used-twice hf/final-norm-missing hf/batch-mean hf/plain-list-of-layers
     hf/tying-by-copy hf/labels-shifted-twice hf/labels-not-shifted hf/ignored-labels-count

@@ -5,6 +5,7 @@ dimension plus a constant.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,53 @@ def acts_as_norm(module: nn.Module, width: int) -> bool:
     size = float(first.abs().max())
     varied = bool((first.std(dim=-1) > 1e-3 * size).all())
     return size > 0 and varied and float((first - second).abs().max()) <= 1e-5 * size
+
+
+def grows_with_input(module: nn.Module, width: int) -> bool:
+    """Whether what a module gives is a thousand times as large for an input a thousand times as large: it normalises nothing."""
+    outputs = _at_scales(module, width, LARGE, 1e3 * LARGE)
+    if outputs is None:
+        return False
+    first, second = (out.double() for out in outputs)
+    return bool(first.any()) and float((1e3 * first - second).abs().max()) <= 1e-5 * float(second.abs().max())
+
+
+def unused_norms(recording: Recording) -> Iterator[tuple[NormCall, Event]]:
+    """Norms of a run whose numbers reach none of the model's outputs, though the function, or the norm's module, in which they
+    are computed goes on after them; each with the first op that does reach one."""
+    if not recording.calls:
+        return
+    wanted = {info.storage for info in recording.calls[-1].outputs}
+    living = [False] * len(recording.events)
+    for event in reversed(recording.events):
+        if not wanted.isdisjoint(info.storage for info in event.outputs):
+            living[event.index] = True
+            wanted.update(info.storage for info in event.inputs)
+    for call in norm_calls(recording):
+        spot = recording.spots[call.event]
+        if living[call.event] or spot is None or not re.search("norm", spot.function, re.IGNORECASE):
+            continue
+        inside = [c for c in recording.calls if c.module == call.where.module and c.first_event <= call.event <= c.last_event]
+        named = bool(inside) and "norm" in inside[0].kind.lower()
+        for event in recording.events[call.event + 1 :]:
+            other = recording.spots[event.index]
+            if named and event.index > inside[0].last_event:
+                break
+            if event.where.module != call.where.module or other is None or not (named or other.code is spot.code):
+                if not named:
+                    break  # the function is left
+                continue
+            if living[event.index]:
+                yield call, event
+                break
+
+
+def could_hold_a_norm(recording: Recording) -> bool:
+    """Whether any op of a run may be part of a norm: a mean, a root, a norm of torch's, or an op that is not torch's own."""
+    return any(
+        event.op in (*MEANS, *ROOTS, "std", "pow") or "norm" in event.op or "::" in event.op or not hasattr(torch.ops.aten, event.op)
+        for event in recording.events
+    )
 
 
 def divides_by_square(module: nn.Module, width: int) -> bool:

@@ -937,6 +937,14 @@ _HF_MUTANTS = (
         also="MyRMSNorm.forward",
     ),
     _mutant(
+        "hf/norm-without-division",
+        "",
+        "MyRMSNorm.forward",
+        "norm",
+        "normalises nothing",
+        ("        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)\n", ""),
+    ),
+    _mutant(
         "hf/norm-squares-in-float16",
         "N02",
         "MyRMSNorm.forward",
@@ -1828,6 +1836,22 @@ _LLAMA_NORM = """    y = x.float()
 """
 
 _LLAMA_MUTANTS = (
+    _mutant(
+        "llama/norm-result-unused",
+        "",
+        "rms_norm",
+        "norm",
+        "never used",
+        ("    return y.type_as(x) * weight\n", "    return x * weight\n"),
+    ),
+    _mutant(
+        "llama/norm-without-division",
+        "",
+        "rms_norm",
+        "norm",
+        "no op of a forward could be part of a norm",
+        ("    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)\n", ""),
+    ),
     _mutant("llama/no-causal-mask", "M02", "attention", "causality", "causal mask|future|later", (_LLAMA_ADD, "")),
     _mutant(
         "llama/causal-off-by-one",
