@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..records import Case, Difference
 from ..settle import settled
 from ..subject import BATCH_SIZES, SEQ_LENS, Subject
 from ..tracing.tracer import record
+from ..units import listed
 from .anchors import Graph, anchor, first_bad, graph_of
 from .mapping import Layout, choices, fit, in_pairs, layout_of
 
@@ -112,19 +114,24 @@ def align(left: Subject, right: Subject, *, stated: Mapping[str, str] | None = N
             if not torch.isfinite(logits_of(twin, given.first_case())).all():
                 raise SubjectError(f"{given.spec}: its logits are not finite, so there is nothing to compare; try olmodebug check")
     case = shared_case(twins[0], twins[1], seed=seed)
-    first, second = fit(layout_of(twins[0], other=twins[1]), layout_of(twins[1], other=twins[0]), stated=stated)
+    uses: dict[int, dict[str, int]] = {}
+    used = partial(_first_uses, case=case, known=uses)
+    first, second = fit(layout_of(twins[0], other=twins[1]), layout_of(twins[1], other=twins[0]), stated=stated, used=used)
     reached: list[tuple[int, int, Aligned]] = []
-    ways = list(choices(first, second))
-    for number, (orders_left, orders_right, pairs_on) in enumerate(ways):
+    ways = [(way, False) for way in choices(first, second)]
+    ways += [(way, True) for way, _ in ways if first.by_use]  # parts side by side may be used in any order
+    for number, ((orders_left, orders_right, pairs_on), backwards) in enumerate(ways):
         if number:
             mine, theirs = (
                 layout_of(twin, orders=orders, other=other)
                 for twin, orders, other in ((twins[0], orders_left, twins[1]), (twins[1], orders_right, twins[0]))
             )
-            first, second = fit(mine, theirs, stated=stated)
+            first, second = fit(mine, theirs, stated=stated, used=partial(used, backwards=mine if backwards else None))
         found = _loaded(first, second, case, pairs_on, seed)
         if len(ways) > 1:
             found.by_value = _settled(orders_left, orders_right, pairs_on)
+        if first.by_use:
+            found.by_value += (f"{listed(first.by_use, 3)}: the order in which a run uses them{', the last first' * backwards}",)
         if found.agree:
             return found
         if len(ways) == 1:
@@ -136,6 +143,20 @@ def align(left: Subject, right: Subject, *, stated: Mapping[str, str] | None = N
     kept.others = [found for _, _, found in reached[1:]]
     kept.load()
     return kept
+
+
+def _first_uses(layout: Layout, *, case: Case, known: dict[int, dict[str, int]], backwards: Layout | None = None) -> dict[str, int]:
+    """By parameter, the op of a run that uses it first, below 0 for the layout that is counted backwards; each subject runs once."""
+    subject = layout.subject
+    if id(subject) not in known:
+        with torch.no_grad(), quiet(), settled(subject.model, seed=subject.seed):
+            recording = record(subject.model, lambda: subject.call(replace(case, labels=None)))
+        found: dict[str, int] = {}
+        for event in recording.events:
+            for name in event.parameters:
+                found.setdefault(name, event.index)
+        known[id(subject)] = found
+    return {name: -index for name, index in known[id(subject)].items()} if layout is backwards else known[id(subject)]
 
 
 def _loaded(first: Layout, second: Layout, case: Case, pairs_on: str | None, seed: int) -> Aligned:

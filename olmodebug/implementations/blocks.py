@@ -1,7 +1,7 @@
 """How a layer puts attention and feed-forward together where two implementations part: what each reads, and what its result is added to."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,19 +15,32 @@ from .aligned import Side, traced
 from .anchors import Graph
 from .captured import Parting
 from .hypotheses import Cause
-from .norm_rules import DIVISIONS, USES, NormRule
+from .norm_rules import USES, NormRule
 from .wiring import line_naming, weights_read
 
 Norm = Callable[[Tensor], Tensor]
-# What a part f makes of the stream x: whether it reads x through the norm, and what x is behind it.
-FORMS: dict[str, tuple[bool, Callable[[Tensor, Norm, Tensor], Tensor]]] = {
-    "x + f(norm(x))": (True, lambda x, norm, f: x + f),
-    "norm(x + f(x))": (False, lambda x, norm, f: norm(x + f)),
-    "x + norm(f(x))": (False, lambda x, norm, f: x + norm(f)),
-    "norm(x) + f(norm(x))": (True, lambda x, norm, f: norm(x) + f),
-    "x + f(x)": (False, lambda x, norm, f: x + f),
-    "f(norm(x))": (True, lambda x, norm, f: f),
+Form = tuple[str, Callable[[Tensor, Norm, Norm, Tensor], Tensor]]
+# What a part f makes of the stream x: which of its norms it reads x through, and what x is behind it (x, pre, post, f). A part
+# with one norm has it in both places.
+ONE_NORM: dict[str, Form] = {
+    "x + f(norm(x))": ("pre", lambda x, pre, post, f: x + f),
+    "norm(x + f(x))": ("", lambda x, pre, post, f: post(x + f)),
+    "x + norm(f(x))": ("", lambda x, pre, post, f: x + post(f)),
+    "norm(x) + f(norm(x))": ("pre", lambda x, pre, post, f: pre(x) + f),
+    "x + f(x)": ("", lambda x, pre, post, f: x + f),
+    "f(norm(x))": ("pre", lambda x, pre, post, f: f),
 }
+TWO_NORMS: dict[str, Form] = {
+    "x + post(f(pre(x)))": ("pre", lambda x, pre, post, f: x + post(f)),
+    "post(x + f(pre(x)))": ("pre", lambda x, pre, post, f: post(x + f)),
+    "x + f(pre(x))": ("pre", lambda x, pre, post, f: x + f),
+    "pre(x) + post(f(pre(x)))": ("pre", lambda x, pre, post, f: pre(x) + post(f)),
+    "x + pre(f(post(x)))": ("post", lambda x, pre, post, f: x + pre(f)),
+    "x + post(f(x))": ("", lambda x, pre, post, f: x + post(f)),
+}
+FORMS = ONE_NORM | TWO_NORMS
+ON_THE_STREAM = {"norm(x) + f(norm(x))", "f(norm(x))", "pre(x) + post(f(pre(x)))"}  # the residual itself is another
+FOUR = ("norm1", "post_norm1", "norm2", "post_norm2")
 KINDS = {"RMS norm": "the root of the mean square", "layer norm": "the standard deviation, the mean taken off first"}
 VIEWS = ("view", "_unsafe_view", "reshape", "expand", "transpose", "t", "clone", "detach", "alias", "_to_copy", "unsqueeze", "squeeze")
 ATTENTION, FEED_FORWARD = ("q", "k", "v"), ("gate", "up", "router")
@@ -46,23 +59,40 @@ class Wiring:
             if self.attention == self.feed_forward:
                 return f"{self.attention}, f the attention and then the feed-forward"
             return f"{self.attention}, f the attention, and then {self.feed_forward}, f the feed-forward"
+        if self.attention in TWO_NORMS:
+            return "x + post(attention(pre(x))) + post(feed_forward(pre(x))), both of the same x"
         norms = ("norm(x)", "norm(x)") if self.reads.endswith("one norm") else ("norm1(x)", "norm2(x)")
         return f"x + attention({norms[0]}) + feed_forward({norms[1]}), both of the same x"
 
     def fed(self, x: Tensor, h: Tensor, norms: "Norms") -> Tensor:
         """What the feed-forward reads."""
-        source = h if self.reads == "in turn" else x
-        if not FORMS[self.feed_forward][0]:
-            return source
-        return norms.first(source) if self.reads.endswith("one norm") else norms.second(source)
+        part = norms.first if self.reads.endswith("one norm") else norms.second
+        return part.read(h if self.reads == "in turn" else x, self.feed_forward)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The norms of attention or of the feed-forward."""
+
+    pre: Norm
+    post: Norm
+
+    def read(self, x: Tensor, form: str) -> Tensor:
+        """What the part reads of the stream."""
+        which = FORMS[form][0]
+        return x if not which else self.pre(x) if which == "pre" else self.post(x)
+
+    def joined(self, x: Tensor, form: str, given: Tensor) -> Tensor:
+        """The stream behind the part."""
+        return FORMS[form][1](x, self.pre, self.post, given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norms:
-    """The two norms of one layer."""
+    """The norms of one layer."""
 
-    first: Norm
-    second: Norm
+    first: Part
+    second: Part
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,6 +115,7 @@ class Stream:
     start: int
     head: int
     final: Norm
+    forms: dict[str, Form] = field(default_factory=lambda: ONE_NORM)
     layers: list[Layer] = field(default_factory=list)
     wiring: Wiring | None = None
 
@@ -143,7 +174,7 @@ def _name(mine: Wiring, theirs: Wiring) -> str:
         for a in (one.attention, one.feed_forward)
         if a not in (other.attention, other.feed_forward)
     }
-    return "residual" if differing & {"norm(x) + f(norm(x))", "f(norm(x))"} else "norm placement"
+    return "residual" if differing & ON_THE_STREAM else "norm placement"
 
 
 # Reading a run
@@ -155,16 +186,13 @@ def _stream(parting: Parting, graph: Graph, side: Side) -> Stream | None:
     width = weights["embed.weight"].shape[-1] if "embed.weight" in weights else 0
     calls = [c for c in norm_calls(graph.recording) if c.width == width]
     reads = [(i, s) for i, s in weights_read(graph, side.layout) if weights[s].ndim == 2]
-    if not calls or not reads or calls[0].kind not in KINDS:
+    if not calls or not reads:
         return None
-    division = KINDS[calls[0].kind]
-    assert division in DIVISIONS
-    for use in list(USES)[:2]:
-        rule = NormRule(division=division, use=use, eps=calls[0].eps)
-        for turned in (False, True):
-            found = _read(parting, graph, reads, partial(_norm, rule, weights), turned)
-            if found is not None:
-                return found
+    for use, turned in itertools.product(list(USES)[:2], (False, True)):
+        rule = NormRule(division=KINDS[calls[0].kind], use=use, eps=calls[0].eps)
+        found = _read(parting, graph, reads, partial(_norm, rule, weights), turned)
+        if found is not None:
+            return found
     return None
 
 
@@ -186,18 +214,33 @@ def _read(parting: Parting, graph: Graph, reads: list[tuple[int, str]], norm: Ca
             for s in weights
             if s.startswith(f"{name}.") and s.endswith("weight") and "norm" in s and s.split(".")[-2] not in ("q_norm", "k_norm")
         ]
-        if len(slots) > 2:
+        norms = _norms_of(name, slots, norm, turned)
+        if norms is None:
             return None
-        one, two = [*slots, *slots, None, None][:2] if slots else (None, None)
-        one, two = (two, one) if turned else (one, two)
+        stream.forms = TWO_NORMS if len(slots) == len(FOUR) else ONE_NORM
         own = [(i, slot.split(".")[1]) for i, slot in reads if slot.startswith(f"{name}.")]
         first = [
             next((_base(graph, i) for i, kind in own if kind.startswith(kinds)), None) for kinds in (ATTENTION, (*FEED_FORWARD, "expert"))
         ]
         if first[0] is None or first[1] is None:
             return None
-        stream.layers.append(Layer(norms=Norms(first=norm(one), second=norm(two)), reads=first[0], fed=first[1]))
+        stream.layers.append(Layer(norms=norms, reads=first[0], fed=first[1]))
     return _followed(parting, stream) if stream.layers else None
+
+
+def _norms_of(layer: str, slots: list[str], norm: Callable[[str | None], Norm], turned: bool) -> Norms | None:
+    """The norms of a layer that has none, one for both parts, one for each, or two for each; `turned`: the first is the feed-forward's."""
+    if len(slots) == len(FOUR):
+        four = [f"{layer}.{kind}.weight" for kind in FOUR]
+        if turned or set(four) != set(slots):
+            return None
+        made = [norm(slot) for slot in four]
+        return Norms(first=Part(pre=made[0], post=made[1]), second=Part(pre=made[2], post=made[3]))
+    if len(slots) > 2:
+        return None
+    one, two = (norm(slot) for slot in ([*slots, *slots][:2] if slots else (None, None)))
+    first, second = Part(pre=one, post=one), Part(pre=two, post=two)
+    return Norms(first=second, second=first) if turned else Norms(first=first, second=second)
 
 
 def _base(graph: Graph, index: int) -> int:
@@ -217,23 +260,34 @@ def _followed(parting: Parting, stream: Stream) -> Stream | None:
     given = stream.value(first.reads)
     if given is None:
         return None
-    starts = (i for i in range(first.reads) if (x := stream.value(i)) is not None and _same(first.norms.first(x), given, parting.limit))
-    for start in (*itertools.islice(starts, 1), first.reads):
+    for reads in ("pre", "post", ""):
+        forms = [name for name, (which, _) in stream.forms.items() if which == reads]
+        start = first.reads
+        if reads and forms:
+            normed = (
+                i
+                for i in range(start)
+                if (x := stream.value(i)) is not None and _same(first.norms.first.read(x, forms[0]), given, parting.limit)
+            )
+            start = next(normed, -1)
+        if start < 0:
+            continue
         stream.start = start
-        for wiring in _wirings(start != first.reads):
+        for wiring in _wirings(stream.forms, forms):
             if _follows(parting, stream, wiring):
                 stream.wiring = wiring
                 return stream
     return None
 
 
-def _wirings(normed: bool) -> Iterator[Wiring]:
-    for attention, (reads_norm, _) in FORMS.items():
-        if reads_norm == normed:
-            yield from (Wiring(attention=attention, feed_forward=form) for form in FORMS)
-            if attention == "x + f(norm(x))":
-                yield Wiring(attention=attention, feed_forward=attention, reads="parallel")
+def _wirings(forms: Iterable[str], first: list[str]) -> Iterator[Wiring]:
+    """The ways to put two parts together, the attention in one of the `first` forms."""
+    for attention in first:
+        yield from (Wiring(attention=attention, feed_forward=form) for form in forms)
+        if attention in ("x + f(norm(x))", "x + post(f(pre(x)))"):
+            if attention in ONE_NORM:
                 yield Wiring(attention=attention, feed_forward=attention, reads="parallel with one norm")
+            yield Wiring(attention=attention, feed_forward=attention, reads="parallel")
 
 
 def _follows(parting: Parting, stream: Stream, wiring: Wiring) -> bool:
@@ -244,7 +298,7 @@ def _follows(parting: Parting, stream: Stream, wiring: Wiring) -> bool:
         fed, wanted = stream.value(layer.fed), stream.value(end)
         if x is None or fed is None or wanted is None:
             return False
-        after = stream.final if following is None else following.norms.first if FORMS[wiring.attention][0] else None
+        after = stream.final if following is None else partial(following.norms.first.read, form=wiring.attention)
         found = _joined(parting.limit, stream, wiring, layer, x, (fed, wanted), end, after)
         if found is None:
             return False
@@ -253,17 +307,16 @@ def _follows(parting: Parting, stream: Stream, wiring: Wiring) -> bool:
 
 
 def _joined(
-    limit: float, stream: Stream, wiring: Wiring, layer: Layer, x: Tensor, wanted: tuple[Tensor, Tensor], end: int, after: Norm | None
+    limit: float, stream: Stream, wiring: Wiring, layer: Layer, x: Tensor, wanted: tuple[Tensor, Tensor], end: int, after: Norm
 ) -> tuple[int, int, Tensor] | None:
     """(what attention gives, what the feed-forward gives, the stream behind the layer), where the forms fit what is read next."""
-    join, join_fed = FORMS[wiring.attention][1], FORMS[wiring.feed_forward][1]
     for i, a in stream.given(layer.reads, layer.fed if wiring.reads == "in turn" else end):
-        h = join(x, layer.norms.first, a)
+        h = layer.norms.first.joined(x, wiring.attention, a)
         if not _same(wiring.fed(x, h, layer.norms), wanted[0], limit):
             continue
         for j, f in stream.given(layer.fed, end):
-            y = join_fed(h, layer.norms.second, f)
-            if _same(y if after is None else after(y), wanted[1], limit):
+            y = layer.norms.second.joined(h, wiring.feed_forward, f)
+            if _same(after(y), wanted[1], limit):
                 return i, j, y
     return None
 
@@ -296,14 +349,13 @@ def _rewired(parting: Parting, stream: Stream, wiring: Wiring, side: Side) -> Te
             norms = stream.layers[number].norms
             own = outputs[0].double().reshape(graph.batch, graph.seq, -1)
             if what == "reads":
-                made = norms.first(x) if FORMS[wiring.attention][0] else x
-                outputs[0].copy_(made.reshape(outputs[0].shape))
+                outputs[0].copy_(norms.first.read(x, wiring.attention).reshape(outputs[0].shape))
             elif what == "gives":
-                h = FORMS[wiring.attention][1](x, norms.first, own)
+                h = norms.first.joined(x, wiring.attention, own)
             elif what == "fed":
                 outputs[0].copy_(wiring.fed(x, h, norms).reshape(outputs[0].shape))
             else:
-                x = FORMS[wiring.feed_forward][1](h, norms.second, own)
+                x = norms.second.joined(h, wiring.feed_forward, own)
         if event == ends:
             outputs[0].copy_(stream.final(x).reshape(outputs[0].shape))
 

@@ -102,7 +102,7 @@ def parting_of(aligned: Aligned) -> Parting:
 def activation(parting: Parting) -> Cause | None:
     """Another activation function."""
     left, right = parting.left, parting.right
-    inputs = [i for i in left.nodes[parting.node].inputs if left.nodes[i].anchor is not None]
+    inputs = [i for i in left.nodes[parting.node].inputs if left.nodes[i].anchor is not None and left.nodes[i].tensor.is_floating_point()]
     for source in inputs:
         x = left.nodes[source].tensor.double()
         if left.columns_of(x) is None:

@@ -10,6 +10,7 @@ from .anchors import Graph, anchor, first_bad, same
 from .captured import NEAR, Parting
 from .hypotheses import Cause
 from .repaired import repeated
+from .wiring import between
 
 GROUPS = 8  # of tensors that are a constant times the reference's, tried by running
 FACTORS = 5  # that one subject may have wrong at once: embedding, scores, both branches, logits
@@ -121,6 +122,9 @@ def _ratio(left: Graph, index: int, right: Graph, other: int, limit: float) -> f
 
 def _cause(parting: Parting, found: list[tuple[int, float]]) -> Cause:
     index, ratio = found[0]
+    spot, module = parting.spot(index), parting.left.event(index).where.module
+    if parting.left.nodes[index].anchor is not None:  # the tensor is right, and a step on it is missing
+        spot, module = between(parting.left, index, parting.node)
     shape = parting.left.nodes[index].tensor.shape
     seq = parting.left.seq
     scores = len(shape) >= 2 and shape[-2:] == (seq, seq)
@@ -138,8 +142,8 @@ def _cause(parting: Parting, found: list[tuple[int, float]]) -> Cause:
         fix="scale the scores by 1/sqrt(head_dim), once"
         if scores
         else f"multiply by {1 / ratio:.6g}, or leave the factor out on both sides",
-        spot=parting.spot(index),
-        module=parting.left.event(index).where.module,
+        spot=spot,
+        module=module,
         op=parting.left.event(index).op,
         evidence={"factor": ratio},
     )

@@ -17,8 +17,10 @@ from torch import Tensor
 from ..errors import SubjectError
 from ..report import Scalar
 from ..sources import Spot
+from ..tracing.rotation import angle_tables
 from .aligned import Aligned, Side
-from .mapping import GATE_UP_ORDERS, QKV_ORDERS, in_pairs, layout_of
+from .mapping import ORDERS, in_pairs, layout_of
+from .roles import GATE_UP_ORDERS
 
 Weights = dict[str, Tensor]
 MANY = 6  # experts, of which every pair is still exchanged
@@ -43,12 +45,17 @@ Hypothesis = Callable[[Aligned], Cause | None]
 
 def rope_style(aligned: Aligned) -> Cause | None:
     """Rotate-half against interleaved pairs."""
-    for back, mine, theirs in (
-        (False, "interleaved pairs (0, 1), (2, 3), ...", "two halves"),
-        (True, "two halves", "interleaved pairs (0, 1), (2, 3), ..."),
+    right = aligned.graphs()[1]
+    widths = dict.fromkeys([None, *(2 * table.cos.shape[1] for table in angle_tables(right.recording, right.seq))])
+    for (back, mine, theirs), turned in itertools.product(
+        (
+            (False, "interleaved pairs (0, 1), (2, 3), ...", "two halves"),
+            (True, "two halves", "interleaved pairs (0, 1), (2, 3), ..."),
+        ),
+        widths,
     ):
         # The subject rotates pairs: rows in interleaved order make its rotation the reference's.
-        if _agrees(aligned, in_pairs(aligned.weights, aligned.left.layout, back=back)):
+        if _agrees(aligned, in_pairs(aligned.weights, aligned.left.layout, back=back, turned=turned)):
             return Cause(
                 name="RoPE style",
                 text=f"RoPE rotates {mine} where the reference rotates {theirs}; with the rows of q and k reordered to match, the logits agree",
@@ -94,7 +101,7 @@ def fused_order(aligned: Aligned) -> Cause | None:
     layout = aligned.left.layout
     fused = {p.parameter.split(".")[-2]: p.order for p in layout.slots.values() if p.order}
     for leaf, order in fused.items():
-        options = GATE_UP_ORDERS if order in GATE_UP_ORDERS else QKV_ORDERS
+        options = next(orders for orders in ORDERS.values() if order in orders)
         for other in options:
             if other == order:
                 continue
@@ -107,7 +114,7 @@ def fused_order(aligned: Aligned) -> Cause | None:
                 continue
             if set(side.layout.slots) == set(layout.slots) and _agrees(aligned, aligned.weights, side=side):
                 return Cause(
-                    name="fused projection order" if options is QKV_ORDERS else "fused gate and up order",
+                    name="fused gate and up order" if options is GATE_UP_ORDERS else "fused projection order",
                     text=f"{leaf} is divided as {other} where its weights are laid out as {order}; with the rows in that order, the logits agree",
                     fix=f"divide {leaf} as {order}",
                 )
@@ -129,6 +136,13 @@ def grouped_heads(aligned: Aligned) -> Cause | None:
                 name="GQA order",
                 text=f"query head h reads key/value {mine} where the reference reads {theirs}; with the query heads reordered to match, the logits agree",
                 fix="repeat each key/value head for its own group: repeat_interleave(n, dim=heads), not repeat or tile",
+                evidence={"heads": heads, "key_value_heads": groups},
+            )
+        if _agrees(aligned, _heads_moved(aligned.weights, places, heads, merged=False)):
+            return Cause(
+                name="GQA order",
+                text=f"where q is divided, query head h goes to key/value {mine} and comes back in another place, where the reference's reads {theirs}; with the rows of q reordered to match, the logits agree",
+                fix="divide the rows of q into [key/value heads, heads of each group], in this order",
                 evidence={"heads": heads, "key_value_heads": groups},
             )
     return None
@@ -243,8 +257,8 @@ def _slots(weights: Mapping[str, Tensor], sources: Mapping[str, str]) -> Iterato
             yield slot, ".".join([*parts[:-2], sources[parts[-2]], parts[-1]])
 
 
-def _heads_moved(weights: Mapping[str, Tensor], places: Tensor, heads: int) -> Weights:
-    """Weights whose query head h stands at `places[h]`, in q, its bias and norm, and in the columns of o."""
+def _heads_moved(weights: Mapping[str, Tensor], places: Tensor, heads: int, *, merged: bool = True) -> Weights:
+    """Weights whose query head h stands at `places[h]`, in q, its bias and norm, and, where `merged`, in the columns of o."""
     order = places.argsort()  # the head that stands at each place
     changed = dict(weights)
     for slot, tensor in weights.items():
@@ -252,7 +266,7 @@ def _heads_moved(weights: Mapping[str, Tensor], places: Tensor, heads: int) -> W
         wide = tensor.shape[0] % heads == 0 and tensor.shape[0] >= 2 * heads
         if kind in ("q", "q_norm") and wide and not (kind == "q_norm" and tensor.shape[0] != _rows_of_q(weights, slot)):
             changed[slot] = tensor.unflatten(0, (heads, -1))[order].flatten(0, 1)
-        elif kind == "o" and tensor.ndim == 2 and tensor.shape[1] % heads == 0:
+        elif merged and kind == "o" and tensor.ndim == 2 and tensor.shape[1] % heads == 0:
             changed[slot] = tensor.unflatten(1, (heads, -1))[:, order].flatten(1, 2)
     return changed
 

@@ -9,7 +9,7 @@ projection with an unknown name, the order of the rotated pairs, is a *choice*, 
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,50 +21,15 @@ from ..errors import SubjectError, UsageError
 from ..settings import HEAD_NAMES
 from ..subject import Subject
 from ..units import listed
+from .roles import GATE_UP_ORDERS, is_named, leaf_of, residual_width, role_of, settle_feed_forward, settle_norms, settle_outside
 
 KEY_VALUE_HEAD_NAMES = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "n_query_groups", "kv_n_heads", "n_head_kv")
 
-# The last names of parameters' modules, by what they do: Hugging Face, Meta, ai2-olmo, OLMo-core, GPT-NeoX, nanoGPT, litgpt.
-EMBED = (
-    "embed_tokens wte tok_embeddings embeddings embed_in embedding token_embedding token_embedding_table word_embeddings tok_emb emb embed"
-)
-POSITION = "wpe embed_positions position_embedding position_embedding_table pos_emb position_embeddings pos_embedding"
-HEAD = "lm_head output embed_out head unembed out_head"
-FINAL_NORM = "norm ln_f final_layer_norm final_layernorm final_norm norm_f ln_final"
-Q = "q_proj wq w_q query to_q W_q W_query q"
-K = "k_proj wk w_k key to_k W_k W_key k"
-V = "v_proj wv w_v value to_v W_v W_value v"
-QKV = "c_attn qkv qkv_proj Wqkv wqkv query_key_value att_proj in_proj W_pack"
-O = "o_proj wo out_proj attn_out to_out W_o"  # noqa: E741
-GATE = "gate_proj w1 w_gate fc_1"
-UP = "up_proj w3 c_fc dense_h_to_4h fc1 fc_in w_up fc_2 fc"
-GATE_UP = "gate_up_proj ff_proj w12 gate_up w13 wi"
-DOWN = "down_proj w2 dense_4h_to_h fc2 fc_out w_down"
-NORM1 = "ln_1 input_layernorm attention_norm attn_norm norm1 norm_1 ln1 ln_attn"
-NORM2 = "ln_2 post_attention_layernorm ffn_norm ff_norm feed_forward_norm norm2 norm_2 ln2 ln_mlp"
-Q_NORM, K_NORM = "q_norm query_norm q_layernorm", "k_norm key_norm k_layernorm"
-SUFFIXES = {
-    **dict.fromkeys("weight scale gamma".split(), "weight"),
-    **dict.fromkeys("bias shift beta".split(), "bias"),
-}
-EXPERT = r"expert\d+\."  # before the role of what belongs to one expert
-INSIDE = "w_out c_proj proj dense out"  # after attention or after the feed-forward: the module around it says which
-
-ROLES: dict[str, str] = {
-    name: role
-    for role, names in {
-        "embed": EMBED, "position": POSITION, "q": Q, "k": K, "v": V, "qkv": QKV, "o": O, "gate": GATE, "up": UP, "gate_up": GATE_UP,
-        "down": DOWN, "norm1": NORM1, "norm2": NORM2, "q_norm": Q_NORM, "k_norm": K_NORM, "inside": INSIDE,
-        "post_norm2": "post_feedforward_layernorm", "pre_norm2": "pre_feedforward_layernorm", "router": "router",
-    }.items()
-    for name in names.split()
-}  # fmt: skip
-OUTSIDE = {**dict.fromkeys(EMBED.split(), "embed"), **dict.fromkeys(POSITION.split(), "position"), **dict.fromkeys(HEAD.split(), "head"),
-           **dict.fromkeys(FINAL_NORM.split(), "norm"), "ff_out": "head", "w_out": "head"}  # fmt: skip
-
 # The order of the rows of fused projections under names whose checkpoints are known, the first being the usual one.
 QKV_ORDERS = ("q;k;v", "per head q,k,v")
-GATE_UP_ORDERS = ("gate;up", "up;gate", "gate,up interleaved")
+KV_ORDERS = ("k;v", "per head k,v")
+ORDERS = {"qkv": QKV_ORDERS, "kv": KV_ORDERS, "gate_up": GATE_UP_ORDERS}
+PARTS = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
 KNOWN_ORDERS = {"c_attn": "q;k;v", "att_proj": "q;k;v", "qkv_proj": "q;k;v", "query_key_value": "per head q,k,v", "ff_proj": "up;gate", "gate_up_proj": "gate;up"}  # fmt: skip
 # Whose rows of q and k are known to be in the order of rotate-half; Meta's own keys come in interleaved order.
 HALF_ROTATED = ("q_proj", "w_q", "att_proj", "query_key_value")
@@ -115,6 +80,7 @@ class Layout:
     tied: dict[str, str] = field(default_factory=dict)  # slot -> the slot whose parameter it shares
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     leaves: dict[str, str] = field(default_factory=dict)  # slot -> last name of its module
+    by_use: list[str] = field(default_factory=list)  # parameters whose names say nothing, matched in the order of their use
     heads: int | None = None
     key_value_heads: int | None = None
 
@@ -138,6 +104,9 @@ class Layout:
             for slot, piece in self.slots.items():
                 if slot in weights:
                     piece.write(tensors, weights[slot])
+
+
+Used = Callable[[Layout], Mapping[str, int]]  # by parameter, where a run uses it first
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -174,9 +143,10 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None, othe
         heads, key_value = heads_of(other)
     layout = Layout(subject=subject, slots={}, heads=heads, key_value_heads=key_value)
     roles = {name: role_of(name) for name, _ in model.named_parameters()}
-    _settle_norms(roles)
-    width = _residual_width(roles, parameters_of(model))
-    unfused = _settle_feed_forward(roles, parameters_of(model), width, orders or {})
+    settle_norms(roles)
+    settle_outside(roles, subject)
+    width = residual_width(roles, parameters_of(model))
+    unfused = settle_feed_forward(roles, parameters_of(model), width, orders or {})
     conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     widths = _output_widths(model, roles, conv1d)
     fused: dict[str, tuple[str, ...]] = {}
@@ -184,11 +154,11 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None, othe
         role = roles[name]
         layer, kind, suffix = role
         prefix = "" if layer is None else f"{layer}."
-        leaf = _leaf(name)
+        leaf = leaf_of(name)
         stacked = parameter.ndim == 3 and layer is not None and kind in ("gate_up", "gate", "up", "down")
         turned = stacked and _is_turned(parameter, kind, width)
         transposed = turned or name.rpartition(".")[0] in conv1d and parameter.ndim == 2
-        parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(kind)
+        parts = PARTS.get(kind)
         experts = range(parameter.shape[0]) if stacked else (None,)
         if parts is None:
             for expert in experts:
@@ -197,7 +167,7 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None, othe
             continue
         size = parameter.shape[-1] if transposed else parameter.shape[1 if stacked else 0]
         known = None if turned else KNOWN_ORDERS.get(leaf)  # whoever turns its experts' matrices has an order of its own
-        options = tuple(dict.fromkeys((*((known,) if known else ()), *(QKV_ORDERS if kind == "qkv" else GATE_UP_ORDERS))))
+        options = tuple(dict.fromkeys((*((known,) if known else ()), *ORDERS[kind])))
         if known is None and leaf not in fused:
             fused[leaf] = options
         order = (orders or {}).get(leaf, options[0])
@@ -214,86 +184,6 @@ def layout_of(subject: Subject, *, orders: Mapping[str, str] | None = None, othe
     return layout
 
 
-def role_of(name: str) -> tuple[str | None, str, str]:
-    """(layer, role, `weight` or `bias`) of a parameter's name; the role of an unknown name is the name itself, without the layer."""
-    parts = name.split(".")
-    suffix = SUFFIXES.get(parts[-1], "weight")
-    path = parts[:-1] if parts[-1] in SUFFIXES else parts
-    index = next((i for i, part in enumerate(path) if part.isdigit()), None)
-    if index is None:
-        known = next((OUTSIDE[part] for part in reversed(path) if part in OUTSIDE), None)
-        if "lm_head" in path[:-1] and path[-1] == "norm":
-            known = "norm"
-        return None, known or ".".join(path), suffix
-    layer, inner = path[index], path[index + 1 :]
-    if len(inner) > 1 and inner[-1].isdigit() and (inner[-2] in ROLES or re.fullmatch(r"(fc|w|lin|linear)_?\w", inner[-2])):
-        # a list for each matrix instead of one for all experts
-        inner = [*inner[:-2], inner[-1], inner[-2]]
-    leaf = inner[-1] if inner else ""
-    if leaf in ("in_proj_weight", "in_proj_bias"):
-        return layer, "qkv", leaf.removeprefix("in_proj_")
-    around = ".".join(inner[:-1]).lower()
-    attention, feed = "att" in around, any(word in around for word in ("mlp", "ff", "feed", "ffn"))
-    role = ROLES.get(leaf)
-    expert = "".join(f"expert{part}." for part in inner[:-1] if part.isdigit())
-    if leaf == "ff_out" or (role == "inside" and feed):
-        role = "down"
-    elif role == "inside" and attention:
-        role = "o"
-    elif role == "gate" and leaf == "gate" and not expert:
-        role = None
-    if role is None or role == "inside":
-        return layer, expert + ".".join(inner), suffix
-    return layer, expert + role, suffix
-
-
-def _settle_norms(roles: dict[str, tuple[str | None, str, str]]) -> None:
-    """Names of norms mean different things in Llama and in OLMo 2: with one before the attention or without."""
-    kinds = {role[1] for role in roles.values()}
-    renamed: dict[str, str] = {}
-    if "post_norm2" in kinds and "norm1" not in kinds:  # OLMo 2: after the attention, after the feed-forward
-        renamed = {"norm2": "norm1", "post_norm2": "norm2"}
-    elif "pre_norm2" in kinds:  # Gemma 2: around both
-        renamed = {"norm2": "post_norm1", "pre_norm2": "norm2"}
-    gated = any(kind.endswith("gate") for kind in kinds) or "gate_up" in kinds
-    if not gated and "up" not in kinds:
-        renamed["gate"] = "up"
-    for name, (layer, kind, suffix) in roles.items():
-        roles[name] = (layer, renamed.get(kind, kind), suffix)
-
-
-def _settle_feed_forward(
-    roles: dict[str, tuple[str | None, str, str]], parameters: Mapping[str, Tensor], width: int | None, orders: Mapping[str, str]
-) -> dict[str, tuple[str, ...]]:
-    """The three matrices of a gated feed-forward whose names do not say which is which: the one that leads back to the
-    residual's width is `down`, and the order of the other two is a choice, which is given back under the two names."""
-    holders: dict[tuple[str, ...], list[str]] = {}
-    for name, (layer, kind, suffix) in roles.items():
-        if layer is not None and suffix == "weight" and parameters[name].ndim == 2:
-            path = [part for part in name.split(".")[:-1] if part.isdigit() or part != _leaf(name)]
-            holders.setdefault((*path, *re.findall(EXPERT, kind)), []).append(name)
-    found: dict[str, tuple[str, ...]] = {}
-    for names in holders.values():
-        kinds = [roles[name][1].rpartition(".")[2] for name in names]
-        down = [name for name in names if parameters[name].shape[0] == width != parameters[name].shape[1]]
-        if len(names) != 3 or len(down) != 1 or sorted(kinds) == ["down", "gate", "up"] or {"q", "k", "v", "o", "qkv"} & set(kinds):
-            continue
-        entering = [name for name in names if name not in down]
-        if any(parameters[name].shape != parameters[down[0]].shape[::-1] for name in entering):
-            continue
-        pair = f"the pair {_leaf(entering[0])}, {_leaf(entering[1])}"
-        found[pair] = GATE_UP_ORDERS[:2]
-        for name, kind in zip([*entering, *down], [*orders.get(pair, GATE_UP_ORDERS[0]).split(";"), "down"], strict=True):
-            layer, old, suffix = roles[name]
-            roles[name] = (layer, "".join(re.findall(EXPERT, old)) + kind, suffix)
-    return found
-
-
-def _residual_width(roles: Mapping[str, tuple[str | None, str, str]], parameters: Mapping[str, Tensor]) -> int | None:
-    """How many numbers the residual stream has a position: those of an embedding."""
-    return next((parameters[name].shape[1] for name, role in roles.items() if role[1] == "embed" and parameters[name].ndim == 2), None)
-
-
 def _is_turned(stacked: Tensor, kind: str, width: int | None) -> bool:
     """Whether experts' stacked matrices lie as `[experts, in, out]`, told by which side has the residual's width."""
     entering, leaving = (1, 2) if kind != "down" else (2, 1)
@@ -308,10 +198,18 @@ def fused_rows(
     kind: str, size: int, order: str, *, heads: int | None, key_value: int | None, query_rows: int | None
 ) -> list[list[int]] | None:
     """The rows of q, k, v or of gate, up in a fused projection of this order; None where it cannot be divided."""
-    if kind == "gate_up":
-        if size % 2:
+    half, odd = divmod(size, 2)
+    if kind == "kv":
+        if order == "k;v":
+            return None if odd else [list(range(half)), list(range(half, size))]
+        groups = key_value or heads
+        if not groups or size % (2 * groups):
             return None
-        half = size // 2
+        width = size // (2 * groups)
+        return [[row for row in range(size) if row // width % 2 == place] for place in (0, 1)]
+    if kind == "gate_up":
+        if odd:
+            return None
         if order.endswith("interleaved"):
             return [list(range(0, size, 2)), list(range(1, size, 2))]
         first, second = list(range(half)), list(range(half, size))
@@ -363,13 +261,6 @@ def _output_widths(model: nn.Module, roles: Mapping[str, tuple[str | None, str, 
     return widths
 
 
-def _leaf(name: str) -> str:
-    parts = name.split(".")
-    parts = parts[:-1] if parts[-1] in SUFFIXES and len(parts) > 1 else parts
-    parts = parts[:-1] if parts[-1].isdigit() and len(parts) > 1 else parts
-    return parts[-1].removesuffix("_weight").removesuffix("_bias")
-
-
 def _add(layout: Layout, slot: str, piece: Piece, leaf: str) -> None:
     base, count = slot, 2
     while slot in layout.slots:
@@ -393,7 +284,7 @@ def _tied_slots(layout: Layout) -> None:
         if slot == held or slot in layout.slots:
             continue
         layout.slots[slot] = layout.slots[held]
-        layout.leaves[slot] = _leaf(name)
+        layout.leaves[slot] = leaf_of(name)
         layout.tied[slot] = held
     # ai2-olmo has no parameter for a tied head at all: it multiplies with the embedding.
     if "head.weight" not in layout.slots and "embed.weight" in layout.slots:
@@ -404,21 +295,18 @@ def _tied_slots(layout: Layout) -> None:
         layout.tied["head.weight"] = "embed.weight"
 
 
-def fit(left: Layout, right: Layout, *, stated: Mapping[str, str] | None = None) -> tuple[Layout, Layout]:
+def fit(left: Layout, right: Layout, *, stated: Mapping[str, str] | None = None, used: Used | None = None) -> tuple[Layout, Layout]:
     """Both layouts over the slots that they share, unknown names matched by shape; SubjectError says what does not fit.
 
-    `stated` maps parameters of the left to parameters of the right, or to `name[start:stop]`.
+    `stated` maps parameters of the left to parameters of the right, or to `name[start:stop]`. `used` tells the order in which
+    a run uses parameters.
     """
     left, right = _with_stated(left, right, stated or {})
     same = {piece.parameter for piece in left.slots.values()} & {piece.parameter for piece in right.slots.values()}
     whole = {p for p in same if tuple(parameters_of(left.subject.model)[p].shape) == tuple(parameters_of(right.subject.model)[p].shape)}
     if not stated and whole == set(parameters_of(left.subject.model)) == set(parameters_of(right.subject.model)):
         right = _same_slots(left, right)
-    for slot in [s for s in left.slots if s not in right.slots]:
-        near = [s for s in right.slots if s not in left.slots and _alike(s, slot) and right.shape(s) == left.shape(slot)]
-        if len(near) == 1:
-            right.slots[slot] = right.slots.pop(near[0])
-            right.leaves[slot] = right.leaves.pop(near[0], slot)
+    _fit_unnamed(left, right, used)
     missing = [s for s in left.slots if s not in right.slots], [s for s in right.slots if s not in left.slots]
     for mine, other, lacking in ((left, right, missing[0]), (right, left, missing[1])):
         if lacking:
@@ -434,6 +322,39 @@ def fit(left: Layout, right: Layout, *, stated: Mapping[str, str] | None = None)
         if a != b:
             right.slots[slot] = replace(right.slots[slot], transposed=not right.slots[slot].transposed)
     return left, right
+
+
+def _fit_unnamed(left: Layout, right: Layout, used: Used | None) -> None:
+    """Slots of unknown names that have one shape in one layer: a single one on both sides is the other's; several norms, and
+    what is outside of the layers, are one another's in the order in which they are used."""
+    groups: dict[tuple[str, str, tuple[int, ...]], tuple[list[str], list[str]]] = {}
+    for place, (mine, other) in enumerate(((left, right), (right, left))):
+        for slot in mine.slots:
+            if slot not in other.slots:
+                layer = slot.partition(".")[0] if slot.partition(".")[0].isdigit() else ""
+                groups.setdefault((layer, slot.rpartition(".")[2], mine.shape(slot)), ([], []))[place].append(slot)
+    for (layer, suffix, shape), (ours, theirs) in groups.items():
+        ordered = suffix == "weight" and (len(shape) == 1 or not layer)
+        if len(ours) != len(theirs) or (len(ours) > 1 and (used is None or not ordered)):
+            continue
+        if len(ours) > 1:
+            assert used is not None
+            ours, theirs = (
+                sorted(slots, key=lambda s: used(layout).get(layout.slots[s].parameter, len(layout.slots)))
+                for layout, slots in ((left, ours), (right, theirs))
+            )
+            left.by_use += [left.slots[slot].parameter for slot in ours]
+        for ours_slot, theirs_slot in zip(ours, theirs, strict=True):
+            if is_named(ours_slot):
+                _rename(right, theirs_slot, ours_slot)
+            else:
+                _rename(left, ours_slot, theirs_slot)
+
+
+def _rename(layout: Layout, old: str, new: str) -> None:
+    layout.slots = {new if slot == old else slot: piece for slot, piece in layout.slots.items()}
+    layout.leaves = {new if slot == old else slot: leaf for slot, leaf in layout.leaves.items()}
+    layout.tied = {new if slot == old else slot: new if held == old else held for slot, held in layout.tied.items()}
 
 
 def _same_slots(left: Layout, right: Layout) -> Layout:
@@ -484,12 +405,6 @@ def read_map(path: Path) -> dict[str, str]:
     return body
 
 
-def _alike(one: str, other: str) -> bool:
-    """Whether two unknown slots can be one: the same layer, and weight with weight."""
-    layers = [s.partition(".")[0] if s.partition(".")[0].isdigit() else "" for s in (one, other)]
-    return layers[0] == layers[1] and one.rpartition(".")[2] == other.rpartition(".")[2]
-
-
 def _square_transposed(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return len(a) == 2 and a == b[::-1]
 
@@ -516,8 +431,9 @@ def rotated_choices(left: Layout, right: Layout) -> tuple[str | None, ...]:
     return (None, *free)
 
 
-def in_pairs(weights: Mapping[str, Tensor], layout: Layout, *, back: bool = False) -> dict[str, Tensor]:
-    """Weights with the rows of every q and k (and their biases and norms) taken from two halves to interleaved pairs."""
+def in_pairs(weights: Mapping[str, Tensor], layout: Layout, *, back: bool = False, turned: int | None = None) -> dict[str, Tensor]:
+    """Weights with the rows of every q and k (and their biases and norms) taken from two halves to interleaved pairs: all of a
+    head, or the first `turned`."""
     changed = dict(weights)
     for slot, tensor in weights.items():
         kind = slot.split(".")[-2] if "." in slot else ""
@@ -527,8 +443,9 @@ def in_pairs(weights: Mapping[str, Tensor], layout: Layout, *, back: bool = Fals
         width = _head_width(weights, slot, layout)
         if width is None or width % 2 or tensor.shape[0] % width:
             continue
-        order = torch.arange(width).view(2, width // 2).T.reshape(-1)
-        order = order.argsort() if back else order
+        size = min(turned or width, width)
+        order = torch.arange(size).view(2, size // 2).T.reshape(-1)
+        order = torch.cat([order.argsort() if back else order, torch.arange(size, width)])
         rows = torch.cat([order + width * i for i in range(tensor.shape[0] // width)])
         changed[slot] = tensor[rows]
     return changed

@@ -1,7 +1,7 @@
 """What a norm computes where two implementations part: by which number it divides, and how it uses its weight."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,11 +72,23 @@ def norm_rule(parting: Parting) -> Cause | None:
         x = left.nodes[source].tensor
         theirs = _found(parting, right, parting.other, x, vectors, eps)
         mine = _found(parting, left, parting.node, x, vectors, eps | COMMON_EPS) if theirs is not None else None
+        theirs = _told_apart(parting, x, mine, theirs)
         if mine is None or theirs is None or (mine[0].division, mine[0].use) == (theirs[0].division, theirs[0].use):
             continue
         if vanishes(parting, source, mine[1], theirs[0]):
             return _cause(parting, mine[0], theirs[0], mine[1])
     return None
+
+
+def _told_apart(
+    parting: Parting, x: Tensor, mine: tuple[NormRule, int] | None, theirs: tuple[NormRule, int] | None
+) -> tuple[NormRule, int] | None:
+    """The reference's rule; with the subject's division, where these values do not tell the two divisions apart."""
+    if mine is None or theirs is None:
+        return theirs
+    one, two = (parting.left.columns_of(replace(rule, use="uses no weight")(x, {})) for rule, _ in (mine, theirs))
+    alike = one is not None and two is not None and same(one, two, parting.limit)
+    return (replace(theirs[0], division=mine[0].division, eps=mine[0].eps), theirs[1]) if alike else theirs
 
 
 def _vectors_next(parting: Parting) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .aligned import traced
 from .anchors import Graph, same
 from .captured import Parting
 from .hypotheses import Cause
@@ -89,6 +90,47 @@ def routing(parting: Parting) -> Cause | None:
     return None
 
 
+def end_of_choice(parting: Parting) -> Cause | None:
+    """The experts with the smallest scores chosen for those with the largest, or the reverse: chosen as in the reference, the logits agree."""
+    graph = parting.left
+    chosen = [
+        i for i, e in enumerate(graph.recording.events) if e.op == "topk" and graph.made_by(i) and graph.nodes[graph.made_by(i)[0]].leads
+    ]
+    mine, theirs = ({_largest(g, i) for i, e in enumerate(g.recording.events) if e.op == "topk"} for g in (graph, parting.right))
+    if not chosen or len(mine) != 1 or len(theirs) != 1 or mine == theirs:
+        return None
+    (largest,) = theirs
+    sources = {i: graph.nodes[graph.nodes[graph.made_by(i)[0]].inputs[0]] for i in chosen}
+    held: dict[int, Tensor] = {}
+
+    def change(event: int, outputs: list[Tensor]) -> None:
+        if event in sources:
+            found = held[sources[event].event].topk(outputs[0].shape[-1], -1, largest=largest)
+            outputs[0].copy_(found.values)
+            outputs[1].copy_(found.indices)
+        for source in sources.values():
+            if source.event == event:
+                held[event] = outputs[source.output].detach().clone()
+
+    run = traced(parting.aligned.left.subject, parting.aligned.case, change=change)
+    if parting.aligned.gap(run.recording.result) is not None:
+        return None
+    words = ("largest", "smallest") if largest else ("smallest", "largest")
+    node = graph.made_by(chosen[0])[0]
+    return Cause(
+        name="chosen experts",
+        text=f"the {graph.nodes[node].tensor.shape[-1]} experts with the {words[1]} scores are chosen where the reference chooses those with the {words[0]}; chosen so, the logits agree",
+        fix=f"topk(..., largest={largest})",
+        spot=parting.spot(node),
+        module=graph.event(node).where.module,
+        op="topk",
+    )
+
+
+def _largest(graph: Graph, event: int) -> bool:
+    return bool(graph.recording.kept[event].arguments.get("largest", True))
+
+
 def _router(parting: Parting) -> int | None:
     """The logits of a router that both sides have, the last before the runs part."""
     weights = parting.aligned.weights
@@ -113,4 +155,5 @@ def _found(graph: Graph, logits: Tensor, chosen: int, limit: float) -> tuple[Rou
 ON_ROUTING: dict[str, Callable[[Parting], Cause | None]] = {
     "the weights of the chosen experts": routing,
     "how many experts are chosen": chosen_experts,
+    "which end of the scores is chosen": end_of_choice,
 }

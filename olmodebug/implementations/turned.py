@@ -1,8 +1,9 @@
 """Named causes about q and k before the scores: the angles that they are turned by, and where their norm stands."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..settle import settled
 from ..tracing.norms import norm_calls
 from ..tracing.rotation import Angles, angle_tables
+from ..units import listed
 from .aligned import Aligned, traced
 from .anchors import Graph, positions_first, same
 from .captured import Parting
@@ -24,6 +26,7 @@ SAME_FREQUENCY = 1e-4
 SAME_THETA = SAME_LENGTH = 1e-3
 # What multiplies queries with keys; fused attention is taken apart in these runs.
 PRODUCTS = ("bmm", "baddbmm")
+REACH, NORMED = 60, 16  # how far behind a projection, and of how many tensors made of it, a norm's is looked for
 
 
 def angles(parting: Parting) -> Cause | None:
@@ -33,9 +36,7 @@ def angles(parting: Parting) -> Cause | None:
     mine, theirs = angle_tables(parting.left.recording, seq), angle_tables(parting.right.recording, seq)
     if len(mine) != len(theirs) or not mine or any(a.cos.shape != b.cos.shape for a, b in zip(mine, theirs, strict=True)):
         return None
-    differing = [
-        (a, b) for a, b in zip(mine, theirs, strict=True) if float((a.cos - b.cos).abs().max() + (a.sin - b.sin).abs().max()) > TABLE_LIMIT
-    ]
+    differing = [(a, b) for a, b in zip(mine, theirs, strict=True) if _apart(a, b) > TABLE_LIMIT]
     if not differing:
         return None
     with settled(aligned.left.subject.model), _tables_in_buffers(aligned.left.subject.model, mine, theirs, seq):
@@ -162,15 +163,15 @@ class _tables_in_buffers:  # noqa: N801 - a context manager, named as one reads 
 
 
 def rotated_width(parting: Parting) -> Cause | None:
-    """Another share of each head is turned (partial rotary): each side's own angles on the same q give its side's tensor."""
+    """Another share or the other end of each head is turned (partial rotary): each side's rule on the same q gives its side's tensor."""
     left, right = parting.left, parting.right
     mine, theirs = angle_tables(left.recording, left.seq), angle_tables(right.recording, right.seq)
     heads = parting.aligned.left.layout.heads
     query = next((t for s, t in parting.aligned.weights.items() if s.endswith(".q.weight")), None)
-    if not mine or not theirs or not heads or query is None or mine[0].cos.shape == theirs[0].cos.shape:
+    if not mine or not theirs or not heads or query is None:
         return None
-    width = query.shape[0] // heads
-    if 2 * max(mine[0].cos.shape[1], theirs[0].cos.shape[1]) > width:
+    width, turned, wanted = query.shape[0] // heads, 2 * mine[0].cos.shape[1], 2 * theirs[0].cos.shape[1]
+    if max(turned, wanted) > width or turned == wanted == width:
         return None
     for node in left.nodes[: parting.node + 1]:
         if not node.data or node.anchor is None or node.tensor.numel() != left.batch * left.seq * query.shape[0]:
@@ -179,12 +180,13 @@ def rotated_width(parting: Parting) -> Cause | None:
         if rows is None:
             continue
         x = rows.double().view(left.batch, left.seq, heads, width)
-        for rope in (_halves, _pairs):
-            if all(_holds(g, rope(x, table), parting.limit) for g, table in ((left, mine[0]), (right, theirs[0]))):
-                turned, wanted = 2 * mine[0].cos.shape[1], 2 * theirs[0].cos.shape[1]
+        for rope, (end, of) in itertools.product((_halves, _pairs), ENDS.items()):
+            if turned == wanted and end == "first":
+                continue
+            if _holds(right, rope(x, theirs[0]), parting.limit) and _holds(left, of(rope, x, mine[0]), parting.limit):
                 return Cause(
                     name="partial rotary",
-                    text=f"RoPE turns {turned} of the {width} numbers of a head where the reference turns {wanted}; each width applied to the same captured projection gives exactly its side's tensor",
+                    text=f"RoPE turns {'' if end == 'first' else 'the last '}{turned} of the {width} numbers of a head where the reference turns {'' if end == 'first' else 'the first '}{wanted}; each rule applied to the same captured projection gives exactly its side's tensor",
                     fix=f"turn the first {wanted} of {width}: partial_rotary_factor {wanted / width:.6g}",
                     spot=parting.spot(parting.node),
                     module=left.event(parting.node).where.module,
@@ -204,7 +206,7 @@ def norm_of_queries(parting: Parting) -> Cause | None:
     """QK-norm before or after RoPE, over all heads at once or over each."""
     aligned, left, right = parting.aligned, parting.left, parting.right
     layer = next((s.partition(".")[0] for s in aligned.weights if s.endswith("q_norm.weight")), None)
-    tables = angle_tables(right.recording, right.seq)
+    tables = _distinct(parting)
     heads = aligned.right.layout.heads
     if layer is None or not tables or not heads:
         return None
@@ -218,11 +220,11 @@ def norm_of_queries(parting: Parting) -> Cause | None:
         return None
     x = right.nodes[projected].tensor.double().reshape(right.batch, right.seq, -1)
     eps = next((c.eps for c in calls if c.width in (weight.shape[0], x.shape[-1], x.shape[-1] // heads)), calls[0].eps)
-    results = dict(_rules(x, weight, heads, tables[0], eps))
+    results = [pair for table in tables for factor in (weight, 1 + weight) for pair in _rules(x, factor, heads, table, eps)]
     names: list[str] = []
     for graph in (left, right):
         held = [n.columns for n in graph.nodes if n.data and n.columns is not None]
-        fits = [name for name, value in results.items() if (c := graph.columns_of(value)) and any(same(c, h, parting.limit) for h in held)]
+        fits = [name for name, value in results if (c := graph.columns_of(value)) and any(same(c, h, parting.limit) for h in held)]
         if not fits:
             return None
         names.append(fits[0])
@@ -238,67 +240,134 @@ def norm_of_queries(parting: Parting) -> Cause | None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """What RoPE does to the queries, keys or values of a layer, and the number of the table of its angles."""
+
+    words: str
+    table: int | None = None
+
+
 def turned_at_all(parting: Parting) -> Cause | None:
-    """q or k that goes into the scores of a layer as it was projected, or is turned the other way, where the reference does otherwise."""
+    """q, k or v of a layer that is turned, left as it was projected, turned the other way or by other angles, where the reference does otherwise."""
     weights = parting.aligned.weights
-    tables = angle_tables(parting.right.recording, parting.right.seq) or angle_tables(parting.left.recording, parting.left.seq)
+    tables = _distinct(parting)
     layers = [s.partition(".")[0] for s in weights if s.endswith(".q.weight")]
     if not tables:
         return None
     for layer in [layer for layer in layers if f"{layer}.k.weight" in weights]:
-        mine, theirs = (
-            {kind: _state(parting, graph, layer, kind, tables[0]) for kind in ("q", "k")} for graph in (parting.left, parting.right)
-        )
-        if None in (*mine.values(), *theirs.values()):
+        kinds = [kind for kind in ("q", "k", "v") if f"{layer}.{kind}.weight" in weights]
+        mine, theirs = ({kind: _state(parting, graph, layer, kind, tables) for kind in kinds} for graph in (parting.left, parting.right))
+        if None in (mine["q"], mine["k"], theirs["q"], theirs["k"]):
             return None
-        wrong = {kind: (mine[kind], theirs[kind]) for kind in mine if mine[kind] != theirs[kind]}
+        wrong = {kind: (a, b) for kind in kinds if (a := mine[kind]) is not None and (b := theirs[kind]) is not None and a != b}
         if wrong:
-            return _turned_otherwise(parting, layer, wrong)
+            return _turned_otherwise(parting, layer, wrong, tables)
     return None
 
 
-def _state(parting: Parting, graph: Graph, layer: str, kind: str, table: Angles) -> str | None:
-    """What RoPE does to the queries or the keys of a layer; None where that is not seen."""
+def _distinct(parting: Parting) -> list[Angles]:
+    """The tables of angles of both runs, each once."""
+    found: list[Angles] = []
+    for table in [*angle_tables(parting.right.recording, parting.right.seq), *angle_tables(parting.left.recording, parting.left.seq)]:
+        if not any(t.cos.shape == table.cos.shape and _apart(t, table) <= TABLE_LIMIT for t in found):
+            found.append(table)
+    return found
+
+
+def _apart(one: Angles, other: Angles) -> float:
+    return float((one.cos - other.cos).abs().max() + (one.sin - other.sin).abs().max())
+
+
+def _state(parting: Parting, graph: Graph, layer: str, kind: str, tables: list[Angles]) -> State | None:
+    """What RoPE does to the queries, keys or values of a layer; None where that is not seen."""
     projected = list(_projected(parting, graph, layer, kind))
-    for words, angles in (("turned", table), ("turned the other way", replace(table, sin=-table.sin))):
-        if any(_holds(graph, rope(x, angles), parting.limit, leads=True) for x in projected for rope in (_halves, _pairs)):
-            return words
-    return "not turned" if any(_scored(graph, x, parting.limit) for x in projected) else None
+    ways = list(itertools.product(range(len(tables)), (("turned", 1), ("turned the other way", -1)), (_halves, _pairs)))
+    for x, _ in projected:  # in the order they are made: turned back, what is turned already is there too
+        for number, (words, sign), rope in ways:
+            if _holds(graph, rope(x, replace(tables[number], sin=sign * tables[number].sin)), parting.limit, leads=True):
+                return State(words, number)
+    return State("not turned") if any(_scored(graph, x, parting.limit) for x, plain in projected if plain) else None
 
 
-def _turned_otherwise(parting: Parting, layer: str, wrong: dict[str, tuple[str | None, str | None]]) -> Cause:
-    kinds, states = list(wrong), set(wrong.values())
-    words = f"q and k are {wrong['q'][0]}" if len(kinds) == 2 and len(states) == 1 else " and ".join(f"{k} is {wrong[k][0]}" for k in kinds)
-    missing = "not turned" in {mine for mine, _ in states}
-    extra = all(theirs == "not turned" for _, theirs in states)
-    does = "leaves them as they were projected" if extra else "turns both" if missing else "turns both forward"
-    fix = "apply RoPE to q and to k" if missing else "x * cos + rotate_half(x) * sin, where rotate_half gives (-x2, x1)"
+def _turned_otherwise(parting: Parting, layer: str, wrong: dict[str, tuple[State, State]], tables: list[Angles]) -> Cause:
+    words = {mine.words for mine, _ in wrong.values()}
+    name, does, fix = "RoPE direction", "turns both forward", "x * cos + rotate_half(x) * sin, where rotate_half gives (-x2, x1)"
+    if all(theirs.words == "not turned" for _, theirs in wrong.values()):
+        names = listed(list(wrong), 3)
+        name, does, fix = (
+            "RoPE not wanted",
+            f"leaves {'it' if len(wrong) == 1 else 'them'} as projected",
+            f"leave {names} of this layer without RoPE",
+        )
+    elif "not turned" in words:
+        name, does, fix = "RoPE missing", "turns both", "apply RoPE to q and to k"
+    elif all(mine.words == theirs.words for mine, theirs in wrong.values()):
+        return _other_angles(parting, layer, wrong, tables)
+    said = f"q and k are {wrong['q'][0].words}" if set(wrong) == {"q", "k"} and len(words) == 1 else None
+    said = said or " and ".join(f"{kind} is {mine.words}" for kind, (mine, _) in wrong.items())
     return Cause(
-        name="RoPE missing" if missing else "RoPE not wanted" if extra else "RoPE direction",
-        text=f"{words} by the angles of RoPE in layer {layer} where the reference {does}; seen on the captured projections",
-        fix=f"leave layer {layer} without RoPE" if extra else fix,
+        name=name,
+        text=f"{said} by the angles of RoPE in layer {layer} where the reference {does}; seen on the captured projections",
+        fix=fix,
         spot=parting.spot(parting.node),
         module=parting.left.event(parting.node).where.module,
     )
 
 
-def _projected(parting: Parting, graph: Graph, layer: str, kind: str) -> Iterator[Tensor]:
-    """What the projection to q or to k gave, and what became of it while it had no heads yet, `[batch, seq, heads, width]`."""
+def _other_angles(parting: Parting, layer: str, wrong: dict[str, tuple[State, State]], tables: list[Angles]) -> Cause:
+    """Layers that are turned by the angles that the reference has for other layers."""
+    mine, theirs = (tables[number] for state in next(iter(wrong.values())) if (number := state.table) is not None)
+    bases = [_base(table.frequencies) for table in (mine, theirs)]
+    known = None not in bases
+    said = f"with theta {bases[0]:.6g} where the reference takes {bases[1]:.6g}" if known else "by other angles than in the reference"
+    return Cause(
+        name="RoPE theta" if known else "RoPE scaling",
+        text=f"{' and '.join(wrong)} of layer {layer} {'is' if len(wrong) == 1 else 'are'} turned {said}; seen on the captured projections",
+        fix="give every kind of layer its own frequencies, as the configuration says",
+        spot=parting.spot(parting.node),
+        module=parting.left.event(parting.node).where.module,
+    )
+
+
+def _projected(parting: Parting, graph: Graph, layer: str, kind: str) -> Iterator[tuple[Tensor, bool]]:
+    """What the projection gave, and what a norm made of it, `[batch, seq, heads, width]`; whether it is as it was projected."""
     aligned = parting.aligned
     layout = (aligned.left if graph is parting.left else aligned.right).layout
     heads = layout.heads
     query = aligned.weights[f"{layer}.q.weight"]
     slot = f"{layer}.{kind}.weight"
-    if not heads or query.shape[0] % heads or layout.slots[slot].rows is not None:
+    if not heads or query.shape[0] % heads:
         return
-    width = query.shape[0] // heads
-    size = graph.batch * graph.seq * aligned.weights[slot].shape[0]
-    for use in [i for i, read in weights_read(graph, layout) if read == slot][:1]:
-        for node in graph.nodes[use : use + 4]:
-            if node.data and node.tensor.numel() == size:
-                rows = positions_first(node.tensor, batch=graph.batch, seq=graph.seq)
-                if rows is not None and rows.shape[0] == graph.batch * graph.seq:
-                    yield rows.double().reshape(graph.batch, graph.seq, -1, width)
+    shape = (graph.batch, graph.seq, -1, query.shape[0] // heads)
+    piece = layout.slots[slot]
+    readers = {s for s, p in layout.slots.items() if p.parameter == piece.parameter}  # a fused one is known by any of its slots
+    use = next((i for i, read in weights_read(graph, layout) if read in readers), None)
+    given = None if use is None else positions_first(graph.nodes[use].tensor, batch=graph.batch, seq=graph.seq)
+    if use is None or given is None or given.shape[0] != graph.batch * graph.seq:
+        return
+    if piece.rows is not None:
+        if given.shape[1] <= max(piece.rows):
+            return
+        given = given[:, torch.tensor(piece.rows)]
+    yield given.double().reshape(shape), True
+    made: set[int] = set() if piece.rows is not None else {use}
+    for index in range(use + 1, min(use + REACH, len(graph.nodes))):
+        node = graph.nodes[index]
+        if not node.data or not node.tensor.is_floating_point() or node.tensor.numel() != given.numel():
+            if made & set(node.inputs):  # the numbers that a norm divides by
+                made.add(index)
+            continue
+        rows = positions_first(node.tensor, batch=graph.batch, seq=graph.seq)
+        if rows is None or rows.shape != given.shape:
+            continue
+        plain = bool(torch.equal(rows, given))
+        if plain or made & set(node.inputs):
+            made.add(index)
+            if not plain and node.leads:
+                yield rows.double().reshape(shape), False
+        if len(made) > NORMED:
+            return
 
 
 def _scored(graph: Graph, value: Tensor, limit: float) -> bool:
@@ -357,6 +426,16 @@ def _pairs(x: Tensor, table: Angles) -> Tensor:
     return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2), rest], dim=-1)
 
 
+def _of_the_end(rope: Callable[[Tensor, Angles], Tensor], x: Tensor, table: Angles) -> Tensor:
+    """The last numbers of each head turned, the first as they were."""
+    n = 2 * table.cos.shape[1]
+    return torch.cat([x[..., :-n], rope(x[..., -n:], table)], dim=-1)
+
+
+ENDS: dict[str, Callable[[Callable[[Tensor, Angles], Tensor], Tensor, Angles], Tensor]] = {
+    "first": lambda rope, x, table: rope(x, table),
+    "last": _of_the_end,
+}
 ON_ROTATION: dict[str, Callable[[Parting], Cause | None]] = {
     "theta, exponent or scaling of RoPE": angles,
     "how much of a head RoPE turns (partial rotary)": rotated_width,

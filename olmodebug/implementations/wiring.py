@@ -123,7 +123,7 @@ def missing_norm(parting: Parting) -> Cause | None:
         return None  # more is left out than a norm
     skipped = [(i, s) for i, s in wanted if s not in read and aligned.weights[s].ndim == 1 and "norm" in s]
     for node, slot in skipped:
-        source = _consumer_reads_input(parting, node)
+        source = _source_of_norm(parting, node)
         if source is None:
             continue
         name = aligned.left.layout.slots[slot].parameter
@@ -132,14 +132,14 @@ def missing_norm(parting: Parting) -> Cause | None:
             name="final norm missing" if slot.startswith("norm.") else "norm missing",
             text=f"{what} is left out: {name} is used for no logit, and what the reference normalises goes on as it is",
             fix=f"apply the norm of {name} before the next projection",
-            spot=_call_inside(parting, source, name) or _function_that_should(parting.left, source),
-            module=parting.left.event(source).where.module,
+            spot=_call_inside(parting, parting.node, name) or between(parting.left, source, parting.node)[0],
+            module=parting.left.event(parting.node).where.module,
         )
     return None
 
 
-def _consumer_reads_input(parting: Parting, norm: int) -> int | None:
-    """The subject's parting node, where it takes the very tensor that the reference's norm starts from."""
+def _source_of_norm(parting: Parting, norm: int) -> int | None:
+    """The tensor that the reference's norm starts from, where the subject's parting node takes it as it is."""
     right = parting.right
     origins: set[int] = set()
     seen: set[int] = set()
@@ -158,7 +158,7 @@ def _consumer_reads_input(parting: Parting, norm: int) -> int | None:
         anchor = parting.left.nodes[source].anchor
         # Where an earlier fault changed what the norm starts from, its origins are many tensors, and nothing is said of the norm.
         if anchor is not None and origins and all(_equal(right, anchor, o, parting.limit) for o in origins):
-            return parting.node
+            return source
     return None
 
 
@@ -179,9 +179,14 @@ def _call_inside(parting: Parting, node: int, norm: str) -> Spot | None:
     return line_naming(model.get_submodule(holder), module.removeprefix(f"{holder}.").partition(".")[0])
 
 
-def _function_that_should(graph: Graph, node: int) -> Spot | None:
-    """The function that made the tensor which goes on without its norm: where the norm belongs."""
-    return next((found for source in graph.nodes[node].inputs if (found := function_that_made(graph, source)) is not None), None)
+def between(graph: Graph, made: int, taken: int) -> tuple[Spot | None, str]:
+    """The line between the making of a tensor and its use, and its module: in the innermost module around both, where a step on
+    that tensor belongs."""
+    spot, module = function_that_made(graph, made), graph.event(made).where.module.rpartition(".")[0]
+    user = graph.event(taken).where.module
+    if not module.startswith(f"{user}."):
+        return spot, module
+    return graph.recording.spots[graph.nodes[taken].event], user
 
 
 def function_that_made(graph: Graph, node: int) -> Spot | None:

@@ -261,8 +261,17 @@ def _by_hand(recording: Recording, written: dict[int, int], root: Event) -> Norm
     shape = mean.inputs[0].shape
     if not shape or dims not in ([-1], [len(shape) - 1]):
         return None
-    kind = "RMS norm" if mean.op == "mean" else "layer norm"
+    kind = "RMS norm" if mean.op == "mean" and not _of_centred(recording, index) else "layer norm"
     return NormCall(where=event.where, event=event.index, eps=added, width=shape[-1], kind=kind)
+
+
+def _of_centred(recording: Recording, mean: int) -> bool:
+    """Whether the squares that a mean is taken of are those of numbers whose mean was taken off."""
+    squares = written_before(recording, recording.events[mean].inputs[0].storage, mean)
+    if squares is None or not recording.kept[squares].inputs:
+        return False
+    x = recording.kept[squares].inputs[0].double()
+    return x.ndim > 0 and float(x.mean(-1).abs().max()) <= FLOAT32 * float(x.abs().max())
 
 
 def _added_number(recording: Recording, index: int) -> float | None:
