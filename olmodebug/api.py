@@ -52,10 +52,8 @@ def check(
         subject = _subject(model, job, config=config, adapter=adapter, tokenizer=tokenizer, vocab_size=vocab_size, seed=seed)
     except SubjectCodeError as error:
         name = FIRST_RUN if error.stage == "first run" else BUILD
-        finding = explain(error).finding()
-        values = {key: getattr(finding, key) for key in Finding.__dataclass_fields__}
         info = SubjectInfo(spec=model if isinstance(model, str) else type(model).__name__)
-        return _report(info, [Outcome(probe=name, status="failed")], [Finding(**{**values, "probe": name})], seed, started)
+        return _report(info, [Outcome(probe=name, status="failed")], [explain(error).finding().told(probe=name)], seed, started)
     outcomes += [Outcome(probe=name, status="passed") for name in (BUILD, FIRST_RUN)]
     failed: dict[str, str] = {}
     results: list[Result] = []

@@ -266,6 +266,4 @@ def _found(finding: Finding, probe: Probe, subject: Subject) -> Found:
 
 def plain_finding(finding: Finding) -> Finding:
     """The finding as the report carries it."""
-    if not isinstance(finding, Found):
-        return finding
-    return Finding(**{name: getattr(finding, name) for name in Finding.__dataclass_fields__})
+    return finding.told() if isinstance(finding, Found) else finding

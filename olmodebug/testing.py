@@ -301,9 +301,7 @@ class Bench:
         except SubjectCodeError as error:
             name = FIRST_RUN if error.stage == "first run" else BUILD
             self._stopped = f"{name} failed"
-            found = explain(error).finding()
-            values = {key: getattr(found, key) for key in Finding.__dataclass_fields__}
-            raise ProbeFailure(Finding(**{**values, "probe": name})) from None
+            raise ProbeFailure(explain(error).finding().told(probe=name)) from None
 
     def _all(self) -> dict[str, "Probe"]:
         from .load import load_file

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from olmodebug.executions.bound import ALPHA, LAMBDA, contraction, factor, limit
+from olmodebug.executions.bound import ALPHA, LAMBDA, contraction, deviation, factor, limit
 from olmodebug.executions.judge import LOW_POLICY, TF32_POLICY, Judgement, agree, expect, judge, judgement_of
 
 aten = torch.ops.aten
@@ -33,6 +33,19 @@ def judged(op: torch._ops.OpOverload, *args: object, change: object = None, **kw
 def test_the_factor_is_hoeffdings_for_the_accepted_probability() -> None:
     assert LAMBDA == factor(ALPHA) == pytest.approx(math.sqrt(2 * math.log(2 * 2**32 / 1e-6)))
     assert factor(1e-3) < factor(1e-6) < 10
+
+
+@pytest.mark.parametrize("length", [64, 1024])
+def test_the_deviation_of_a_product_is_no_more_than_a_few_times_what_a_serial_sum_does(length: int) -> None:
+    left, right = normal(32, length), normal(length, 48, seed=1)
+    serial = torch.zeros(32, 48)
+    for k in range(length):
+        serial += left[:, k, None] * right[k]
+    exact = contraction(left.double(), right.double())
+    expected = deviation(exact, torch.float32, torch.float32)
+    assert expected is not None
+    share = float(((serial.double() - exact.value) / expected).square().mean().sqrt())
+    assert 0.1 < share < 1
 
 
 @both

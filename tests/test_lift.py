@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olmodebug.executions.backward_alone import script_of_backward
+from olmodebug.executions.backward_alone import MOST_OPS, script_of_backward
 from olmodebug.executions.derivative import underived
 from olmodebug.executions.lift import calls_of, departures
 from olmodebug.model import OlmoMLP
@@ -133,6 +133,18 @@ def test_a_wrong_backward_carries_a_script_that_shows_it(reference: Subject, tmp
         gaps = shown(script)
         assert gaps["gate_proj.weight"] > least
         assert max(gaps["up_proj.weight"], gaps["down_proj.weight"]) < 1e-12
+
+
+def test_a_long_backward_has_its_ops_in_a_file_beside_the_script(reference: Subject, tmp_path: Path) -> None:
+    """A model of one module has no smaller part that fails alone."""
+    cut = changed(reference, mlp(Detached))
+    call = calls_of(cut, case_of(reference))["model", 0]
+    script = script_of_backward(cut.model.get_submodule("model"), "model", call.arguments, tmp_path)
+    assert len(Path(str(script)).read_text().splitlines()) < 20
+    assert len((tmp_path / "backward-model.ops.py").read_text().splitlines()) > MOST_OPS
+    gaps = shown(script)
+    assert gaps["layers.1.mlp.gate_proj.weight"] > 0.99
+    assert gaps["norm.weight"] < 1e-6
 
 
 def test_no_script_where_a_module_gives_the_gradients_of_its_ops(reference: Subject, tmp_path: Path) -> None:

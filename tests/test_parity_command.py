@@ -92,6 +92,35 @@ def test_a_child_that_dies_is_a_finding_with_the_line(tmp_path: Path, action: st
     assert "Traceback" not in done.stderr
 
 
+RAISES = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(31, 12), nn.Linear(12, 31)
+
+    def forward(self, idx):
+        return self.head(self.embed(idx) @ torch.zeros(3, 3))
+"""
+
+
+def test_a_model_whose_every_forward_raises_is_a_finding_and_no_fault_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "raises.py").write_text(RAISES)
+    done = run_here(tmp_path, "parity", "raises.py:Model", "--dtype", "bfloat16")
+    assert done.returncode == 1, done.stderr
+    assert "raises.py:11 in Model.forward" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_case_that_is_not_for_this_model_is_no_pass(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(RAISES.replace(" @ torch.zeros(3, 3)", ""))
+    done = run_here(tmp_path, "parity", "plain.py:Model", "--dtype", "bfloat16", "--case", "decode")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("olmodebug: --case decode: not for this model")
+
+
 WRONG_GATE = """
 class Gate(torch.autograd.Function):
     @staticmethod

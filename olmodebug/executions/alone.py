@@ -41,14 +41,15 @@ def _code(value: Any, key: str, tensors: dict[str, Tensor]) -> str:
     return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
-def write_script(folder: Path, name: str, text: str, tensors: Mapping[str, Tensor]) -> str | None:
-    """Write a script and its tensors; its path from the working directory, None where the disk does not take it."""
+def write_script(folder: Path, name: str, text: str, tensors: Mapping[str, Tensor], beside: Mapping[str, str] | None = None) -> str | None:
+    """Write a script, its tensors and other files beside it; its path from the working directory, None where the disk does not take it."""
     from safetensors.torch import save_file
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), folder / f"{name}.safetensors")
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        for file, content in {f"{name}.py": text, **(beside or {})}.items():
+            (folder / file).write_text(content, encoding="utf-8")
     except OSError:
         return None
     path = folder / f"{name}.py"

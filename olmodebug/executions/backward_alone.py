@@ -17,12 +17,11 @@ from .alone import HEAD, write_script
 
 APART = 1e-3  # of the largest gradient: a cut or wrong derivative is off by its own size
 STEP = 2.0**-8  # of a random direction as large as the tensor: the quotient errs by its square, and by what float32 inside leaves over it
-MOST_OPS = 120  # more of them show nobody anything
+MOST_OPS = 120  # more of them show nobody anything: they go into a file of their own
 CUTS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 SCRIPT = """inf, nan, device = float("inf"), float("nan"), torch.device
 
-def forward({names}):
-{lines}
+{function}
 
 inputs = {{name: tensors[name].requires_grad_() for name in {keys}}}
 gradients = torch.autograd.grad(forward(*inputs.values()), list(inputs.values()), {upstream}, allow_unused=True)
@@ -127,11 +126,14 @@ def _written(
     constants = [node.target for node in traced.graph.nodes if node.op == "get_attr"]
     source = traced.graph.python_code("self").src
     body = [re.sub(r";  .* = None$", "", line) for line in source.partition(":\n")[2].splitlines() if line.strip()]
+    function = "\n".join([f"def forward({', '.join(names)}):", *(re.sub(r"\bself\.(\w+)", r'tensors["\1"]', line) for line in body)])
+    name = f"backward-{title.partition(',')[0].replace(' ', '-')}"
+    beside = {}
     if len(body) > MOST_OPS:
-        return None
+        beside = {f"{name}.ops.py": f"{function}\n"}
+        function = f'exec(open(__file__.removesuffix("py") + "ops.py").read())  # forward(...), {len(body)} lines'
     text = HEAD.format(title=f"{title}, against autograd of the same ops") + SCRIPT.format(
-        names=", ".join(names),
-        lines=re.sub(r"\bself\.(\w+)", r'tensors["\1"]', "\n".join(body)),
+        function=function,
         keys=list(inputs),
         upstream="[" + ", ".join(f'tensors["upstream/{i}"]' for i in range(len(upstream))) + "]",
     )
@@ -139,4 +141,4 @@ def _written(
     tensors |= {f"upstream/{i}": t.contiguous() for i, t in enumerate(upstream)}
     tensors |= {f"gradient/{name}": t.contiguous() for name, t in zip(inputs, observed, strict=True)}
     tensors |= {name: getattr(traced, name).detach().clone().contiguous() for name in constants}
-    return write_script(folder, f"backward-{title.partition(',')[0].replace(' ', '-')}", text, tensors)
+    return write_script(folder, name, text, tensors, beside)

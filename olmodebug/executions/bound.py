@@ -55,7 +55,8 @@ class Exact:
 
     `roundings`, `summed` and `stored` have the shape of `value`: the first counts in units of the compute precision, the
     second of the accumulation precision, the third of the output's. `spread` is the root of the sum of squared terms of
-    a contraction, `length` how many terms it has; `ignored` marks elements that have no defined value.
+    a contraction, `length` how many terms it has; `ignored` marks elements that have no defined value. `typical` is the root
+    mean square of what `summed` is a bound of.
     `absolute` counts half steps of the output's smallest subnormal, which roundings of small numbers add.
     `own_accumulation`: torch documents no wider accumulator for this op, so its sums may be kept in the output's dtype.
     """
@@ -66,6 +67,7 @@ class Exact:
     stored: Tensor | None = None
     absolute: Tensor | float = 0.0
     spread: Tensor | None = None
+    typical: Tensor | None = None
     length: int = 1
     ignored: Tensor | None = None
     own_accumulation: bool = False
@@ -109,20 +111,20 @@ def limit(
 
 
 def deviation(exact: Exact, output: torch.dtype, compute: torch.dtype) -> Tensor | None:
-    """The standard deviation that legal roundings may have in each element: the bound with its factor of safety taken out.
+    """The standard deviation that legal roundings may have in each element: the bound with its factors of safety taken out.
 
-    None where nothing is rounded.
+    A single rounding errs by up to half a step, its root mean square is a sqrt(3)rd of that. None where nothing is rounded.
     """
     if not exact.rounded and exact.roundings is None and exact.summed is None and exact.stored is None:
         return None
     if exact.ignored is not None:
         return limit(exact, output, compute).masked_fill(exact.ignored, 0.0)
     u, out = ROUNDOFF[compute], ROUNDOFF[output]
-    error = out * exact.value.abs()
+    error = out * exact.value.abs() / math.sqrt(3)
     if exact.roundings is not None:
         error += u * exact.roundings
     if exact.summed is not None:
-        error += (max(u, out) if exact.own_accumulation else u) * exact.summed / LAMBDA
+        error += (max(u, out) if exact.own_accumulation else u) * (exact.summed / LAMBDA if exact.typical is None else exact.typical)
     if exact.stored is not None:
         error += out * exact.stored
     return error
@@ -151,18 +153,20 @@ def contraction(left: Tensor, right: Tensor, *, added: Tensor | None = None, sca
         value, magnitude, spread = value * scale, magnitude * abs(scale), spread * abs(scale)
     partial = torch.minimum(magnitude, value.abs() + LAMBDA * spread)
     summed = LAMBDA * math.sqrt(length) * partial
+    typical = math.sqrt(length) * torch.minimum(magnitude, value.abs() + spread)
     roundings = None
     if added is not None:
         value = value + add_scale * added
         roundings = 2 * value.abs() + abs(add_scale) * added.abs() + partial
-    return Exact(value=value, summed=summed, spread=spread, length=max(2, length), roundings=roundings)
+    return Exact(value=value, summed=summed, typical=typical, spread=spread, length=max(2, length), roundings=roundings)
 
 
 def sum_of(run: Callable[[Tensor], Tensor], terms: Tensor, length: int) -> Exact:
     """A sum `run(terms)` of `length` terms, each taken once."""
     value, magnitude, spread = run(terms), run(terms.abs()), run(terms * terms).sqrt()
-    partial = torch.minimum(magnitude, value.abs() + LAMBDA * spread)
-    return Exact(value=value, summed=LAMBDA * math.sqrt(max(1, length)) * partial, spread=spread, length=max(2, length))
+    partial, typical = (torch.minimum(magnitude, value.abs() + safety * spread) for safety in (LAMBDA, 1.0))
+    root = math.sqrt(max(1, length))
+    return Exact(value=value, summed=LAMBDA * root * partial, typical=root * typical, spread=spread, length=max(2, length))
 
 
 # Softmax and its relatives

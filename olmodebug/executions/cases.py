@@ -27,7 +27,7 @@ class ParityCase:
 
 
 def cases_of(subject: Subject, only: Sequence[str] = ()) -> list[ParityCase]:
-    """The cases that apply to a subject; the step comes last, since it changes the weights. UsageError for a name that is none."""
+    """The cases that apply to a subject; the step comes last, since it changes the weights. UsageError where none of `only` does."""
     for name in only:
         if name not in NAMES:
             raise UsageError(f"--case {name}: expected one of {', '.join(NAMES)}")
@@ -44,7 +44,12 @@ def cases_of(subject: Subject, only: Sequence[str] = ()) -> list[ParityCase]:
     if subject.convention.cache and length > 3:
         found.append(ParityCase(name="decode", mode="decode", case=plain))
     found.append(ParityCase(name="step", mode="step", case=replace(plain, labels=ids)))
-    return [case for case in found if not only or case.name in only]
+    kept = [case for case in found if not only or case.name in only]
+    if not kept:
+        raise UsageError(
+            f"--case {', '.join(only)}: not for this model: `padded` needs an attention_mask, `decode` a cache, `long` room for positions"
+        )
+    return kept
 
 
 def learning_rule(model: nn.Module, dtype: str) -> Any:

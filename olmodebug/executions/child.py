@@ -43,7 +43,7 @@ def run(message: dict[str, Any], tell: Tell) -> None:
         tell("unusable", text=str(error))
         return
     except SubjectCodeError as error:
-        tell("finding", value=plain(explain(error).finding()), step="build")
+        tell("finding", value=plain(explain(error).finding().told()), step="build")
         return
     tell("head", value=head)
     options = Options(judged=message["judged"], repeat=message["repeat"])

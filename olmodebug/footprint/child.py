@@ -20,7 +20,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     from ..errors import OlmodebugError
     from ..explain import explain
     from ..load import SubjectCodeError
-    from ..report import Finding, plain
+    from ..report import plain
     from ..spec import Job
 
     job = Job(**order["job"])
@@ -31,9 +31,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     except OlmodebugError as error:
         tell("unusable", text=str(error))
     except SubjectCodeError as error:
-        found = explain(error).finding()
-        values = {name: getattr(found, name) for name in Finding.__dataclass_fields__}
-        tell("finding", value=plain(Finding(**{**values, "probe": "memory.step-runs"})))
+        tell("finding", value=plain(explain(error).finding().told(probe="memory.step-runs")))
 
 
 def _work(order: dict[str, Any], job: Any, tell: Tell) -> None:

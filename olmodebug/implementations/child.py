@@ -15,7 +15,7 @@ def run(order: dict[str, Any], tell: Tell) -> None:
     from ..errors import OlmodebugError, SubjectError
     from ..explain import explain
     from ..load import SubjectCodeError
-    from ..report import Finding, Outcome, Report, SubjectInfo, plain
+    from ..report import Outcome, Report, SubjectInfo, plain
     from ..spec import Job, resolve
     from .comparison import OUTPUTS, compare
     from .mapping import read_map
@@ -44,12 +44,11 @@ def run(order: dict[str, Any], tell: Tell) -> None:
             problem = SubjectError(f"the reference {order['reference']} does not run: {type(cause).__name__}: {cause}")
             tell("unusable", text=str(problem))
             return
-        explained = explain(error).finding()
         report = Report(
             subject=SubjectInfo(spec=job.spec),
             environment=environment(seed=seed, command=order["command"]),
             outcomes=(Outcome(probe=OUTPUTS, status="failed"),),
-            findings=(Finding(**{name: getattr(explained, name) for name in Finding.__dataclass_fields__}),),
+            findings=(explain(error).finding().told(),),
         )
     tell("report", value=plain(report))
 

@@ -44,7 +44,7 @@ def decoding(aligned: Aligned) -> Decoding:
         except SubjectCodeError as error:
             if side is aligned.left and refused(error) is None:
                 finding = explain(error).finding(case=error.case)
-                return Decoding(findings=(replace(finding, probe=DECODING, message=f"with a cache: {finding.message}"),))
+                return Decoding(findings=(finding.told(probe=DECODING, message=f"with a cache: {finding.message}"),))
             return Decoding(unasked=f"{name} raises with a cache: {error}")
         if logits is None:
             return Decoding(unasked=f"{name} gives no cache back")

@@ -42,6 +42,10 @@ class Found(Finding):
     edits: tuple[Edit, ...] = ()
     records: tuple[Mapping[str, Any], ...] = ()
 
+    def told(self, **changes: Any) -> Finding:
+        """The finding as a report has it, with changes."""
+        return Finding(**{**{name: getattr(self, name) for name in Finding.__dataclass_fields__}, **changes})
+
 
 class Expressions:
     """The syntax tree of a file, searched by place."""

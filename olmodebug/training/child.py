@@ -56,12 +56,10 @@ def _of_the_subject(subject: Any, what: str) -> Iterator[None]:
 def _raising(error: Any, what: str) -> Any:
     """The finding on what the subject's code raised."""
     from ..explain import explain
-    from ..report import Finding
 
     finding = explain(error).finding()
-    values = {name: getattr(finding, name) for name in Finding.__dataclass_fields__}
     message = finding.message if finding.message.startswith(what) else f"{what} raises: {finding.message}"
-    return Finding(**{**values, "probe": "train.runs", "message": message})
+    return finding.told(probe="train.runs", message=message)
 
 
 def _run(order: dict[str, Any], tell: Tell) -> None:
