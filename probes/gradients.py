@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmodebug.double import KeepDouble
+from olmodebug.executions.derivative import underived
 from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import own_code, quiet
@@ -17,6 +18,7 @@ from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
+from olmodebug.relations.slopes import TOLERANCE, Cut, Slope, Slopes
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import OWN, Spot, code_of
@@ -25,7 +27,6 @@ from olmodebug.subject import Subject
 from olmodebug.tracing.tracer import Recording, record
 from olmodebug.units import listed
 
-FD_TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path that is cut changes the slope by its whole share
 # A gradient times its weight in float64: below this there is nothing but rounding of sums of order one.
 ROUNDING = 1e-16
 RELATIVELY_NOTHING = 1e-6  # under which a closer look in full float64 is worth its time
@@ -118,7 +119,7 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
     """The gradient is the derivative of the loss: along a random direction both predict the same change.
 
     Why: a path that is cut in part trains, towards something else.
-    Catches: .detach() on one branch of a residual or on attention weights; a wrong custom backward.
+    Catches: .detach() on one branch of a residual, on one head or on attention weights; a wrong custom backward.
     """
     twin = subject.fresh_twin()
     trainable = [p for p in twin.model.parameters() if p.requires_grad]
@@ -132,29 +133,51 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
     case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=31))
     run(twin, case)  # an exception of the model is a finding of its own
     try:
-        analytic, numeric, trusted = _directional(twin, case, trainable, seed=1)
-        if not trusted or abs(analytic - numeric) <= FD_TOLERANCE * max(abs(numeric), 1e-6):
-            return
-        again, measured, sure = _directional(twin, case, trainable, seed=2)
+        slopes = Slopes(twin, case)
+        # Along all parameters at once the share of one head is easily lost in the rest: where something cuts the graph, or
+        # has a backward of its own, each part of a layer is asked alone.
+        every = list(slopes.parameters)
+        asked = slopes.groups() if slopes.cuts or slopes.custom else [every]
+        missed = [(names, pair) for names in asked if (pair := slopes.parted(names)) is not None]
     except SubjectCodeError as error:
         not_applicable(f"it does not run forward and backward with every cast to float32 kept in float64: {error.__cause__}")
-    if not sure or abs(again - measured) <= FD_TOLERANCE * max(abs(measured), 1e-6):
-        return
-    with torch.enable_grad(), quiet():
-        recording = record(twin.model, lambda: twin.call(case).logits)
-    where = _cut(recording, twin, None)
-    yield Found(
+    for names, pair in sorted(missed, key=lambda item: -item[1][0].gap):
+        if (reason := slopes.made_up()) is not None:
+            not_applicable(reason)
+        cut = slopes.culprit(names, pair)
+        if cut is not None or min(slope.gap for slope in pair) > TOLERANCE:
+            yield _not_the_derivative(slopes, names, pair, cut)
+            return
+
+
+def _not_the_derivative(slopes: Slopes, names: list[str], missed: tuple[Slope, Slope], cut: Cut | None) -> Found:
+    """The finding for a gradient that misses the slope of the loss, at the cut or the backward that makes it do so."""
+    twin, (first, second) = slopes.twin, missed
+    cause, fix = None, None
+    if cut is not None:
+        where = place_of(cut.spot, op=cut.by)
+        cause = f"{cut.by} cuts the gradient of one path here: with that path in the graph the gradient is right"
+        fix = "let the gradient through, unless the cut is meant"
+    elif (wrong := next((item for item in underived(twin, slopes.case) if item.alone), None)) is not None:
+        where = wrong.where
+        cause = f"{wrong.function}.backward is not the derivative of its forward: in {wrong.module} it gives {wrong.analytic:.4g} where forward has {wrong.numeric:.4g}"
+        fix = "mend its backward; torch.autograd.gradcheck in float64 compares the two"
+    else:
+        with torch.enable_grad(), quiet():
+            where = _cut(record(twin.model, lambda: twin.call(slopes.case).logits), twin, None)
+    of = "" if len(names) == len(slopes.parameters) else f" of {names[0]}"
+    return Found(
         probe="",
         severity="warning",
-        message=f"the gradient is not the derivative of the loss: it predicts a slope of {analytic:.4g} where the loss has {numeric:.4g}",
+        message=f"the gradient{of} is not the derivative of the loss: it predicts a slope of {first.analytic:.4g} where the loss has {first.numeric:.4g}",
         where=where,
         source=source_lines(where),
-        cause=f"{where.op} cuts the gradient of one path here" if where.op == "detach" else None,
-        fix="let the gradient through, unless the cut is meant" if where.op == "detach" else None,
-        expected=f"{numeric:.6g} (central difference in float64)",
-        observed=f"{analytic:.6g}",
-        evidence={"a second direction": f"{again:.4g} where the loss has {measured:.4g}"},
-        case=case,
+        cause=cause,
+        fix=fix,
+        expected=f"{first.numeric:.6g} (central difference in float64)",
+        observed=f"{first.analytic:.6g}",
+        evidence={"a second direction": f"{second.analytic:.4g} where the loss has {second.numeric:.4g}"},
+        case=slopes.case,
     )
 
 
@@ -406,46 +429,6 @@ def _backward_fails(twin: Subject, error: RuntimeError, case: Case) -> Found:
         raised=f"RuntimeError: {text}",
         case=case,
     )
-
-
-def _directional(twin: Subject, case: Case, parameters: list[nn.Parameter], *, seed: int) -> tuple[float, float, bool]:
-    """The slope of the loss along a random direction, from the gradient and from central differences at two step widths;
-    the last value says whether those two agree, which they do not where the loss jumps."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        way = [
-            torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) * (p.detach().abs().mean() + 1e-8).double()
-            for p in parameters
-        ]
-    target = torch.tensor(case.input_ids, device=twin.device)[:, 1:]
-
-    def loss() -> Tensor:
-        with quiet(), KeepDouble(), own_code(twin, case):
-            logits = twin.call(case).logits
-        return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).double(), target.reshape(-1))
-
-    with torch.enable_grad(), quiet():
-        twin.model.zero_grad(set_to_none=True)
-        value = loss()
-        with own_code(twin, case):  # a backward of the model's own may refuse: Reformer's does in eval mode
-            value.backward()
-    analytic = sum(float((p.grad.double() * d).sum()) for p, d in zip(parameters, way, strict=True) if p.grad is not None)
-    twin.model.zero_grad(set_to_none=True)
-
-    def slope(step: float) -> float:
-        values = []
-        for sign in (1.0, -2.0):
-            with torch.no_grad():
-                for p, d in zip(parameters, way, strict=True):
-                    p.add_(d, alpha=sign * step)
-                values.append(float(loss()))
-        with torch.no_grad():
-            for p, d in zip(parameters, way, strict=True):
-                p.add_(d, alpha=step)
-        return (values[0] - values[1]) / (2 * step)
-
-    wide, narrow = slope(2e-4), slope(1e-4)
-    return analytic, narrow, abs(wide - narrow) <= 1e-3 * max(abs(narrow), 1e-6)
 
 
 def _cut(recording: Recording, twin: Subject, module: str | None) -> Where:

@@ -18,10 +18,16 @@ from tests.scoreboard import findings_on, judge
 from tests.test_mutants import CLEAN
 
 SHARP = frozenset(
-    "gpt2/cached-behind-the-new gpt2/positions-clamped plain/table-shared-by-configs plain/cache-of-row-zero gpt2/gelu-constant postnorm/key-norm-with-another-eps postnorm/cosines-cast-down postnorm/sdpa-mask-lost-with-dropout".split()
+    "gpt2/cached-behind-the-new gpt2/positions-clamped plain/table-shared-by-configs plain/cache-of-row-zero gpt2/gelu-constant postnorm/key-norm-with-another-eps postnorm/cosines-cast-down postnorm/sdpa-mask-lost-with-dropout postnorm/one-head-detached postnorm/silu-with-a-wrong-backward".split()
 )
 # A legal design, and the topics that were once loud on it.
-ASKED = {"gpt2/gelu-written-as-erf": "mlp", "plain/last-logits-in-decode": "cache"}
+ASKED = {
+    "gpt2/gelu-written-as-erf": "mlp",
+    "plain/last-logits-in-decode": "cache",
+    "plain/rounded-activations": "gradients",
+    "postnorm/embedding-learns-slower": "gradients",
+    "gpt2/gradient-scaled": "gradients",
+}
 
 
 @pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name, marks=() if m.name in SHARP else pytest.mark.slow) for m in ORDINARY])
@@ -34,9 +40,9 @@ def test_an_ordinary_mutant_is_caught_placed_and_explained(mutant: Mutant) -> No
 
 
 @pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name) for m in LEGAL])
-def test_a_legal_variation_gets_no_error(mutant: Mutant, tmp_path: Path) -> None:
+def test_a_legal_variation_gets_neither_error_nor_warning(mutant: Mutant, tmp_path: Path) -> None:
     findings = findings_on(f"{materialize(mutant, tmp_path)}:{mutant.build}", ASKED[mutant.name])
-    assert [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] in ("error", "broke")] == []
+    assert [f"{f['probe']}: {f['message']}" for f in findings if f["severity"] in ("error", "warning", "broke")] == []
 
 
 @pytest.mark.slow

@@ -27,13 +27,14 @@ LIMIT = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Underived:
-    """A backward that is not the derivative of its forward."""
+    """A backward that is not the derivative of its forward; `alone` where the module runs no other custom function."""
 
     module: str
     function: str
     where: Where
     analytic: float
     numeric: float
+    alone: bool
     script: str | None = None
 
 
@@ -57,7 +58,18 @@ def underived(subject: Subject, case: Case, *, scripts: Path | None = None) -> l
             where = place_of(Spot(code, 0, code.co_firstlineno), module=name)
             fresh = all(item.function != kind.__qualname__ for item in found)
             script = script_of_backward(modules[name], name, call.arguments, scripts) if fresh else None
-            found.append(Underived(module=name, function=kind.__qualname__, where=where, analytic=analytic, numeric=numeric, script=script))
+            alone = len(set(functions)) == 1
+            found.append(
+                Underived(
+                    module=name,
+                    function=kind.__qualname__,
+                    where=where,
+                    analytic=analytic,
+                    numeric=numeric,
+                    alone=alone,
+                    script=script,
+                )
+            )
     return found
 
 
@@ -85,7 +97,7 @@ def _directional(module: nn.Module, arguments: Any) -> tuple[list[Any], float, f
         try:
             with torch.enable_grad():
                 scalar, inputs = value(0.0, grad=True)
-                functions = _custom(scalar)
+                functions = custom_functions(scalar)
                 if not functions:
                     return None
                 given = torch.autograd.grad(scalar, inputs, allow_unused=True)
@@ -97,7 +109,7 @@ def _directional(module: nn.Module, arguments: Any) -> tuple[list[Any], float, f
     return functions, analytic, quotient[0], quotient[1]
 
 
-def _custom(scalar: Tensor) -> list[Any]:
+def custom_functions(scalar: Tensor) -> list[Any]:
     """The custom autograd functions in the graph of a tensor, the last to run first."""
     found: list[Any] = []
     seen: set[Any] = set()

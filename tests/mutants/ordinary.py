@@ -183,6 +183,54 @@ ORDINARY: tuple[Mutant, ...] = (
         "slot",
         ("values[:b, start_pos : start_pos + t] = v", "values[:b, :t] = v"),
     ),
+    # ---------------------------------------------------------------- gradients
+    _mutant(
+        "postnorm/one-head-detached",
+        "",
+        "OlmoAttention.forward",
+        "gradients",
+        "detach cuts",
+        (
+            "        q, k = apply_rotary(q, k, cos, sin)\n",
+            "        q, k = apply_rotary(q, k, cos, sin)\n        q = torch.cat([q[:, :1].detach(), q[:, 1:]], dim=1)\n",
+        ),
+        severity="warning",
+    ),
+    _mutant(
+        "postnorm/silu-with-a-wrong-backward",
+        "",
+        "FastSilu.backward",
+        "gradients",
+        "not the derivative of its forward",
+        (
+            "class OlmoMLP(nn.Module):",
+            "class FastSilu(torch.autograd.Function):\n"
+            "    @staticmethod\n"
+            "    def forward(ctx, x):\n"
+            "        ctx.save_for_backward(x)\n"
+            "        return x * torch.sigmoid(x)\n\n"
+            "    @staticmethod\n"
+            "    def backward(ctx, grad):\n"
+            "        (x,) = ctx.saved_tensors\n"
+            "        s = torch.sigmoid(x)\n"
+            "        return grad * (s + x * s)\n\n\n"
+            "class OlmoMLP(nn.Module):",
+        ),
+        ("F.silu(self.gate_proj(x))", "FastSilu.apply(self.gate_proj(x))"),
+        severity="warning",
+    ),
+    _mutant(
+        "gpt2/weights-without-gradient",
+        "",
+        "Attention._attn",
+        "gradients",
+        "no_grad cuts",
+        (
+            "        w = self.attn_dropout(torch.softmax(w, dim=-1))\n",
+            "        with torch.no_grad():\n            w = torch.softmax(w, dim=-1)\n        w = self.attn_dropout(w)\n",
+        ),
+        severity="warning",
+    ),
     # ---------------------------------------------------------------- models of two configs
     _mutant(
         "plain/table-shared-by-configs",
@@ -216,5 +264,34 @@ LEGAL: tuple[Mutant, ...] = (
     _neutral(
         "plain/last-logits-in-decode",
         ("        logits = self.output(h)\n", "        if use_cache:\n            h = h[:, -1:]\n        logits = self.output(h)\n"),
+    ),
+    _neutral(
+        "plain/rounded-activations",  # BitNet's: the value of the rounding, the gradient of what was rounded
+        (
+            "    return w2(F.silu(w1(x)) * w3(x))",
+            "    s = 7 / x.detach().abs().amax(-1, keepdim=True)\n    x = x + ((x * s).round() / s - x).detach()\n    return w2(F.silu(w1(x)) * w3(x))",
+        ),
+    ),
+    _neutral(
+        "postnorm/embedding-learns-slower",  # CogView's: a tenth of the gradient, the same value
+        (
+            "        x = self.embed_tokens(input_ids)\n",
+            "        x = self.embed_tokens(input_ids)\n        x = x * 0.1 + x.detach() * 0.9\n",
+        ),
+    ),
+    _neutral(
+        "gpt2/gradient-scaled",
+        (
+            "class MLP(nn.Module):",
+            "class Slower(torch.autograd.Function):\n"
+            "    @staticmethod\n"
+            "    def forward(ctx, x):\n"
+            "        return x.view_as(x)\n\n"
+            "    @staticmethod\n"
+            "    def backward(ctx, grad):\n"
+            "        return 0.1 * grad\n\n\n"
+            "class MLP(nn.Module):",
+        ),
+        ("gelu_new(self.c_fc(x))", "gelu_new(self.c_fc(Slower.apply(x)))"),
     ),
 )
