@@ -59,7 +59,7 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
     """With tie_word_embeddings the head is the embedding's own parameter; without it the two are apart.
 
     Why: two copies that start alike drift apart in training, and the model is larger than it says.
-    Catches: weights copied instead of shared; a tie that to_empty or a rebuild has cut.
+    Catches: weights copied instead of shared; a tie that to_empty or a rebuild has cut; a transformers class without _tied_weights_keys.
     """
     model: Any = subject.model
     yield from _shared_memory(model)
@@ -69,7 +69,8 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
     named = next(name for name in TIE_NAMES if subject.setting(name) is not None)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else first_embedding(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else _head(model)
-    if hasattr(model, "_tied_weights_keys") and not model._tied_weights_keys:
+    undeclared = hasattr(model, "_tied_weights_keys") and not model._tied_weights_keys
+    if undeclared and not _speaks_of(subject.config, named):
         not_applicable("its transformers class declares no weights that could be tied")
     if embedding is None or head is None or not all(isinstance(getattr(t, "weight", None), Tensor) for t in (embedding, head)):
         not_applicable("no embedding and head of the same shape")
@@ -79,16 +80,23 @@ def tied_as_configured(subject: Subject) -> Iterator[Finding]:
     where = _tying(model)
     if tied and not shared:
         equal = bool(torch.equal(head.weight, embedding.weight))
+        cause, fix = (
+            "the head was never tied to the embedding",
+            "self.lm_head.weight = self.embed_tokens.weight, after the weights are made",
+        )
+        if undeclared:
+            cause = f"transformers ties what _tied_weights_keys names, and {type(model).__name__} names nothing there"
+            fix = "_tied_weights_keys = {name of the head's weight: name of the embedding's}, in the class"
+        elif equal:
+            cause = "the weight was copied, not shared: both start with the same values"
         yield Found(
             probe="",
-            severity="error",
+            severity="warning" if undeclared else "error",
             message=f"{named} is set, and the head has its own weight",
             where=where,
             source=source_lines(where),
-            cause="the weight was copied, not shared: both start with the same values"
-            if equal
-            else "the head was never tied to the embedding",
-            fix="self.lm_head.weight = self.embed_tokens.weight, after the weights are made",
+            cause=cause,
+            fix=fix,
             expected="one parameter",
             observed=f"two of shape {tuple(head.weight.shape)}",
         )
@@ -142,6 +150,17 @@ def layers_are_distinct(subject: Subject) -> Iterator[Finding]:
             expected=f"{len(entries)} modules",
             observed="1",
         )
+
+
+def _speaks_of(config: object, name: str) -> bool:
+    """Whether a config's own classes have a word on a setting, which transformers' base class would have for every model."""
+    own = [kind for kind in type(config).__mro__ if kind.__module__ not in ("transformers.configuration_utils", "builtins")]
+    return any(name in vars(kind).get("__annotations__", {}) or name in _arguments(vars(kind).get("__init__")) for kind in own)
+
+
+def _arguments(function: object) -> tuple[str, ...]:
+    code = code_of(function)
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code is not None else ()
 
 
 def _setting_names(config: object) -> list[str]:
