@@ -1,5 +1,6 @@
 """The model in 16 bits, and 16 bits where nobody asked for them."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Event
-from olmodebug.relations.invariance import run
+from olmodebug.relations.invariance import crash, run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settle import settled
@@ -41,6 +42,7 @@ MOVES = (
 )
 # Where 8 bits of mantissa are known to cost accuracy in a model that is otherwise more precise: see the docstring.
 SENSITIVE = ("_softmax", "_log_softmax", "_safe_softmax", "logsumexp", "exp", "cos", "sin", "outer", "nll_loss_forward")
+OVERFLOW = re.compile(r"cannot be converted to type \S*(Half|BFloat16) without overflow")  # torch's words, for fill_ and masked_fill
 # Ops that are told to write an infinity.
 FILLS = (
     "full",
@@ -152,8 +154,10 @@ def finite_in_16_bits(subject: Subject) -> Iterator[Finding]:
         for case in cases:
             try:
                 bad = _non_finite(run(twin, case), case)
-            except SubjectCodeError:
-                break  # kernels that are missing on the CPU, or a dtype that the code does not take
+            except SubjectCodeError as error:
+                if OVERFLOW.search(str(error.__cause__)):
+                    yield _too_large(twin, case, error, name)
+                break  # else kernels that are missing on the CPU, or a dtype that the code does not take
             if bad == 0 or _non_finite(run(usual, case), case):
                 continue
             recording = _recorded(twin, case, keep=True)
@@ -174,6 +178,18 @@ def finite_in_16_bits(subject: Subject) -> Iterator[Finding]:
                 case=case,
             )
             break
+
+
+def _too_large(twin: Subject, case: Case, error: SubjectCodeError, dtype: str) -> Found:
+    """The finding for a constant that torch refuses to write into a tensor of 16 bits."""
+    return replace(
+        crash(twin, case, error),
+        severity="warning",
+        message=f"in {dtype} forward raises {type(error.__cause__).__name__}: a constant written here is beyond {torch.finfo(getattr(torch, dtype)).max:.6g}",
+        cause=f"the constant is a number of float32, and {dtype} has none as large",
+        fix="take the dtype's own smallest number, torch.finfo(scores.dtype).min, or compute the scores in float32",
+        evidence={"condition": f"the model in {dtype}"},
+    )
 
 
 @probe()

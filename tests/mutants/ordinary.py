@@ -77,6 +77,15 @@ ORDINARY: tuple[Mutant, ...] = (
             "    q = torch.cat([(q * cos + rotate_half(q) * sin)[:, :-1], q[:, -1:]], dim=1)\n",
         ),
     ),
+    _mutant(
+        "postnorm/mask-of-a-float32-constant",
+        "M04",
+        "TinyOlmoForCausalLM.build_bias",
+        "precision",
+        "beyond 65504",
+        ("torch.finfo(x.dtype).min)", "-3.0e38)"),
+        severity="warning",
+    ),
     # ---------------------------------------------------------------- norms and activations
     _mutant(
         "postnorm/mean-square-of-n-minus-1",
