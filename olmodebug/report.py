@@ -166,7 +166,21 @@ class Report:
             return EXIT_FINDINGS
         if counts.errors:
             return EXIT_INTERNAL
-        return EXIT_PASS if counts.ran else EXIT_NOTHING_CHECKED
+        return EXIT_PASS if self.checked else EXIT_NOTHING_CHECKED
+
+    @property
+    def checked(self) -> bool:
+        """Whether a question that was asked could be put to the subject. That it builds and runs answers none but that one:
+        where others were asked and none applies, nothing was checked."""
+        ran = [outcome.probe for outcome in self.outcomes if outcome.status not in ("not-applicable", "skipped")]
+        return any(not name.startswith("build.") for name in ran) or bool(ran) and len(ran) == len(self.outcomes)
+
+    @property
+    def unchecked(self) -> str:
+        """`nothing was checked` in the words that fit; empty where something was, or where something failed."""
+        if self.checked or self.verdict != "error":
+            return ""
+        return "nothing that was asked applies" if self.counts.ran else "nothing was checked"
 
     @property
     def counts(self) -> Counts:

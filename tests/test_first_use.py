@@ -134,6 +134,11 @@ def test_a_probe_that_is_not_there_runs_nothing_and_names_the_near_one(desk: Pat
     assert "nothing was checked" in out
 
 
+def test_a_question_that_does_not_apply_is_no_success(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "models.py:build", "-k", "padding.finite"]) == 5
+    assert "nothing that was asked applies" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize(("path", "words"), [("/dev/full", "cannot be written (No space left on device)"), ("/proc/report", "cannot")])
 def test_a_file_that_cannot_be_written_in_the_end_is_one_clear_line_and_the_work_is_shown(

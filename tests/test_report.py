@@ -300,6 +300,14 @@ def test_verdict_and_exit_code_follow_from_the_outcomes(statuses: tuple[Status, 
     assert (report.verdict, report.exit_code) == (verdict, exit_code)
 
 
+def test_that_a_model_builds_is_no_answer_to_what_else_was_asked() -> None:
+    built = replace(ended("passed").outcomes[0], probe="build.runs")
+    other = replace(built, probe="packing.documents", status="not-applicable", reason="no documents")
+    for outcomes, exit_code in (((built,), 0), ((built, other), 5), ((built, replace(other, status="passed")), 0)):
+        assert replace(ended(), outcomes=outcomes).exit_code == exit_code
+    assert replace(ended(), outcomes=(built, other)).unchecked == "nothing that was asked applies"
+
+
 def test_an_error_finding_fails_a_report_without_outcomes() -> None:
     assert ended(found=(FINDING,)).exit_code == 1
     assert ended(found=(FINDING,)).verdict == "fail"

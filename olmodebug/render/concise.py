@@ -26,7 +26,7 @@ def tally(report: Report) -> str:
 
 def verdict_line(report: Report) -> str:
     """`fail: 42 ran (40 pass, 2 fail), 3 not applicable, of 45 probes; 2 errors`."""
-    nothing = "nothing was checked; " if report.verdict == "error" and not report.counts.ran else ""
+    nothing = f"{report.unchecked}; " if report.unchecked else ""
     return "; ".join(filter(None, [f"{report.verdict}: {nothing}{report.counts}", tally(report)]))
 
 

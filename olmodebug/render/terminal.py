@@ -103,10 +103,10 @@ def _closing(report: Report, expected: set[str], verbose: bool) -> Iterator[Line
         yield line(f"{', '.join(notes)}  (in full with --verbose)", head=("note", STYLES["note"]), indent=LABEL)
     if not verbose:
         unusual: tuple[Status, ...] = ("error", "expected-failure", "skipped")
-        for status in unusual if report.counts.ran else (*unusual, "not-applicable"):
+        for status in unusual if report.checked else (*unusual, "not-applicable"):
             yield from _reasons(report.outcomes, status)
     symbol, style = VERDICTS[report.verdict]
-    nothing = "" if report.counts.ran or report.verdict == "fail" else "nothing was checked: "
+    nothing = f"{report.unchecked}: " if report.unchecked else ""
     tally = [plural(len(report.of(name)), name) for name in STYLES if report.of(name)]
     tail = [", ".join(tally), seconds_text(report.seconds)]
     yield line(f"{nothing}{report.counts}; {'; '.join(filter(None, tail))}", head=(f"{symbol}  ", style), indent=LABEL)
@@ -126,7 +126,7 @@ def _reasons(outcomes: Sequence[Outcome], status: Status) -> Iterator[Line]:
 
 def _next_command(report: Report, verbose: bool) -> str:
     """What shows most about the worst thing in the report; where nothing is to mend, more detail."""
-    if report.verdict == "error" and not report.counts.ran:
+    if report.unchecked:
         return "olmodebug probes"
     repeat = f"olmodebug report {report.id}" if report.id else report.environment.command
     repeat = repeat or f"olmodebug check {report.subject.spec}"
