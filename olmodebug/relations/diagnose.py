@@ -221,15 +221,20 @@ def _weighted(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
             return Diagnosis()
         if (undone := _undone_mask(culprit, part)) is not None:
             return undone
-        filled = scores.reshape(-1, part.seq, part.seq)[:, later].double().unique()
+        scores, weights = scores.reshape(-1, part.seq, part.seq).double(), weights.reshape(-1, part.seq, part.seq)
+        filled = scores[:, later].unique()
         if filled.numel() != 1:
             return Diagnosis()
-        return Diagnosis(
-            cause=f"the scores of later keys are all set to {float(filled[0]):g} before the softmax, which gives them weight: up to "
-            f"{float(weights.reshape(-1, part.seq, part.seq)[:, later].max()):.2g} here",
-            fix="fill masked scores with float('-inf') or torch.finfo(scores.dtype).min",
-            evidence=told.evidence,
-        )
+        blind = (scores == filled[0]).all(-1)
+        if len(scores) == len(weights) and bool(blind[(weights * later).any(-1)].all()):
+            first = int(blind.any(0).nonzero()[0])
+            cause = f"the query at position {first} sees no key at all: its own is masked too, and softmax over equal scores gives weight to later keys"
+            fix = "let a mask hide padding only: the key of a real token is hidden here from its own query"
+        else:
+            cause = f"the scores of later keys are all set to {float(filled[0]):g} before the softmax, which gives them weight: up to "
+            cause += f"{float(weights[:, later].max()):.2g} here"
+            fix = "fill masked scores with float('-inf') or torch.finfo(scores.dtype).min"
+        return Diagnosis(cause=cause, fix=fix, evidence=told.evidence)
     return Diagnosis()
 
 

@@ -44,6 +44,19 @@ ORDINARY: tuple[Mutant, ...] = (
         ("self.wpe(position_ids))", "self.wpe(position_ids.clamp(max=self.config.n_positions // 2)))"),
         severity="warning",
     ),
+    _mutant(
+        "gpt2/as-many-first-keys-hidden-as-are-padded",
+        "M12",
+        "Attention._attn",
+        "causality padding",
+        "sees no key at all",
+        (
+            "key_mask = attention_mask[:, None, None, :]",
+            "pads = (attention_mask == 0).sum(-1)\n"
+            "            key_mask = (torch.arange(attention_mask.size(-1), device=input_ids.device)[None] >= pads[:, None])[:, None, None, :]",
+        ),
+        also="GPT2.forward",
+    ),
     # ---------------------------------------------------------------- rotary angles in 16 bits
     _mutant(
         "postnorm/angles-in-the-models-dtype",
