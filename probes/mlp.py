@@ -16,7 +16,7 @@ from olmodebug.sources import Spot, code_of
 from olmodebug.subject import Subject
 from olmodebug.tracing.activations import EXACT, KNOWN, TANH, Bend, bends
 from olmodebug.tracing.norms import is_polynomial
-from olmodebug.tracing.tracer import Recording, record
+from olmodebug.tracing.tracer import Kept, Recording, record
 
 SETTINGS = ("hidden_act", "activation_function", "hidden_activation", "activation", "act_fn", "mlp_hidden_act")
 TOP_NAMES = (
@@ -39,6 +39,7 @@ MEANING: dict[str, tuple[str, str | None]] = {
     "gelu_fast": ("gelu", "tanh"),
     "relu": ("relu", None),
 }
+PUTS = ("index_put", "index_put_", "index_copy", "index_copy_")
 # What a written-out activation may be off from the one it is meant to be, as a share of the largest input.
 NEAR = 0.1
 
@@ -196,6 +197,72 @@ def expert_weights_as_configured(subject: Subject) -> Iterator[Finding]:
         observed=observed,
         case=case,
     )
+
+
+@probe()
+def experts_add_up(subject: Subject) -> Iterator[Finding]:
+    """What the chosen experts of a token give is added up: none overwrites what another gave.
+
+    Why: with two experts a token one of them is computed, trained a little through the router, and thrown away.
+    Catches: out[token] = expert(x[token]) in the loop over experts, where out[token] += is meant.
+    """
+    twin = subject.twin()
+    batch, seq = twin.sizes()
+    case = Case(name="a batch", input_ids=twin.token_ids(batch, seq, seed=36))
+    with torch.no_grad(), quiet():
+        recording = record(twin.model, lambda: twin.call(case), keep=lambda event: event.op in (*PUTS, "topk"))
+    tops = [event for event in recording.events if event.op == "topk" and event.outputs[0].shape[-1:] > (1,)]
+    if not tops:
+        not_applicable("no choice of two experts or more for a token was seen")
+    found = next(_overwritten(recording), None)
+    if found is None:
+        return
+    index, rows, lost = found
+    event = recording.events[index]
+    where = place_of(recording.spots[index], module=event.where.module, op=event.op)
+    yield Found(
+        probe="",
+        severity="warning",
+        message=f"{lost} of the {rows} rows that {event.op.strip('_')} writes here hold what this line wrote before, and nobody has read it",
+        where=where,
+        source=source_lines(where),
+        cause="each expert overwrites what another gave for the same token: of the experts of a token only the last one counts",
+        fix="add: out.index_add_(0, token, expert(x[token]) * weight), or out[token] += ...",
+        expected="rows that are written once, or added to",
+        observed=f"{lost} rows written again",
+        case=case,
+    )
+
+
+def _overwritten(recording: Recording) -> Iterator[tuple[int, int, int]]:
+    """(event, rows it writes, rows among them that the same line has written in the same call and that nobody read since) where
+    rows of floats are put into a tensor."""
+    written: dict[int, tuple[tuple[object, ...], Tensor]] = {}
+    for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
+        puts = event.op in PUTS and kept.arguments["self"].is_floating_point() and not kept.arguments.get("accumulate")
+        known = None
+        for position, info in enumerate(event.inputs):
+            before = written.pop(info.storage, None)  # read: what was written there has served
+            known = before if puts and position == 0 else known
+        if not puts:
+            continue
+        put, before = _put(kept), kept.arguments["self"]
+        rows = put != 0
+        place = (event.where.file, event.where.line, event.where.module)
+        if known is not None and known[0] == place and known[1].shape == rows.shape:
+            lost = known[1] & rows & (put != before)
+            if bool(lost.any()):
+                yield index, int(rows.any(-1).sum()), int(lost.any(-1).sum())
+            rows = rows | known[1]
+        written[event.outputs[0].storage] = (place, rows)
+
+
+def _put(kept: Kept) -> Tensor:
+    """What an op puts into a tensor, and 0 elsewhere."""
+    zeros, values = torch.zeros_like(kept.arguments["self"]), kept.arguments.get("values", kept.arguments.get("source"))
+    if "dim" in kept.arguments:
+        return zeros.index_copy(kept.arguments["dim"], kept.arguments["index"], values)
+    return zeros.index_put(tuple(kept.arguments["indices"]), values)
 
 
 def _sums_to_one(recording: Recording, index: int, top: int) -> bool:

@@ -30,7 +30,6 @@ KNOWN_GAPS = {
     "jax/depth-init-on-everything": "stds are read from matrices, and these are stacked over the layers",
     "flex/buckets-both-directions": "only the bucket table's gradient shows it, and the reason is not established",
     "moe/exponent-of-whole-head": "frequencies that no known slip explains may be a scaling of the model's own: a note",
-    "moe/experts-overwrite": "a token whose experts overwrite each other keeps every rule: no probe adds up the experts",
     "heads/mask-inverted": "found by logits.finite; ask of the loss and the gradients is put off until then",
     "heads/eps-outside": "no config says which eps, and 0.1 beside the root is a norm of its own",
 }
