@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .convention import NoLogits
 from .load import SubjectCodeError
@@ -19,7 +19,7 @@ from .records import Case, Where
 from .relations.edits import additive_mask
 from .relations.repair import Edit, Expressions, Found, expressions
 from .report import Scalar, Severity, SourceLine
-from .sources import Sources, Spot, excerpt, short_path, traceback_frames
+from .sources import Sources, Spot, code_of, excerpt, short_path, traceback_frames
 from .subject import Subject
 from .tracing.dims import dimension_names, named_shape
 from .tracing.tracer import Recording, record
@@ -71,6 +71,12 @@ def place_of(spot: Spot | None, *, module: str = "", op: str | None = None) -> W
     if spot is None:
         return Where(module=module, op=op)
     return Where(module=module, function=spot.function, file=short_path(spot.file), line=spot.line, op=op)
+
+
+def forward_place(model: nn.Module, module: str = "") -> Where:
+    """The first line of the forward of a model, or of one of its modules."""
+    code = code_of(type(model.get_submodule(module)).forward)
+    return place_of(Spot(code, 0, code.co_firstlineno) if code is not None else None, module=module)
 
 
 def explain(error: SubjectCodeError) -> Explanation:

@@ -3,6 +3,7 @@
 import inspect
 import linecache
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from olmodebug.double import KeepDouble
 from olmodebug.executions.derivative import underived
-from olmodebug.explain import place_of, source_lines
+from olmodebug.explain import forward_place, place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
@@ -90,7 +91,7 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
     if cut:
         share = sum(trainable[name].numel() for name in cut) / sum(p.numel() for p in trainable.values())
         cause = "forward reads it, and the path from there to the logits carries no gradient (detach, .data, no_grad, or a choice by index)"
-        yield _finding(
+        found = _finding(
             recording,
             twin,
             cut,
@@ -99,6 +100,7 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
             cause,
             "let the gradient through, or freeze it openly",
         )
+        yield _at_the_cut(found, subject, case, cut[0])
     if dropped:
         found = _finding(
             recording, twin, dropped, "warning", "no gradient", "nothing uses what forward computes with it", "use it, or remove it"
@@ -145,6 +147,8 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
         if (reason := slopes.made_up()) is not None:
             not_applicable(reason)
         cut = slopes.culprit(names, pair)
+        if cut is not None and len(slopes.without(cut)) > len(slopes.gradients):
+            return  # it leaves a parameter without any gradient: reach-every-parameter tells it
         if cut is not None or min(slope.gap for slope in pair) > TOLERANCE:
             yield _not_the_derivative(slopes, names, pair, cut)
             return
@@ -185,7 +189,7 @@ def _no_gradient(twin: Subject, case: Case) -> Found:
     """Logits without a gradient: openly for inference where forward itself is decorated so, and a slip elsewhere."""
     forward = type(twin.model).forward
     mode = next((m for m in (torch.inference_mode, torch.no_grad) if _is_decorated(forward, m)), None)
-    where = _forward_of(twin, "") if mode is not None else Where()
+    where = forward_place(twin.model, "") if mode is not None else Where()
     return Found(
         probe="",
         severity="note" if mode is not None else "error",
@@ -274,6 +278,16 @@ def _first_steps(twin: Subject, case: Case) -> Iterator[dict[str, Tensor]]:
                 parameters[name].sub_(grad / grad.abs().max().clamp(min=torch.finfo(grad.dtype).tiny), alpha=FIRST_STEP_SIZE)
 
 
+def _at_the_cut(found: Found, subject: Subject, case: Case, name: str) -> Found:
+    """The finding at the line without whose cut the parameter gets a gradient, where there is one."""
+    with suppress(SubjectCodeError):  # it does not run with every cast kept in float64
+        if (cut := Slopes(subject.fresh_twin(), case).withholds(name)) is not None:
+            where = place_of(cut.spot, module=found.where.module, op=cut.by)
+            cause = f"{cut.by} cuts the path from there to the logits: without it {name} gets a gradient"
+            return replace(found, where=where, source=source_lines(where), cause=cause)
+    return found
+
+
 def _at_the_caller(found: Found, recording: Recording, twin: Subject, unused: list[str]) -> Found:
     """The finding where the module should have been called, where a whole one never is."""
     called = {call.module for call in recording.calls}
@@ -288,7 +302,7 @@ def _at_the_caller(found: Found, recording: Recording, twin: Subject, unused: li
     owner = left_out.rpartition(".")[0]
     while owner and owner not in called:  # a list or a dict of modules has no forward that could call them
         owner = owner.rpartition(".")[0]
-    where = _forward_of(twin, owner)
+    where = forward_place(twin.model, owner)
     return replace(found, where=where, source=source_lines(where), cause=f"{left_out} is never called: {found.cause}")
 
 
@@ -459,11 +473,6 @@ def _cut(recording: Recording, twin: Subject, module: str | None) -> Where:
         path = path.rpartition(".")[0]
 
 
-def _forward_of(twin: Subject, module: str) -> Where:
-    code = code_of(type(twin.model.get_submodule(module)).forward)
-    return place_of(Spot(code, 0, code.co_firstlineno) if code is not None else None, module=module)
-
-
 def _finding(
     recording: Recording,
     twin: Subject,
@@ -478,7 +487,7 @@ def _finding(
     owner = names[0].rpartition(".")[0] if owner is None else owner
     read = names[0] in _computed_with(recording)
     left_out = not read and any(call.module == owner for call in recording.calls)  # its own forward runs and does without it
-    where = _forward_of(twin, owner) if left_out else _cut(recording, twin, owner)
+    where = forward_place(twin.model, owner) if left_out else _cut(recording, twin, owner)
     return Found(
         probe="",
         severity=severity,  # type: ignore[arg-type]

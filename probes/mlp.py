@@ -259,10 +259,11 @@ def _overwritten(recording: Recording) -> Iterator[tuple[int, int, int]]:
 
 def _put(kept: Kept) -> Tensor:
     """What an op puts into a tensor, and 0 elsewhere."""
-    zeros, values = torch.zeros_like(kept.arguments["self"]), kept.arguments.get("values", kept.arguments.get("source"))
-    if "dim" in kept.arguments:
-        return zeros.index_copy(kept.arguments["dim"], kept.arguments["index"], values)
-    return zeros.index_put(tuple(kept.arguments["indices"]), values)
+    given = kept.arguments
+    zeros = torch.zeros_like(given["self"])
+    if "dim" in given:
+        return zeros.index_copy(given["dim"], given["index"], given["source"])
+    return zeros.index_put(tuple(given["indices"]), given["values"])
 
 
 def _sums_to_one(recording: Recording, index: int, top: int) -> bool:

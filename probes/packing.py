@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olmodebug.compare import difference
-from olmodebug.explain import source_lines
+from olmodebug.explain import forward_place, source_lines
 from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Where
@@ -155,6 +155,5 @@ def _leak(twin: Subject, name: str, documents: Tensor, row: int, cuts: list[int]
         evidence={"limit": limit * apart.scale, name: " ".join(map(str, documents[row].tolist()))},
         case=Case(name="two documents in a row", input_ids=changed),
     )
-    if culprit is None:
-        return found
-    return replace(found, where=culprit.where, source=source_lines(culprit.where))
+    where = forward_place(twin.model) if ignored else culprit.where if culprit else found.where
+    return replace(found, where=where, source=source_lines(where))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from olmodebug.compare import difference
-from olmodebug.explain import place_of, source_lines
+from olmodebug.explain import forward_place, place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe
@@ -53,7 +53,7 @@ def mask_is_accepted(subject: Subject) -> Iterator[Finding]:
         zeros = run(twin, replace(case, attention_mask=((0,) * seq,) * batch))
         inverted = difference(plain, zeros, relative_limit=limit_of(twin)) is None
     text = f"a mask of ones changes the logits by {apart.max_abs:.3g}; all tokens are real, so it must change nothing"
-    where, name = _forward(twin), twin.convention.attention_mask
+    where, name = forward_place(twin.model), twin.convention.attention_mask
     yield mask or Found(
         probe="",
         severity="error",
@@ -295,10 +295,6 @@ def _forward_spot(twin: Subject) -> Spot | None:
     return Spot(forward, 0, forward.co_firstlineno) if forward is not None else None
 
 
-def _forward(twin: Subject) -> Where:
-    return place_of(_forward_spot(twin))
-
-
 def _explained(twin: Subject, broken: Violation, limit: float, left: bool) -> Iterator[Finding]:
     pair, side = broken.pair, "left" if left else "right"
     text = (
@@ -311,7 +307,7 @@ def _explained(twin: Subject, broken: Violation, limit: float, left: bool) -> It
             cause=f"{twin.convention.attention_mask} is accepted and has no effect: logits are the same with it and without it",
             fix="pass the mask on to the attention, or take it out of the signature",
         )
-        broken.culprits = [Culprit(where=_forward(twin), spot=_forward_spot(twin))]
+        broken.culprits = [Culprit(where=forward_place(twin.model), spot=_forward_spot(twin))]
         broken.diagnoses = [fallback]
     added = _added(twin, pair.left)
     if added is not None:

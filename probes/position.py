@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from olmodebug.compare import difference
-from olmodebug.explain import place_of, source_lines
+from olmodebug.explain import forward_place, place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe, skip
@@ -92,6 +92,7 @@ def honoured(subject: Subject) -> Iterator[Finding]:
     if not _encodes_positions(twin, counted):
         not_applicable("the model encodes no positions at all, which is a design of its own (NoPE)")
     where, reached = _where_positions_end(twin, counted, stretched)
+    where = where if where.file else forward_place(twin.model)
     yield Found(
         probe="",
         severity="error",

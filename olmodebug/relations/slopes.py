@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -73,6 +74,7 @@ class Slopes:
         watch = _Watch(twin, None)
         self.gradients, self.custom = self._gradients(watch)
         self.cuts, self._rounds = watch.cuts, watch.rounds
+        self._without: dict[Cut, dict[str, Tensor]] = {}
 
     def groups(self) -> list[list[str]]:
         """The parameters by their part in a layer, those of all layers together."""
@@ -95,15 +97,25 @@ class Slopes:
 
     def culprit(self, names: list[str], missed: tuple[Slope, Slope]) -> Cut | None:
         """The one cut without which the gradient is the derivative of the loss, along both directions that it missed."""
+        ways = [self._directions(names, seed) for seed in (1, 2)]
         for cut in self.cuts:
-            try:
-                mended, _ = self._gradients(_Watch(self.twin, cut))
-            except Exception:  # a graph that cannot be kept there, as where a tensor is written in place
-                continue
-            predicted = [_predicted(mended, self._directions(names, seed)) for seed in (1, 2)]
+            predicted = [_predicted(self.without(cut), way) for way in ways]
             if all(abs(v - s.numeric) <= 0.05 * abs(s.analytic - s.numeric) for v, s in zip(predicted, missed, strict=True)):
                 return cut
         return None
+
+    def withholds(self, name: str) -> Cut | None:
+        """The one cut without which a parameter that gets no gradient gets one."""
+        return next((cut for cut in self.cuts if name in self.without(cut)), None)
+
+    def without(self, cut: Cut) -> dict[str, Tensor]:
+        """The gradient of each parameter with the path of one cut in the graph; none where the graph cannot be kept there, as
+        where a tensor is written in place."""
+        if cut not in self._without:
+            self._without[cut] = {}
+            with suppress(Exception):
+                self._without[cut], _ = self._gradients(_Watch(self.twin, cut))
+        return self._without[cut]
 
     def made_up(self) -> str | None:
         """Why the gradient may be meant to be no derivative; None where nothing says so."""

@@ -57,6 +57,14 @@ ORDINARY: tuple[Mutant, ...] = (
         ),
         also="GPT2.forward",
     ),
+    _mutant(
+        "gpt2/positions-never-looked-at",
+        "R19",
+        "GPT2.forward",
+        "position",
+        "accepted and not used",
+        ("self.wpe(position_ids)", "self.wpe.weight[0]"),
+    ),
     # ---------------------------------------------------------------- rotary angles in 16 bits
     _mutant(
         "postnorm/angles-in-the-models-dtype",
@@ -239,6 +247,15 @@ ORDINARY: tuple[Mutant, ...] = (
             "class OlmoMLP(nn.Module):",
         ),
         ("F.silu(self.gate_proj(x))", "FastSilu.apply(self.gate_proj(x))"),
+        severity="warning",
+    ),
+    _mutant(
+        "plain/keys-under-no-grad",
+        "",
+        "Layer.attention",
+        "gradients",
+        "no_grad cuts the path",
+        ("        k = self.wk(x).view", "        with torch.no_grad():\n            k = self.wk(x)\n        k = k.view"),
         severity="warning",
     ),
     _mutant(
