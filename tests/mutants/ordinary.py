@@ -270,6 +270,16 @@ ORDINARY: tuple[Mutant, ...] = (
         ),
         severity="warning",
     ),
+    _mutant(
+        "plain/generate-one-late",
+        "R16",
+        "Llama.generate",
+        "generate",
+        "where forward finds",
+        ("start_pos=tokens.shape[1] - 1)", "start_pos=tokens.shape[1])"),
+        ("self.setup_caches(tokens.shape[0], tokens.shape[1] + n)", "self.setup_caches(tokens.shape[0], tokens.shape[1] + n + 1)"),
+        severity="warning",
+    ),
     # ---------------------------------------------------------------- models of two configs
     _mutant(
         "plain/table-shared-by-configs",
