@@ -5,9 +5,8 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
@@ -74,6 +73,7 @@ class Slopes:
         watch = _Watch(twin, None)
         self.gradients, self.custom = self._gradients(watch)
         self.cuts, self._rounds = watch.cuts, watch.rounds
+        self.least = SHARE if self.cuts else TOLERANCE
         self._without: dict[Cut, dict[str, Tensor]] = {}
 
     def groups(self) -> list[list[str]]:
@@ -86,14 +86,14 @@ class Slopes:
     def along(self, names: list[str], seed: int) -> Slope:
         """The slope along a random direction of some parameters."""
         ways = self._directions(names, seed)
-        return Slope(_predicted(self.gradients, ways), self._difference(ways, STEP), self._difference(ways, 2 * STEP))
+        slope = Slope(_predicted(self.gradients, ways), numeric := self._difference(ways, STEP), numeric)
+        return slope if slope.gap <= self.least else replace(slope, wider=self._difference(ways, 2 * STEP))
 
     def parted(self, names: list[str]) -> tuple[Slope, Slope] | None:
         """Two slopes that the gradient misses, each along a direction of its own; None where one agrees."""
-        least = SHARE if self.cuts else TOLERANCE
         first = self.along(names, 1)
-        second = self.along(names, 2) if first.gap > least else first
-        return (first, second) if second.gap > least else None
+        second = self.along(names, 2) if first.gap > self.least else first
+        return (first, second) if second.gap > self.least else None
 
     def culprit(self, names: list[str], missed: tuple[Slope, Slope]) -> Cut | None:
         """The one cut without which the gradient is the derivative of the loss, along both directions that it missed."""
@@ -184,16 +184,21 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         detaches = func in (torch.detach, Tensor.detach, TAKES_DATA)
-        if (detaches or func in ROUNDS or not torch.is_grad_enabled()) and any(_in_graph(tree_iter((args, kwargs)))):
-            self.rounds = self.rounds or func in ROUNDS
-            spot = self.sources.spot(sys._getframe(1))
-            if spot is not None and (detaches or not torch.is_grad_enabled()):
-                cut = Cut(spot, "detach" if detaches else "no_grad")
-                if self.mend is not None and cut.is_(self.mend):
-                    return self._kept(func, args, kwargs, detaches)
-                if not any(cut.is_(other) for other in self.cuts):
-                    self.cuts.append(cut)
-        return func(*args, **kwargs)
+        leaves = detaches or not torch.is_grad_enabled()
+        if not (leaves or func in ROUNDS) or not _in_graph((args, kwargs)):
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not any(isinstance(value, Tensor) and value.is_floating_point() for value in tree_iter(result)):
+            return result  # a size, a device, a comparison
+        self.rounds = self.rounds or func in ROUNDS
+        spot = self.sources.spot(sys._getframe(1)) if leaves else None
+        if spot is not None:
+            cut = Cut(spot, "detach" if detaches else "no_grad")
+            if self.mend is not None and cut.is_(self.mend):
+                return self._kept(func, args, kwargs, detaches)
+            if not any(cut.is_(other) for other in self.cuts):
+                self.cuts.append(cut)
+        return result
 
     def _kept(self, func: Any, args: Any, kwargs: Any, detaches: bool) -> Any:
         if detaches:
@@ -202,8 +207,8 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-def _in_graph(values: Any) -> Iterator[bool]:
-    return (isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad for value in values)
+def _in_graph(values: Any) -> bool:
+    return any(isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad for value in tree_iter(values))
 
 
 def _is_estimator(spot: Spot) -> bool:
