@@ -79,6 +79,12 @@ def handed_cache(subject: "Subject", batch_size: int) -> Any:
     return {}
 
 
+def makes_its_kind(model: nn.Module) -> bool:
+    """Whether the model makes the cache that its caller hands over, and asks nothing for it."""
+    maker = method_of(model, MAKER_NAMES)
+    return maker is not None and all(p.default is not p.empty for p in inspect.signature(maker).parameters.values())
+
+
 def _with_sizes(method: Callable[..., Any], batch_size: int, room: int) -> Any:
     """Call a method of the model that makes or forgets a cache, with the sizes that it asks for."""
     sizes = [p for p in inspect.signature(method).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -6,8 +6,8 @@ tensor and one from the CPU is the op that raises on a GPU.
 """
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def first_stray(model: nn.Module, run: Callable[[], Any]) -> Stray | None:
         for handle in (module.register_forward_pre_hook(watch.enter(name)), module.register_forward_hook(watch.leave, always_call=True))
     ]
     try:
-        with torch.no_grad(), watch, _Literals(watch):
+        with torch.no_grad(), _autocast_on_meta(), watch, _Literals(watch):
             _run_watched(run)
     except Mixed:
         pass
@@ -68,6 +68,22 @@ def first_stray(model: nn.Module, run: Callable[[], Any]) -> Stray | None:
         for handle in handles:
             handle.remove()
     return watch.stray
+
+
+@contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """`torch.autocast(x.device.type, enabled=False)`, as it stands around many a rotary embedding, knows no meta device: there
+    it is the CPU's."""
+    made: Any = torch.autocast.__init__
+
+    def init(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        made(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = made  # type: ignore[method-assign]
 
 
 def _run_watched(run: Callable[[], Any]) -> Any:
@@ -130,7 +146,7 @@ class _Watch(TorchDispatchMode):
         on_meta = bool(there) if asked is None else torch.device(asked).type == "meta"
         if asked is not None and on_meta:
             kwargs["device"] = "cpu"
-        output = func(*tree_map_only(Tensor, self._value, args), **tree_map_only(Tensor, self._value, kwargs))
+        output = _on_the_cpu(func, *tree_map_only(Tensor, self._value, (args, kwargs)))
         if on_meta:
             known = {id(self._value(t)): t for t in there}
             return tree_map_only(Tensor, lambda t: known.get(id(t)) if id(t) in known else self.stand_in(t), output)
@@ -177,6 +193,15 @@ class _Watch(TorchDispatchMode):
             module=self.stack[-1],
             attribute=self.attributes.get(tensor.untyped_storage().data_ptr()),
         )
+
+
+def _on_the_cpu(func: Any, args: Any, kwargs: Any) -> Any:
+    """An op on the values; where the CPU has no kernel for integers that a GPU has (histc, in routers), in float64."""
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError:
+        whole = next(t for t in tree_flatten(args)[0] if isinstance(t, Tensor))
+        return func(*tree_map_only(Tensor, Tensor.double, args), **kwargs).to(whole.dtype)
 
 
 class _Literals(TorchFunctionMode):

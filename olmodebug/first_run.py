@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .caches import Held, held, hold, keeps_its_cache, makes_new_caches, new_cache
+from .caches import Held, held, hold, keeps_its_cache, makes_its_kind, makes_new_caches, new_cache
 from .convention import (
     ALIGNED_LABELS,
     HANDED_NAMES,
@@ -316,6 +316,8 @@ def _with_handed_cache(subject: Subject, form: Convention) -> Convention:
     without = replace(form, start=None) if form.start and names[form.start].default is not inspect.Parameter.empty else form
     case = Case(name="a cache", input_ids=subject.token_ids(2, 3))
     trial = subject.called_as(replace(form, cache=name, hands_cache=True))
+    if makes_its_kind(subject.model) and _fails(trial, case):
+        return trial.convention  # what the model's own method makes is of the right kind: cache.* says what is wrong
     with suppress(Exception):  # another kind of cache: what it wants is not known, so nothing is asked of it
         output = trial.call(case, use_cache=True)
         try:
@@ -324,6 +326,17 @@ def _with_handed_cache(subject: Subject, form: Convention) -> Convention:
             return without if type(output.cache) in (dict, list, tuple) or _reads_the_whole_again(trial) else trial.convention
         return trial.convention if output.logits.shape[1] == case.seq_len else without
     return without
+
+
+def _fails(trial: Subject, case: Case) -> bool:
+    """Whether sizes do not fit in a call with a fresh cache."""
+    try:
+        trial.call(case, use_cache=True)
+    except (RuntimeError, IndexError):
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def _reads_the_whole_again(trial: Subject) -> bool:

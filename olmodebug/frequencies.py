@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .relations.diagnose import Diagnosis
+from .relations.patterns import Diagnosis
 from .subject import Subject
+from .tracing.dims import WIDTH_NAMES
 
 KNOWN_TYPES = (None, "default", "linear")
 # Names under which configurations keep the rotary base itself, the size of a head, and the divisor of positions.
@@ -125,12 +126,15 @@ def wrong_frequencies(subject: Subject, frequencies: Tensor, declared: list[tupl
     message = f"rotary frequencies are not those of the config: pair 1 turns by {float(frequencies[1]):.5g} rad a position, theta {theta:g}"
     message += f" and factor {factor:g} give {float(_ideal(pairs, theta, factor)[1]):.5g}"
     evidence: dict[str, Any] = {"theta in use": base if regular else None, "theta declared": theta, "rotary dimensions": 2 * pairs}
-    head_dim = subject.setting(*HEAD_DIM_NAMES)
+    head_dim, width = subject.setting(*HEAD_DIM_NAMES), subject.setting(*WIDTH_NAMES)
     named = next((name for name in THETA_NAMES if subject.setting(name) is not None), "rope_theta")
     if fits(frequencies, theta, 1.0) and factor != 1:
         cause, fix = f"rope_scaling declares the linear factor {factor:g} and has no effect on inv_freq", "divide inv_freq by the factor"
     elif isinstance(head_dim, int) and head_dim > 2 * pairs and fits(frequencies, theta ** (2 * pairs / head_dim), factor):
         cause = f"the exponent of inv_freq is divided by head_dim {head_dim}, and only {2 * pairs} dimensions are rotated (rotary_dim)"
+        fix = "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"
+    elif isinstance(width, int) and width > 2 * pairs and fits(frequencies, theta ** (2 * pairs / width), factor):
+        cause = f"the exponent of inv_freq is divided by the model's width {width}, not by the {2 * pairs} rotated dimensions of a head"
         fix = "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"
     elif (slip := exponent_slip(frequencies, declared)) is not None:
         cause, fix = slip, "inv_freq = theta ** -(arange(0, rotary_dim, 2) / rotary_dim)"

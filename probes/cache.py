@@ -16,9 +16,10 @@ from olmodebug.own_code import refused
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Difference
 from olmodebug.relations.chunks import LENGTH_DEPENDENT, locate, pieces, rope_type, run_chunks
-from olmodebug.relations.diagnose import Diagnosis, mask_added_as_number
+from olmodebug.relations.diagnose import mask_added_as_number
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.parted import why
+from olmodebug.relations.patterns import Diagnosis
 from olmodebug.relations.repair import Found
 from olmodebug.relations.ways import Way, breach, no_cache, way_record
 from olmodebug.report import Finding, Scalar

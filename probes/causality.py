@@ -15,7 +15,6 @@ from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Rows, Where
 from olmodebug.relations.cases import Sizes
 from olmodebug.relations.chunks import LENGTH_DEPENDENT, locate_prefix, rope_type
-from olmodebug.relations.diagnose import Diagnosis
 from olmodebug.relations.invariance import (
     Pair,
     Violation,
@@ -30,6 +29,7 @@ from olmodebug.relations.invariance import (
     violation,
 )
 from olmodebug.relations.leaks import leaks, section
+from olmodebug.relations.patterns import Diagnosis
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject

@@ -14,6 +14,7 @@ from olmodebug.double import KeepDouble
 from olmodebug.executions.derivative import underived
 from olmodebug.explain import forward_place, place_of, source_lines
 from olmodebug.load import SubjectCodeError
+from olmodebug.overwritten import overwritten
 from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
@@ -410,18 +411,19 @@ def _cancelled(twin: Subject, case: Case, parameters: dict[str, nn.Parameter]) -
     nothing = [n for n in doubtful if (g := parameters[n].grad) is not None and float((g * parameters[n].detach()).abs().max()) <= ROUNDING]
     if not nothing:
         return
-    holder = nothing[0].rpartition(".")[0].rpartition(".")[0]
+    owner = nothing[0].rpartition(".")[0]
+    holder = owner.rpartition(".")[0]
     size = max(float(p.grad.abs().max()) for n in nothing if (p := parameters[n]).grad is not None)
     cause, where = None, None
     for event, kept, spot in zip(recording.events, recording.kept, recording.spots, strict=True):
         if (
             event.op in ("div", "div_")
-            and event.where.module == holder
+            and event.where.module in (holder, owner)
             and kept.outputs
             and bool((kept.outputs[0] - 1).abs().max() < 1e-12)
         ):
             cause = "weights divided by their own sum are 1 for every token, whatever the router says: one expert a token, renormalised"
-            where = place_of(spot, module=holder, op=event.op)
+            where = place_of(spot, module=event.where.module, op=event.op)
     fix = "do not renormalise where one expert is chosen; multiply its output by the router's probability" if cause else None
     found = _finding(recording, twin, nothing, "warning", f"a gradient of {size:.1g}, which is rounding", cause, fix)
     yield replace(found, where=where, source=source_lines(where)) if where else found
@@ -430,6 +432,8 @@ def _cancelled(twin: Subject, case: Case, parameters: dict[str, nn.Parameter]) -
 def _backward_fails(twin: Subject, error: RuntimeError, case: Case) -> Found:
     """A backward that raises; the second one does when a tensor of the first step's graph is kept and used again."""
     text = str(error).partition(". ")[0]
+    if "modified by an inplace operation" in text and (found := _written_over(twin, text, case)) is not None:
+        return found
     kept = "backward through the graph a second time" in text
     where, name = keeper(twin.model) if kept else (Where(), None)
     return Found(
@@ -440,6 +444,28 @@ def _backward_fails(twin: Subject, error: RuntimeError, case: Case) -> Found:
         source=source_lines(where),
         cause=f"{name} keeps a tensor of the first step's graph, and the second step uses it again" if name else None,
         fix="keep it detached, or compute it anew in every forward" if name else None,
+        raised=f"RuntimeError: {text}",
+        case=case,
+    )
+
+
+def _written_over(twin: Subject, text: str, case: Case) -> Found | None:
+    """The finding at the line that writes in place over what another line had kept for its backward; None where it is not seen."""
+    with settled(seed=twin.seed), quiet():
+        told = overwritten(twin.model, lambda: twin.call(case))
+    if told is None:
+        return None
+    where = place_of(told.written, op=told.op)
+    reader = "" if told.kept is None else f" that line {told.kept.line} computed with and keeps for its backward"
+    return Found(
+        probe="",
+        severity="error",
+        message=f"backward raises RuntimeError: {text}",
+        where=where,
+        source=source_lines(where),
+        cause=f"{told.op} writes in place into the tensor {told.shape}{reader}",
+        fix="make a new tensor: x = x + y for x += y, torch.where or index_put for an assignment to a part, the op without the final _",
+        evidence={"kept at": str(place_of(told.kept))} if told.kept is not None else {},
         raised=f"RuntimeError: {text}",
         case=case,
     )

@@ -13,8 +13,9 @@ from olmodebug.explain import forward_place, source_lines
 from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case, Where
-from olmodebug.relations.diagnose import Diagnosis, diagnose
+from olmodebug.relations.diagnose import diagnose
 from olmodebug.relations.invariance import limit_of
+from olmodebug.relations.patterns import Diagnosis
 from olmodebug.relations.relation import Part, localise, model_sizes
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding

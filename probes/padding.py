@@ -12,8 +12,9 @@ from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import quiet
 from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Rows, Where
-from olmodebug.relations.diagnose import Diagnosis, is_fused_attention, mask_added_as_number, mask_operand_edits
+from olmodebug.relations.diagnose import is_fused_attention, mask_added_as_number, mask_operand_edits
 from olmodebug.relations.invariance import Pair, Violation, base_part, crash, findings_of, limit_of, run, settings_of, smallest, violation
+from olmodebug.relations.patterns import Diagnosis
 from olmodebug.relations.relation import Culprit
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding

@@ -16,8 +16,8 @@ from olmodebug.load import SubjectCodeError
 from olmodebug.probe import not_applicable, probe
 from olmodebug.rebuilt import with_another_base
 from olmodebug.records import Case, Where
-from olmodebug.relations.diagnose import Diagnosis
 from olmodebug.relations.invariance import limit_of, run
+from olmodebug.relations.patterns import Diagnosis
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.sources import Spot

@@ -10,8 +10,9 @@ from torch import Tensor
 from olmodebug.explain import place_of, source_lines
 from olmodebug.probe import not_applicable, probe, skip
 from olmodebug.records import Case
-from olmodebug.relations.diagnose import Diagnosis, is_fused_attention
+from olmodebug.relations.diagnose import is_fused_attention
 from olmodebug.relations.invariance import settings_of
+from olmodebug.relations.patterns import Diagnosis
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.subject import Subject

@@ -526,3 +526,32 @@ def test_a_handed_cache_whose_sizes_do_not_fit_is_a_broken_one_and_not_none() ->
     subject = from_model(Handed())
     assert subject.convention.hands_cache
     assert run_probe(PROBES["cache.matches-full-forward"], subject).outcome.status == "failed"
+
+
+class HandedToTwo(Handed):
+    """The method that makes the caches of its two layers makes one for both, or one that each call of forward can use."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def make_cache(self) -> list[KVCache]:
+        return [KVCache()] * 2 if self.shared else [KVCache(), KVCache()]
+
+    def forward(self, input_ids: Tensor, cache: list[KVCache] | None = None) -> Tensor:  # type: ignore[override]
+        x, n = self.embed(input_ids), input_ids.shape[1]
+        past = 0 if cache is None or cache[0].keys is None else cache[0].keys.shape[1]
+        hidden = torch.ones(n, past + n, dtype=torch.bool, device=x.device).triu(1 + past)
+        for layer in range(2):
+            keys = x
+            if cache is not None:
+                kept = cache[layer].keys
+                keys = cache[layer].keys = x if kept is None else torch.cat((kept, x), 1)
+            x = x + (x @ keys.mT).masked_fill(hidden, float("-inf")).softmax(-1) @ keys
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("shared", "status"), [(True, "failed"), (False, "passed")])
+def test_a_cache_of_the_models_own_making_that_its_first_call_cannot_use_is_told(shared: bool, status: str) -> None:
+    torch.manual_seed(0)
+    assert run_probe(PROBES["cache.matches-full-forward"], from_model(HandedToTwo(shared))).outcome.status == status

@@ -69,6 +69,9 @@ class Model(nn.Module):
             x = x + torch.arange(12.0, device=HERE)
         elif self.kind == "written down":
             x = x + torch.arange(12.0, device="cpu")
+        elif self.kind == "made without autocast":
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                x = x + torch.arange(12.0)
         elif self.kind == "scalar":
             x = x * torch.tensor(2.0)
         elif self.kind == "moved":
@@ -86,7 +89,10 @@ def stray(kind: str) -> list[tuple[str, str | None]]:
     return [(f.severity, f.where.op) for f in made_where_the_inputs_are(subject)]
 
 
-@pytest.mark.parametrize(("kind", "op"), [("made elsewhere", "arange"), ("literal", "lift_fresh"), ("written down", "arange")])
+@pytest.mark.parametrize(
+    ("kind", "op"),
+    [("made elsewhere", "arange"), ("made without autocast", "arange"), ("literal", "lift_fresh"), ("written down", "arange")],
+)
 def test_a_tensor_made_elsewhere_is_an_error_at_its_own_line(kind: str, op: str) -> None:
     assert stray(kind) == [("error", op)]
 

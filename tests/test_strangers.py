@@ -38,7 +38,7 @@ KNOWN_GAPS = {
 # Detected and placed; which slip it was is not established, and nothing is said of it.
 UNEXPLAINED = frozenset(
     """
-    course/convolution-from-the-end course/handed-cache-forgets course/another-block-for-one-position
+    course/handed-cache-forgets course/another-block-for-one-position
     """.split()
 )
 

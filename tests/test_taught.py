@@ -77,10 +77,22 @@ class Inverted(nn.Module):
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         scores = x @ x.transpose(1, 2)
         scores = scores.masked_fill(~later, -1e9) if self.hides == "past" else scores
+        if self.hides == "itself too":
+            scores = scores.masked_fill(torch.ones_like(later).triu(), torch.finfo(scores.dtype).min)
+        if self.hides == "nothing, beside a sink":
+            return self.head(torch.cat((scores, torch.zeros_like(scores[..., :1])), -1).softmax(-1)[..., :-1] @ x)
         return self.head(scores.softmax(-1) @ x)
 
 
-@pytest.mark.parametrize(("hides", "words"), [("past", "mask is inverted"), ("nothing", "no causal mask reaches")])
+@pytest.mark.parametrize(
+    ("hides", "words"),
+    [
+        ("past", "mask is inverted"),
+        ("nothing", "no causal mask reaches"),
+        ("nothing, beside a sink", "no causal mask reaches"),
+        ("itself too", "the mask hides every query's own key"),
+    ],
+)
 def test_an_inverted_mask_is_told_as_such_though_its_last_query_sees_all(hides: str, words: str) -> None:
     (finding, *_) = ask("causality.no-future", Inverted(hides)).findings
     assert words in str(finding.cause)

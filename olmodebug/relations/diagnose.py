@@ -4,16 +4,17 @@ A hypothesis that its own test does not confirm is not told. What was tested and
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..compare import difference
-from ..records import Event, Where
+from ..records import Event
 from ..report import Scalar
 from ..tracing.tracer import Kept, Recording
 from .edits import call_of, insert_before_method, mask_operand, mask_scores, set_dimension, set_keyword
+from .patterns import MASKED, Diagnosis, attention_pattern, padding_seen, pattern_told, without_keys, without_sink
 from .relation import Culprit, Part
 from .repair import Edit, expressions
 
@@ -33,7 +34,6 @@ REDUCTIONS = {
     "logsumexp": "logsumexp",
     "prod": "product",
 }
-MASKED = -1e30  # below any real score; finfo.min of float32 is -3e38
 LOOK_BACK = 16  # ops between a mask and its softmax
 SAME_VALUES = (
     "view", "_unsafe_view", "reshape", "permute", "transpose", "expand", "clone", "_to_copy", "unsqueeze", "squeeze", "mul", "div", "add",
@@ -46,19 +46,6 @@ FUSED_ATTENTION = ("_scaled_dot_product_", "_efficient_attention", "_flash_atten
 
 # Another way to read a tensor: what was done in words, how to mend it, the way, and what to insert before the reshape.
 Layout = tuple[str, str, Callable[[Tensor], Tensor], str]
-
-
-@dataclass(slots=True, kw_only=True)
-class Diagnosis:
-    """A cause that the captured tensors establish (None: not known), a repair in words, and the edits that make it. `where`:
-    the place of the slip, where it is another than that of the op where the runs part."""
-
-    cause: str | None = None
-    fix: str | None = None
-    where: Where | None = None
-    edits: tuple[Edit, ...] = ()
-    evidence: dict[str, Scalar] | None = None
-    ruled_out: tuple[str, ...] = ()
 
 
 def is_fused_attention(op: str) -> bool:
@@ -74,6 +61,8 @@ def diagnose(culprit: Culprit, part: Part, *, hidden: str, recording: Recording 
     if blamed.op in REDUCTIONS and (culprit.source is not None or culprit.event.op in REDUCTIONS):
         return _reduction(blamed, part, hidden)
     op = culprit.event.op
+    if op == "cat":
+        return _beside_a_sink(culprit, part, hidden)
     if op in ("_softmax", "softmax", "_safe_softmax"):
         return _softmax(culprit, part, hidden)
     if is_fused_attention(op):
@@ -134,7 +123,8 @@ def _late_window(culprit: Culprit) -> Diagnosis | None:
     if cut.get("dim") != 2 or made["weight"].ndim != 3:
         return None
     width, padding = (made["weight"].shape[-1] - 1) * made["dilation"][0], made["padding"][0]
-    start = cut.get("start") or 0
+    start, length = cut.get("start") or 0, culprit.left.inputs[0].shape[2]
+    start += length if start < 0 else 0
     reach = width - padding + start
     if reach < 1:
         return None
@@ -157,17 +147,10 @@ def _shifted_back(culprit: Culprit, part: Part) -> Diagnosis | None:
     return None
 
 
-def attention_pattern(weights: Tensor, part: Part) -> Tensor | None:
-    """Which key each query attends to in any row or head, `[T, T]` of bool, from weights `[..., T, T]`; None else."""
-    if weights.ndim < 2 or weights.shape[-1] != part.seq or weights.shape[-2] != part.seq:
-        return None
-    return (weights > 0).reshape(-1, part.seq, part.seq).any(0)
-
-
 def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     assert culprit.left is not None
-    scores, dim = culprit.left.arguments["self"], int(culprit.left.arguments["dim"]) % max(1, culprit.left.inputs[0].ndim)
-    weights = culprit.left.outputs[0]
+    dim = int(culprit.left.arguments["dim"]) % max(1, culprit.left.inputs[0].ndim)
+    scores, weights = (without_sink(t, part) for t in (culprit.left.arguments["self"], culprit.left.outputs[0]))
     tree = expressions(culprit.spot)
     call = call_of(tree, culprit, ("softmax",))
     if weights.ndim >= 2 and dim != weights.ndim - 1 and weights.shape[-1] != part.seq:
@@ -187,9 +170,11 @@ def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     pattern = attention_pattern(weights, part)
     if pattern is None:
         return Diagnosis()
+    if (told := without_keys(weights, scores, part)) is not None:
+        return told
     if hidden == "padded tokens":
-        return _padding_seen(pattern, scores, part, "the scores")
-    diagnosis = _pattern(pattern, hidden)
+        return padding_seen(pattern, scores, part, "the scores")
+    diagnosis = pattern_told(pattern, hidden)
     undone = _undone_mask(culprit, part)
     if diagnosis.cause and undone is not None:
         return undone
@@ -199,25 +184,41 @@ def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     return diagnosis
 
 
+def _beside_a_sink(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
+    """Scores `[..., T, T]` that get a sink as one more column: no size of the model, so the runs part here and not in the softmax."""
+    assert culprit.event is not None
+    made = culprit.event.outputs[0]
+    if culprit.run is None or made.shape[-2:] != (part.seq, part.seq + 1):
+        return Diagnosis()
+    for event, kept, spot in list(zip(culprit.run.events, culprit.run.kept, culprit.run.spots, strict=True))[culprit.event.index + 1 :]:
+        if event.op in ("_softmax", "_safe_softmax") and event.inputs[0].shape == made.shape:
+            return _softmax(replace(culprit, event=event, left=kept, spot=spot), part, hidden)
+    return Diagnosis()
+
+
 def _weighted(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     """Attention weights that do not depend on what is later, and give weight to it all the same: masked scores that were
     filled with a number which softmax turns into weight."""
     assert culprit.left is not None and culprit.event is not None
-    if hidden == "padded tokens" or not culprit.left.inputs:
+    if not culprit.left.inputs:
         return Diagnosis()
     weights = culprit.left.inputs[0]
     pattern = attention_pattern(weights, part)
     if pattern is None or culprit.run is None:
         return Diagnosis()
-    told = _pattern(pattern, hidden)
+    told = pattern_told(pattern, hidden)
     later = torch.ones(part.seq, part.seq, dtype=torch.bool).triu(1)
     for event, kept in zip(
         reversed(culprit.run.events[: culprit.event.index]), reversed(culprit.run.kept[: culprit.event.index]), strict=True
     ):
         if event.op not in ("_softmax", "softmax", "_safe_softmax"):
             continue
-        scores = kept.arguments["self"]
-        if not told.cause or scores.shape[-2:] != (part.seq, part.seq):
+        scores = without_sink(kept.arguments["self"], part)
+        if scores.shape[-2:] != (part.seq, part.seq):
+            return Diagnosis()
+        if (alike := without_keys(weights, scores, part)) is not None:
+            return alike
+        if not told.cause or hidden == "padded tokens":
             return Diagnosis()
         if (undone := _undone_mask(culprit, part)) is not None:
             return undone
@@ -309,9 +310,14 @@ def _fused(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
         return Diagnosis()
     visible = visible.expand(*visible.shape[:-2], part.seq, part.seq) if visible.shape[-2] == 1 else visible
     pattern = visible.reshape(-1, part.seq, part.seq).any(0)
+    if (
+        mask.dtype != torch.bool
+        and (told := without_keys(visible | ~visible.any(-1, keepdim=True), mask[..., : part.seq], part)) is not None
+    ):
+        return told
     if hidden == "padded tokens":
-        return _padding_seen(pattern, mask, part, "attn_mask")
-    return _pattern(pattern, hidden)
+        return padding_seen(pattern, mask, part, "attn_mask")
+    return pattern_told(pattern, hidden)
 
 
 def _along_the_batch(culprit: Culprit, part: Part) -> Diagnosis:
@@ -345,69 +351,7 @@ def _native(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
         return Diagnosis()
     visible = ~mask if mask.dtype == torch.bool else mask > -1e30
     pattern = visible.reshape(-1, part.seq, part.seq).any(0)
-    return _padding_seen(pattern, mask, part, "key_padding_mask") if hidden == "padded tokens" else _pattern(pattern, hidden)
-
-
-def _pattern(pattern: Tensor, hidden: str) -> Diagnosis:
-    """What is wrong with a pattern of who sees whom, `[T, T]`."""
-    size = pattern.shape[0]
-    ones = torch.ones(size, size, dtype=torch.bool)
-    future, past = ones.triu(1), ones.tril(-1)
-    seen = pattern & future
-    evidence: dict[str, Scalar] = {"query-key pairs that see the future": f"{int(seen.sum())} of {int(future.sum())}"}
-    if not bool(seen.any()):
-        return Diagnosis()
-    sees_past = bool((pattern & past)[:-1].any())  # under an inverted mask the last query sees nothing, or all alike
-    if bool(seen.sum() == future.sum()):
-        if not sees_past:
-            return Diagnosis(
-                cause="the causal mask is inverted: every query sees the later keys and none of the earlier ones",
-                fix="invert the mask: True (or 0) where key <= query",
-                evidence=evidence,
-            )
-        return Diagnosis(
-            cause="no causal mask reaches this softmax: every query gives weight to every later key",
-            fix="apply the causal mask to the scores before the softmax",
-            evidence=evidence,
-        )
-    offsets = [k for k in range(1, size) if bool(torch.diagonal(pattern, k).any())]
-    full = [k for k in range(1, size) if bool(torch.diagonal(pattern, k).all())]
-    if offsets == full and offsets == list(range(1, len(offsets) + 1)):
-        reach = len(offsets)
-        return Diagnosis(
-            cause=f"the causal mask is off by {reach}: every query sees the next {reach} key{'s' if reach > 1 else ''} too",
-            fix=f"move the mask's diagonal by {reach}",
-            evidence=evidence,
-        )
-    if not sees_past:
-        return Diagnosis(
-            cause="the causal mask is inverted: queries see later keys and no earlier ones",
-            fix="invert the mask: True (or 0) where key <= query",
-            evidence=evidence,
-        )
-    return Diagnosis(
-        cause="the mask does not hide all later keys",
-        fix="build the mask so that query i sees keys 0..i only",
-        evidence=evidence,
-    )
-
-
-def _padding_seen(pattern: Tensor, values: Tensor, part: Part, what: str) -> Diagnosis:
-    """Padded keys take part; is the mask absent, inverted, or laid on the queries?"""
-    columns = part.columns or slice(None)
-    start, stop, _ = columns.indices(part.seq)
-    padded = [i for i in range(part.seq) if not start <= i < stop]
-    real = list(range(start, stop))
-    if not padded or not bool(pattern[real][:, padded].any()):
-        return Diagnosis()
-    own = torch.tensor([[i == j for j in range(part.seq)] for i in range(part.seq)])
-    sees_real = bool((pattern & ~own)[real][:, real].any())
-    if not sees_real:
-        return Diagnosis(cause=f"the padding mask is inverted: {what} hide the real tokens and show the padded ones", fix="invert the mask")
-    return Diagnosis(
-        cause=f"the padding mask does not reach {what}: real queries give weight to padded keys",
-        fix="turn the [batch, seq_len] mask into mask[:, None, None, :] and set the scores of padded keys to finfo.min before the softmax",
-    )
+    return padding_seen(pattern, mask, part, "key_padding_mask") if hidden == "padded tokens" else pattern_told(pattern, hidden)
 
 
 def _reduction(event: Event, part: Part, hidden: str) -> Diagnosis:

@@ -22,8 +22,9 @@ from ..settle import random_state_kept, set_seed, settled
 from ..subject import Subject
 from ..tracing.tracer import record
 from .cases import Sizes, sizes, smallest_breaking
-from .diagnose import Diagnosis, diagnose
+from .diagnose import diagnose
 from .pair import Pair, pair_record
+from .patterns import Diagnosis
 from .relation import Culprit, Part, localise, model_sizes
 from .repair import Found
 

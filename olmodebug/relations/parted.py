@@ -10,7 +10,8 @@ from ..records import Event
 from ..report import Scalar
 from ..tracing.tracer import Kept, Recording
 from .chunks import Chunk, Parting, Runs, counterpart, fellows
-from .diagnose import Diagnosis, is_fused_attention
+from .diagnose import is_fused_attention
+from .patterns import Diagnosis
 from .relation import WRITES
 
 HIDDEN = -1e3  # an additive mask holds 0, and this or less
@@ -30,6 +31,7 @@ def why(runs: Runs) -> Diagnosis:
         _short_bias,
         _keys_missing,
         _wrong_slot,
+        _changed_places,
         _cached_part,
     ):
         for parting in (runs.parting, *fellows(runs)):
@@ -331,6 +333,61 @@ def _starts(part: Recording, index: int, chunk: Chunk) -> list[int]:
         dim, shape = int(cut.get("dim", 0)), view.inputs[0].shape
         starts[dim] = starts.get(dim, 0) + min(int(cut.get("start") or 0) % (shape[dim] + 1), shape[dim])
     return [start for dim, start in starts.items() if target.shape[dim] == chunk.queries < shape[dim]]
+
+
+def _changed_places(runs: Runs, parting: Parting) -> Diagnosis | None:
+    """Cached tokens that another tensor of the full forward holds than the one that the new tokens, put behind them, are from."""
+    chunk = runs.chunk
+    for event, kept in zip(runs.part.events, runs.part.kept, strict=True):
+        if event.op != "cat" or len(kept.inputs) != 2 or not chunk.start:
+            continue
+        old, new = kept.inputs
+        dim = next((d for d in range(old.ndim) if (old.shape[d], new.shape[d]) == (chunk.start, chunk.queries)), None)
+        if dim is None or not old.is_floating_point() or not bool(old.any()):
+            continue
+        fresh, cached = _holding(runs.full, new, dim, chunk.start, chunk.seq), _holding(runs.full, old, dim, 0, chunk.seq)
+        if not fresh or not cached or set(fresh) & set(cached):
+            continue
+        one, other = runs.full.events[fresh[0]], runs.full.events[cached[0]]
+        places = f"line {other.where.line} of {other.where.function}", f"line {one.where.line}"
+        if other.index > one.index and other.where.line != one.where.line and _leads_to(runs.full, one, other):
+            return Diagnosis(
+                cause=f"the cache holds what {places[0]} has made of the keys or values, and they go through it a second time: new tokens "
+                f"are put behind them as they are in {places[1]}, before it",
+                fix="put into the cache what stands at the place where it is read, or read it behind that step",
+            )
+        return Diagnosis(
+            cause=f"the cached tokens are those of another tensor: the full forward has them in {places[0]}, module {other.where.module}, "
+            f"and the new ones, which are put behind them, in {places[1]}, module {one.where.module}",
+            fix="take keys and values out in the order in which they were put in, each from its own layer",
+        )
+    return None
+
+
+def _holding(full: Recording, part: Tensor, dim: int, start: int, seq: int) -> list[int]:
+    """The ops whose output holds these tokens from `start` on."""
+    found = []
+    for index, kept in enumerate(full.kept):
+        for out in kept.outputs:
+            if out.ndim != part.ndim or out.shape[dim] != seq or out.dtype != part.dtype:
+                continue
+            cut = out.narrow(dim, start, part.shape[dim])
+            if cut.shape == part.shape and difference(cut, part, relative_limit=SAME) is None:
+                found.append(index)
+    return found
+
+
+def _leads_to(full: Recording, one: Event, other: Event) -> bool:
+    """Whether an op computes with what another has made; two views of one tensor, as keys and values may be, do not."""
+    if other.outputs[0].storage == one.outputs[0].storage:
+        return False
+    reached = {info.storage for info in one.outputs}
+    for event in full.events[one.index + 1 : other.index + 1]:
+        if reached & {info.storage for info in event.inputs}:
+            reached |= {info.storage for info in event.outputs}
+            if event is other:
+                return True
+    return False
 
 
 def _cached_part(runs: Runs, parting: Parting) -> Diagnosis | None:

@@ -28,6 +28,30 @@ ORDINARY: tuple[Mutant, ...] = (
         ("self.bias[:, :, ns - nd : ns, :ns]", "self.bias[:, :, :nd, :ns]"),
     ),
     _mutant(
+        "gpt2/values-cached-as-keys",
+        "K03",
+        "Attention.forward",
+        "cache",
+        "another tensor",
+        ("present = torch.stack((k, v))", "present = torch.stack((v, k))"),
+    ),
+    _mutant(
+        "gpt2/cached-after-what-comes-again",
+        "K03",
+        "Attention.forward",
+        "cache",
+        "a second time",
+        ("        present = torch.stack((k, v))", "        k = torch.tanh(k)\n        present = torch.stack((k, v))"),
+    ),
+    _mutant(
+        "gpt2/no-query-sees-itself",
+        "M05",
+        "Attention._attn",
+        "causality padding",
+        "own key",
+        ("torch.tril(torch.ones(n, n, dtype=torch.bool))", "torch.tril(torch.ones(n, n, dtype=torch.bool), diagonal=-1)"),
+    ),
+    _mutant(
         "gpt2/decode-positions-restart",
         "R16",
         "GPT2.forward",
@@ -64,6 +88,15 @@ ORDINARY: tuple[Mutant, ...] = (
         "position",
         "accepted and not used",
         ("self.wpe(position_ids)", "self.wpe.weight[0]"),
+    ),
+    _mutant(
+        "postnorm/exponent-over-the-width",
+        "R13",
+        "Rotary.__init__",
+        "rope",
+        "model's width",
+        ("torch.arange(0, dim, 2).float() / dim", "torch.arange(0, dim, 2).float() / config.hidden_size"),
+        also="Rotary.forward",
     ),
     # ---------------------------------------------------------------- rotary angles in 16 bits
     _mutant(
