@@ -1,9 +1,11 @@
 """The storage tracer: what it says of fake tensors is what happens with real ones, and what torch's own instruments count."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -11,6 +13,7 @@ from olmodebug.first_run import from_model
 from olmodebug.footprint.confirm import real_subject
 from olmodebug.footprint.dry_run import Prepared, trace_fake, trace_real, trace_steps
 from olmodebug.footprint.estimate import estimate, peak_of
+from olmodebug.footprint.fake_model import fake_mode
 from olmodebug.footprint.findings import findings_of
 from olmodebug.footprint.gpus import GPUS
 from olmodebug.footprint.section import section
@@ -44,6 +47,21 @@ def test_fake_tensors_allocate_what_real_ones_do_event_for_event(spec: str, opti
     assert len(fake.events) > 500
     assert fake.sequence() == real.sequence()
     assert peak_of(fake.allocations, fake.events) == peak_of(real.allocations, real.events)
+
+
+@pytest.mark.parametrize("name", ["softplus", "elu", "hardswish", "hardsigmoid", "hardtanh", "layer_norm"])
+def test_operators_of_which_torch_says_otherwise_are_traced_as_their_kernels_do(name: str) -> None:
+    def traced() -> list[Any]:
+        x, gradient = torch.ones(3, 4, 5, dtype=torch.bfloat16).transpose(1, 2).requires_grad_(), torch.ones(3, 5, 4, dtype=torch.bfloat16)
+        weight = torch.ones(4)
+        with StorageTracer(nn.Linear(1, 1)) as tracer:
+            y = F.layer_norm(x, [4], weight) if name == "layer_norm" else getattr(F, name)(x)
+            (grad,) = torch.autograd.grad(y, x, gradient)
+        return [*((a.op, a.shape, a.dtype) for a in tracer.finish().allocations), grad.stride()]
+
+    real = traced()
+    with fake_mode():
+        assert traced() == real
 
 
 @torch.library.custom_op("olmodebug_test::_fused", mutates_args=())

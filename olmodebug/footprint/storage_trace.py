@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # the documented ext
 
 from ..group import COLLECTIVE_NAMESPACES
 from ..sources import Sources, Spot
+from .kernels import MENDED
 from .scratch import scratch_blocks
 
 LOSS = "(loss)"  # what runs behind the output head, in the module column
@@ -192,7 +193,8 @@ class StorageTracer(TorchDispatchMode):
             if not self._sequence or self._sequence[-1] != number:
                 self._sequence.append(number)
                 self._places.append(place)
-        out = func(*args, **(kwargs or {}))
+        mended = MENDED.get(func) if isinstance(args[0] if args else None, FakeTensor) else None
+        out = (mended or func)(*args, **(kwargs or {}))
         # With gradients on it is a checkpoint that runs its forward pass again.
         adds_gradients = self._phase == "backward" and not inside and func is ADDED and kwargs in ({}, None) and not torch.is_grad_enabled()
         if self._scratch and adds_gradients:
