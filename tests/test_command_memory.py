@@ -87,6 +87,7 @@ def test_what_does_not_fit_is_exit_1_with_its_owner_and_what_would(capsys: pytes
         (["olmo1-tiny", "--device", "cpu", "--gpu", "T4"], "are for --device cuda"),
         (["a", "b", "c"], "observed 3 arguments"),
         (["none.json", "other.json"], "cannot read none.json"),
+        (["one.json"], "give two to compare"),
     ],
 )
 def test_what_cannot_be_meant_is_exit_2_and_one_line(line: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

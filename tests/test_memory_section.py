@@ -76,6 +76,17 @@ def test_a_need_between_expected_and_safe_is_told_as_that(body: dict, factor: fl
     assert f"It {word} a budget of" in draw(memory) and word in draw(memory).partition("What would help")[2]
 
 
+def test_a_need_that_is_mostly_the_context_is_blamed_on_no_tensor(body: dict) -> None:
+    memory = json.loads(json.dumps(body["sections"]["memory"]))
+    memory["budget_bytes"], memory["confirmation"] = 300 << 20, None
+    assert "of the peak is" in (findings_of(memory)[0].cause or "")
+    for name, expected in (("reserved", 24), ("process", 574)):
+        memory["figures"][name] |= {"expected": expected << 20}
+    (finding,) = findings_of(memory)
+    assert finding.cause == "96% of it is the CUDA context, 550 MiB before any tensor is made"
+    assert finding.where.file is None
+
+
 def test_a_chrome_trace_counts_the_bytes_of_every_category(body: dict) -> None:
     memory = body["sections"]["memory"]
     events = json.loads(chrome_trace(memory))["traceEvents"]

@@ -97,6 +97,8 @@ def _report(arguments: argparse.Namespace) -> "Report":
         return _compared(arguments)
     if Path(arguments.subject[0]).suffix in SNAPSHOTS:
         return _snapshot(arguments)
+    if Path(arguments.subject[0]).suffix == ".json":
+        raise UsageError(f"{arguments.subject[0]} is one report: give two to compare; olmodebug report {arguments.subject[0]} draws it")
     return _predicted(arguments)
 
 

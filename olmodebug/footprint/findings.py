@@ -64,7 +64,16 @@ def _fit(section: Section) -> Finding | None:
         return None
     over = needed["expected"] > budget
     peak = section["peak"]
-    helps = _helps(section)
+    cause, where = (
+        peak["owner"],
+        Where(module="" if peak["module"].startswith("(") else peak["module"], file=peak["file"], line=peak["line"], op=peak["op"]),
+    )
+    context = needed["expected"] - figures["reserved"]["expected"] if figures["process"] else 0
+    if context > needed["expected"] / 2:  # whoever holds the peak of the tensors, it is little beside this
+        cause, where = (
+            f"{context / needed['expected']:.0%} of it is the CUDA context, {bytes_text(context)} before any tensor is made",
+            Where(),
+        )
     band = f"{bytes_text(needed['low'])} to {bytes_text(needed['safe'])}"
     if over:
         message = f"does not fit: expected at most {bytes_text(budget)}, predicted {bytes_text(needed['expected'])} ({band})"
@@ -74,9 +83,9 @@ def _fit(section: Section) -> Finding | None:
         probe=FITS,
         severity="error" if over else "warning",
         message=message,
-        cause=peak["owner"],
-        fix=helps,
-        where=Where(module="" if peak["module"].startswith("(") else peak["module"], file=peak["file"], line=peak["line"], op=peak["op"]),
+        cause=cause,
+        fix=_helps(section),
+        where=where,
         expected=f"at most {bytes_text(budget)}",
         observed=f"{bytes_text(needed['expected'])} predicted",
         evidence={"budget_bytes": budget, "expected_bytes": needed["expected"], "safe_bytes": needed["safe"]},
