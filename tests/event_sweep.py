@@ -18,6 +18,8 @@ from tests import zoo
 
 PRECISIONS = ("fp32", "bf16-amp")
 
+zoo.LIMIT_SECONDS = 300  # three steps twice, on two busy cores
+
 
 def model_classes() -> list[str]:
     """Every causal language-model class of transformers once, sorted."""

@@ -121,6 +121,15 @@ def test_a_fault_in_processes_of_its_own_is_named_with_its_line(fault: Fault, tm
     assert code == 1 or fault.severity != "error"
 
 
+def test_a_shape_in_a_compiled_model_is_explained_at_the_models_own_line(tmp_path: Path) -> None:
+    text = (FOLDER / "compiled.py").read_text()
+    path = tmp_path / "compiled.py"
+    path.write_text(text.replace("self.up(self.embed(input_ids))", "self.up(self.embed(input_ids)).transpose(0, 1).view(4, 12, WIDTH)"))
+    (finding,), _ = run_here(path)
+    assert (finding.probe, finding.where.function) == ("shape.fits", "Model.forward")
+    assert "view never copies" in (finding.cause or "") and "tried: the same call runs" in (finding.fix or "")
+
+
 def test_findings_of_two_ranks_are_one_with_both_ranks(tmp_path: Path) -> None:
     finding = {"probe": "index.in-bounds", "severity": "error", "message": "m", "where": {"file": "a.py", "line": 3}, "evidence": {}}
     for rank in (0, 1):

@@ -6,6 +6,7 @@ The operands are named by the model's own dimensions, each with the line that ma
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,7 @@ def explain_exception(error: BaseException) -> Finding | None:
         return None
     if "Original Traceback" in str(error):
         return _of_worker(error)
+    error = _uncompiled(error)
     at = place.of(error.__traceback__)
     explanation = _explained(error, at)
     if explanation is None:
@@ -127,6 +129,23 @@ def _is_op_line(code: CodeType, instruction: int, error: BaseException) -> bool:
 
     running = next((i for i in dis.get_instructions(code) if i.offset == instruction), None)
     return isinstance(error, RuntimeError | IndexError) and running is not None and running.opname not in ("RAISE_VARARGS", "RERAISE")
+
+
+def _uncompiled(error: BaseException) -> BaseException:
+    """What the model itself raises in the same call, where it was compiled: its own lines are in that traceback."""
+    at = place.of(error.__traceback__)
+    compiled = (
+        next((m for m in at.modules if isinstance(m, torch._dynamo.OptimizedModule)), None) if "torch._dynamo" in sys.modules else None
+    )
+    if compiled is None or at.call is None:
+        return error
+    args, kwargs = at.call
+    try:
+        with _same_randomness(), quiet(), _NoCollectives() as others:
+            compiled._orig_mod(*args, **kwargs)  # private, and the only way to what was compiled
+    except Exception as own:
+        return error if others.needed else own
+    return error
 
 
 def _explained(error: BaseException, at: Place) -> tuple[Explanation, dict[str, Scalar]] | None:

@@ -162,7 +162,9 @@ class Labels(Part):
             f"the loss is computed on padding: {int(wrong.sum())} labels at padded positions are token {int(values[0])}, not {ignore}",
             "cross_entropy",
             cause=f"{batch.known_by}, and {share:.0%} of all labels of this batch are padding",
-            fix=f"labels[attention_mask == 0] = {ignore}" if batch.marked else f"make the labels of the filling {ignore}, and keep one eos",
+            fix=f"labels[attention_mask == 0] = {ignore}"
+            if "attention_mask" in batch.known_by
+            else f"make the labels of the filling {ignore}, and keep one eos",
             expected=f"{ignore} wherever a position is padding",
             observed=f"token {int(values[0])} at {int(wrong.sum())} of {int((~real).sum())} padded positions",
             evidence={"share_of_labels": share},

@@ -74,11 +74,13 @@ PAGES: dict[str, str] = {
     "loop.gradients-reach-the-step": """
         The gradients that a backward wrote are there when the optimizer steps.
 
-        What must hold: between a backward and the step that is to apply its gradients, nothing resets them.
+        What must hold: between a backward and the step that is to apply its gradients, nothing resets them; a step is of parameters
+        that have gradients; and where gradients are computed again and again, some optimizer steps.
 
         Why it matters: a step without gradients changes nothing and says nothing; the loss stays where initialisation put it.
 
-        A fault it catches: zero_grad() between backward and step, or step() before backward.
+        A fault it catches: zero_grad() between backward and step, or before every micro-batch of an accumulation; step() before
+        backward, or without one; an optimizer that holds the parameters of the model before the checkpoint was loaded.
         """,
     "loop.clip-before-step": """
         Clipping comes before the step that it is to limit.
