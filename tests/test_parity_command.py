@@ -157,6 +157,7 @@ def test_bundles_are_kept_and_compared_later(tmp_path: Path) -> None:
     again = olmodebug(tmp_path, *bundles)
     assert again.returncode == 0, again.stderr
     assert "agrees  cpu bfloat16 against cpu float64" in again.stdout
+    assert "parity.derivative: a bundle holds no model to ask" in again.stdout
     events = Path(bundles[0]) / "events.jsonl"
     events.write_text("\n".join(events.read_text().splitlines()[:-1]))
     cut = olmodebug(tmp_path, *bundles)
@@ -193,3 +194,20 @@ def test_an_interrupt_ends_the_child_too(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--map", "m.json"), "--map belongs to --reference without"),
+        (
+            ("--reference", "olmo2-tiny", "--dtype", "float32", "--reference-config", "a=1"),
+            "--reference-config belongs to --reference without",
+        ),
+        (("--reference", "olmo2-tiny", "--case", "decode"), "--case decode: --reference without"),
+    ],
+)
+def test_an_option_that_would_not_be_looked_at_is_exit_2(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    done = run_here(tmp_path, "parity", "olmo2-tiny", *arguments)
+    assert done.returncode == 2
+    assert f"olmodebug: {says}" in done.stderr

@@ -78,6 +78,8 @@ def parity_report(arguments: argparse.Namespace) -> "Report":
         return _recorded(records, arguments.subject, command)
     if len(arguments.subject) > 1 and len(bundles) != 2:
         raise UsageError("expected one subject, two bundles (folders that end in .bundle), or two records of olmodebug run --record")
+    by_value = bool(arguments.reference) and not (arguments.left or arguments.right or arguments.dtype or arguments.device != "cpu")
+    _no_vain_option(arguments, by_value and not bundles)
     run = new_run(Path.cwd())
     if run.problem:
         say(f"olmodebug: {run.problem}")
@@ -88,11 +90,23 @@ def parity_report(arguments: argparse.Namespace) -> "Report":
             raise UsageError("one bundle alone has nothing to be compared with; give two")
         report = compare_bundles(Path(bundles[0]), Path(bundles[1]), run, command=command)
         job: dict[str, Any] = {"bundles": bundles}
-    elif arguments.reference and not (arguments.left or arguments.right or arguments.dtype or arguments.device != "cpu"):
+    elif by_value:
         report, job = _held_against(arguments, run, command)
     else:
         report, job = _executed(arguments, run, command)
     return run.save(report, job)
+
+
+def _no_vain_option(arguments: argparse.Namespace, by_value: bool) -> None:
+    """UsageError for an option that the comparison which was asked for would not look at."""
+    alone = "--reference without --left, --right, --dtype and --device"
+    for given, name in ((arguments.map, "--map"), (arguments.reference_config, "--reference-config")):
+        if given and not by_value:
+            raise UsageError(
+                f"{name} belongs to {alone}: there weights are matched by name, shape and value, here both sides have the same names"
+            )
+    if arguments.case and by_value:
+        raise UsageError(f"--case {arguments.case[0]}: {alone} has a case of its own; with --dtype float64 the cases are run in both")
 
 
 def _recorded(records: list[str], given: list[str], command: str) -> "Report":

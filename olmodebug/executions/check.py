@@ -171,9 +171,9 @@ def report_of(
     heads: list[dict[str, Any]],
     seconds: float,
     *,
-    derived: bool = False,
+    derived: bool | None = None,
 ) -> Report:
-    """Sections and findings as a report."""
+    """Sections and findings as a report; `derived`: whether backwards were asked against their forwards, None where no model is at hand."""
     head = heads[-1] if heads else None
     subject = SubjectInfo(**{**head["subject"], "assumptions": tuple(head["subject"]["assumptions"])}) if head else SubjectInfo(spec="")
     machine = Environment(**{**head["environment"], "command": command}) if head else environment(seed=0, command=command)
@@ -354,7 +354,7 @@ def _died(left: Side, right: Side, told: _Told) -> dict[str, Any]:
     return {"left": side(left), "right": side(right), "verdict": "died", "coverage": 0.0, "first": first, "died": finding.message, **empty}
 
 
-def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: bool) -> tuple[Outcome, ...]:
+def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: bool | None) -> tuple[Outcome, ...]:
     failed = {finding.probe for finding in found if finding.severity == "error"}
     died = any(section["verdict"] == "died" for section in sections)
     decided = any(section["decisions"] for section in sections)
@@ -366,7 +366,8 @@ def _outcomes(sections: list[dict[str, Any]], found: list[Finding], derived: boo
         elif died and name != "parity.runs" and all(section["verdict"] == "died" for section in sections):
             outcomes.append(Outcome(probe=name, status="skipped", reason="an execution did not come to its end"))
         elif name == "parity.derivative" and not derived:
-            outcomes.append(Outcome(probe=name, status="skipped", reason="no float64 copy of the model can be made beside it"))
+            why = "a bundle holds no model to ask" if derived is None else "no float64 copy of the model can be made beside it"
+            outcomes.append(Outcome(probe=name, status="skipped", reason=why))
         elif name in SEEN and not any(sum(section["ops"].values()) for section in sections):
             outcomes.append(
                 Outcome(probe=name, status="skipped", reason="compiled code runs no op that can be seen; its results are judged")
