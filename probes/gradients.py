@@ -37,6 +37,7 @@ TAKES = ("select", "slice", "split", "unbind", "alias", "view", "_unsafe_view", 
          "detach", "chunk", "as_strided")  # fmt: skip
 CHOICES = ("topk", "sort", "argmax", "multinomial", "bucketize", "one_hot")
 MOST_STACKED = 256  # slices; a longer dimension is one of positions or ids, of which a batch uses some
+MOST_LOOKED_INTO = 2  # parts of a layer whose cut is looked for, each time with a backward for every cut
 LEAST_PART = 4  # outputs of a linear layer
 # Weights that start at zero stand at most this many deep in one path: a head, an output projection, a gate, a scale.
 FIRST_STEPS, FIRST_STEP_SIZE = 5, 1e-2
@@ -144,7 +145,7 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
         missed = [(names, pair) for names in asked if (pair := slopes.parted(names)) is not None]
     except SubjectCodeError as error:
         not_applicable(f"it does not run forward and backward with every cast to float32 kept in float64: {error.__cause__}")
-    for names, pair in sorted(missed, key=lambda item: -item[1][0].gap):
+    for names, pair in sorted(missed, key=lambda item: -item[1][0].gap)[:MOST_LOOKED_INTO]:
         if (reason := slopes.made_up()) is not None:
             not_applicable(reason)
         cut = slopes.culprit(names, pair)
