@@ -86,6 +86,11 @@ def test_what_the_reference_scales_and_the_subject_does_not_is_told_the_other_wa
     assert finding.evidence["factor"] == pytest.approx(1 / math.sqrt(56))
 
 
+def test_a_scale_that_is_left_out_is_missing_in_the_function_that_makes_the_scores(tmp_path: Path) -> None:
+    finding = told(edited(tmp_path, (" / math.sqrt(head_dim)\n", "\n")), LLAMA)
+    assert (finding.evidence["cause"], finding.where.function) == ("scale", "attention")
+
+
 NORMED_EMBEDDING = (EMBEDDED, EMBEDDED + "        h = F.rms_norm(h, h.shape[-1:])\n")
 CLIPPED = ("xk = xk.view", "xk = xk.clamp(-1.5, 1.5).view")
 IN_PARALLEL = ("rms_norm(h, self.ffn_norm, self.norm_eps)", "rms_norm(x, self.ffn_norm, self.norm_eps)")

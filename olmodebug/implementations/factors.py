@@ -123,7 +123,8 @@ def _ratio(left: Graph, index: int, right: Graph, other: int, limit: float) -> f
 def _cause(parting: Parting, found: list[tuple[int, float]]) -> Cause:
     index, ratio = found[0]
     spot, module = parting.spot(index), parting.left.event(index).where.module
-    if parting.left.nodes[index].anchor is not None:  # the tensor is right, and a step on it is missing
+    bare = parting.left.nodes[index].anchor is not None  # the tensor is right, and a step on it is missing
+    if bare and module != parting.left.event(parting.node).where.module:
         spot, module = between(parting.left, index, parting.node)
     shape = parting.left.nodes[index].tensor.shape
     seq = parting.left.seq
