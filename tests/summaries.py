@@ -1,4 +1,4 @@
-"""Turns the rows of long runs into the committed pages: `python -m tests.summaries scoreboard|transformers FILE@COMMIT...`.
+"""Turns the rows of long runs into the committed pages: `python -m tests.summaries scoreboard|transformers|events FILE@COMMIT...`.
 
 Several files are the slices of one run; where a name occurs twice the later file counts. The commit is the code that the
 rows of a file come from, and the page says how many come from which. What a page does not need is dropped from the JSON
@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tests.event_sweep import PRECISIONS
 from tests.mutants.courses import FIRST_CONTACT as COURSES
 from tests.mutants.coverage import LEFT_OUT, ROWS
 from tests.mutants.strangers import FIRST_CONTACT as STRANGE
@@ -158,6 +159,43 @@ def transformers_page(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def events(paths: list[str]) -> None:
+    """reports/memory-events.md."""
+    (REPORTS / "memory-events.md").write_text(events_page(merged(paths, "rows")), encoding="utf-8")
+
+
+def events_page(rows: list[Row]) -> str:
+    """The sweep of events as Markdown: counts, what differs by its first event, what could not be asked."""
+    asked = [row for row in rows if row["ok"]]
+    unlike = [(row["type"], name, row[name]) for row in asked for name in PRECISIONS if not row[name]["identical"]]
+    apart = {name for name, _, _ in unlike}
+    counted = sum(row[name]["measured"] for row in asked for name in PRECISIONS)
+    lines = [
+        "# Predicted and real events of memory, over the causal-LM classes of transformers",
+        "",
+        f"`python -m tests.event_sweep --json FILE`, {_versions()}, CPU, tiny random weights, seed 0. Three AdamW steps over two rows of 16",
+        "tokens, in float32 and in bfloat16 autocast, on fake and on real tensors: each allocation and each free, with its operator, module,",
+        "phase and size.",
+        "",
+        f"- {len(rows)} classes, {len(asked)} compared, {counted:,} events; {len(asked) - len(apart)} identical in both precisions, {len(apart)} not",
+        f"- {_codes(rows)}",
+        "",
+        "| class | precision | events | the first that differs |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {precision} | {found['measured']} | {found['first_difference'].replace('|', '/')} |"
+        for name, precision, found in unlike
+    ]
+    lines += ["", "| not compared | why |", "|---|---|"]
+    lines += [
+        f"| {row['type']} | {(row['error'].rpartition(' (/')[0] or row['error'])[:160].replace('|', '/')} |"
+        for row in rows
+        if not row["ok"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _codes(rows: list[Row]) -> str:
     """How many rows come from which commit."""
     return "rows by the commit whose probes they ran: " + ", ".join(
@@ -175,4 +213,4 @@ def _write(name: str, body: object, page: str) -> None:
 
 
 if __name__ == "__main__":
-    {"scoreboard": scoreboard, "transformers": transformers}[sys.argv[1]](sys.argv[2:])
+    {"scoreboard": scoreboard, "transformers": transformers, "events": events}[sys.argv[1]](sys.argv[2:])
