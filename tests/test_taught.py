@@ -79,6 +79,9 @@ class Inverted(nn.Module):
         scores = scores.masked_fill(~later, -1e9) if self.hides == "past" else scores
         if self.hides == "itself too":
             scores = scores.masked_fill(torch.ones_like(later).triu(), torch.finfo(scores.dtype).min)
+        if self.hides == "later, over heads":
+            scores = torch.stack((scores, 2 * scores), 1).masked_fill(later, torch.finfo(scores.dtype).min)
+            return self.head((scores.softmax(1) @ x[:, None]).sum(1))
         if self.hides == "nothing, beside a sink":
             return self.head(torch.cat((scores, torch.zeros_like(scores[..., :1])), -1).softmax(-1)[..., :-1] @ x)
         return self.head(scores.softmax(-1) @ x)
@@ -90,6 +93,7 @@ class Inverted(nn.Module):
         ("past", "mask is inverted"),
         ("nothing", "no causal mask reaches"),
         ("nothing, beside a sink", "no causal mask reaches"),
+        ("later, over heads", "softmax runs over the heads (dim=1)"),
         ("itself too", "the mask hides every query's own key"),
     ],
 )

@@ -160,13 +160,9 @@ def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
         )
     if weights.ndim >= 2 and dim == weights.ndim - 2:
         edits = set_dimension(tree, call) if tree and call else ()
-        return Diagnosis(
-            cause="softmax runs over the queries (dim=-2), so the weights of one query depend on all the others",
-            fix="normalise over the keys: dim=-1",
-            edits=edits,
-        )
-    if dim == 0 and weights.ndim > 1:
-        return Diagnosis(cause="softmax runs over the batch (dim=0)", fix="normalise over the keys: dim=-1")
+        return replace(_wrong_axis(dim, weights.ndim), edits=edits)
+    if dim < weights.ndim - 1:
+        return _wrong_axis(dim, weights.ndim)
     pattern = attention_pattern(weights, part)
     if pattern is None:
         return Diagnosis()
@@ -182,6 +178,16 @@ def _softmax(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
         diagnosis.edits = mask_scores(tree, call)
         diagnosis.fix = "mask the later keys before the softmax: scores.masked_fill(ones(T, T).triu(1), finfo.min)"
     return diagnosis
+
+
+def _wrong_axis(dim: int, ndim: int) -> Diagnosis:
+    """A softmax over another dimension of the scores `[batch, heads, queries, keys]` than the keys."""
+    told = "queries (dim=-2), so the weights of one query depend on all the others"
+    if dim < ndim - 2:
+        told = (
+            "batch (dim=0)" if dim == 0 else f"heads (dim={dim})"
+        ) + ", and a key that is hidden in all of them gets weight all the same"
+    return Diagnosis(cause=f"softmax runs over the {told}", fix="normalise over the keys: dim=-1")
 
 
 def _beside_a_sink(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
@@ -213,9 +219,11 @@ def _weighted(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
     ):
         if event.op not in ("_softmax", "softmax", "_safe_softmax"):
             continue
-        scores = without_sink(kept.arguments["self"], part)
+        scores, dim = without_sink(kept.arguments["self"], part), int(kept.arguments["dim"]) % kept.inputs[0].ndim
         if scores.shape[-2:] != (part.seq, part.seq):
             return Diagnosis()
+        if dim < scores.ndim - 1:
+            return _wrong_axis(dim, scores.ndim)
         if (alike := without_keys(weights, scores, part)) is not None:
             return alike
         if not told.cause or hidden == "padded tokens":
@@ -226,16 +234,12 @@ def _weighted(culprit: Culprit, part: Part, hidden: str) -> Diagnosis:
         filled = scores[:, later].unique()
         if filled.numel() != 1:
             return Diagnosis()
-        blind = (scores == filled[0]).all(-1)
-        if len(scores) == len(weights) and bool(blind[(weights * later).any(-1)].all()):
-            first = int(blind.any(0).nonzero()[0])
-            cause = f"the query at position {first} sees no key at all: its own is masked too, and softmax over equal scores gives weight to later keys"
-            fix = "let a mask hide padding only: the key of a real token is hidden here from its own query"
-        else:
-            cause = f"the scores of later keys are all set to {float(filled[0]):g} before the softmax, which gives them weight: up to "
-            cause += f"{float(weights[:, later].max()):.2g} here"
-            fix = "fill masked scores with float('-inf') or torch.finfo(scores.dtype).min"
-        return Diagnosis(cause=cause, fix=fix, evidence=told.evidence)
+        return Diagnosis(
+            cause=f"the scores of later keys are all set to {float(filled[0]):g} before the softmax, which gives them weight: up to "
+            f"{float(weights[:, later].max()):.2g} here",
+            fix="fill masked scores with float('-inf') or torch.finfo(scores.dtype).min",
+            evidence=told.evidence,
+        )
     return Diagnosis()
 
 

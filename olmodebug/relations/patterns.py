@@ -11,6 +11,7 @@ from .relation import Part
 from .repair import Edit
 
 MASKED = -1e30  # below any real score; finfo.min of float32 is -3e38
+FILLED = -1e4  # the largest number in use for masked scores
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,17 +48,20 @@ def without_keys(weights: Tensor, scores: Tensor, part: Part) -> Diagnosis | Non
     queries = torch.arange(part.seq)
     hidden = (queries > queries[:, None]) | (queries < start)
     leaking = ((weights.reshape(-1, part.seq, part.seq) > 0) & hidden).any(-1)[:, start:stop]
-    masked = ((scores < MASKED) & scores.isfinite()).reshape(-1, part.seq, part.seq)
-    blind = masked.all(-1)[:, start:stop]
+    scores = scores.reshape(-1, part.seq, part.seq)
+    masked = (scores <= FILLED) & scores.isfinite()
+    blind = (masked.all(-1) & ((scores < MASKED).all(-1) | (scores == scores[..., :1]).all(-1)))[:, start:stop]
     first = int(leaking.any(0).nonzero()[0]) if bool(leaking.any()) else None
     if first is None or bool((leaking & ~blind).any()):
         return None
-    own = bool(masked.diagonal(dim1=-2, dim2=-1).all())
+    own = bool(masked.diagonal(dim1=-2, dim2=-1).all()) and not bool(masked.all())
     return Diagnosis(
-        cause=f"query {first + start} is left with no key: all of its scores are masked by a finite number"
+        cause=f"query {first + start} sees no key at all: its scores are masked by a finite number"
         + (", as the mask hides every query's own key" if own else "")
         + ". To the softmax they are alike, and each key gets the same weight, later and padded ones too",
-        fix="mask the keys after the query only, key > query: torch.ones(T, T).triu(1)" if own else "leave every real query a key: its own",
+        fix="mask the keys after the query only, key > query: torch.ones(T, T).triu(1)"
+        if own
+        else "hide padded and later keys, and none else: every real query sees its own",
         evidence={"queries without a key": ", ".join(str(int(q) + start) for q in leaking.any(0).nonzero().flatten()[:8])},
     )
 
