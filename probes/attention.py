@@ -23,6 +23,8 @@ from olmodebug.tracing.dims import WIDTH_NAMES
 from olmodebug.tracing.products import LAYOUTS, met_states, product_at
 from olmodebug.tracing.tracer import Recording, record
 
+Scale = tuple[int, float, tuple[int, ...], int]  # (event, scale, the sizes that a head is made of, how many factors the scale has)
+
 FINAL_CAPS = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap", "final_softcap")
 SCORE_CAPS = ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping", "attn_logits_soft_cap", "attention_softcap")
 # Published architectures that leave the scores unscaled.
@@ -55,8 +57,10 @@ def scaled_by_head_size(subject: Subject) -> Iterator[Finding]:
     if subject.setting("model_type") in UNSCALED:
         not_applicable("its architecture leaves the scores unscaled")
     choices: list[str | None] = [*attention_choices(subject.model)] or [None]
-    wrong = [finding for name in choices if (finding := _judged(subject, subject.twin(attention=name))) is not None]
-    yield from wrong[:1]
+    looked = [scaled for name in choices if (scaled := _scaled(subject.twin(attention=name))) is not None]
+    if not looked:
+        not_applicable("no scores of queries and keys over one sequence were recognised")
+    yield from [finding for scaled in looked if (finding := _judged(subject, *scaled)) is not None][:1]
 
 
 @probe()
@@ -131,16 +135,19 @@ def _repeated_at(recording: Recording, index: int, states: Tensor) -> int | None
     return None
 
 
-def _judged(subject: Subject, twin: Subject) -> Found | None:
+def _scaled(twin: Subject) -> tuple[Case, Recording, Scale] | None:
+    """A run and the first scores in it; None where none were recognised."""
     batch, seq = twin.sizes()
     case = Case(name="scores", input_ids=twin.token_ids(batch, seq, seed=30))
     with torch.no_grad(), quiet():
         recording = record(twin.model, lambda: twin.call(case), keep=True)
-    found = next(iter(_scales(recording, seq)), None)
-    if found is None:
-        return None
+    scale = next(iter(_scales(recording, seq)), None)
+    return None if scale is None else (case, recording, scale)
+
+
+def _judged(subject: Subject, case: Case, recording: Recording, found: Scale) -> Found | None:
     index, scale, sizes, factors = found
-    head_dim = sum(sizes)
+    seq, head_dim = case.seq_len, sum(sizes)
     declared = next(
         ((n, v**power) for n, power in DECLARED_SCALES.items() if isinstance(v := subject.setting(n), int | float) and v > 0), None
     )
@@ -211,9 +218,8 @@ def _lengths(recording: Recording, index: int, seq: int) -> float | None:
     return product
 
 
-def _scales(recording: Recording, seq: int) -> Iterator[tuple[int, float, tuple[int, ...], int]]:
-    """(event, scale, the sizes that a head is made of, how many factors the scale has) for each softmax over scores
-    `[.., seq, seq]`, and for each fused attention; the scale is the ratio of what enters the softmax to the product, or the
+def _scales(recording: Recording, seq: int) -> Iterator[Scale]:
+    """The scale of each softmax over scores `[.., seq, seq]`, and of each fused attention; the scale is the ratio of what enters the softmax to the product, or the
     sum of products, that it came from."""
     bare: dict[int, tuple[int, Tensor, tuple[int, ...]]] = {}  # storage -> the product that it holds, in whatever layout
     last: tuple[int, Tensor, tuple[int, ...]] | None = None

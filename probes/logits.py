@@ -1,6 +1,7 @@
 """The logits of ordinary tokens are ordinary numbers."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,15 +12,17 @@ from olmodebug.explain import place_of, source_lines
 from olmodebug.load import SubjectCodeError
 from olmodebug.own_code import own_code, quiet
 from olmodebug.probe import not_applicable, probe
-from olmodebug.records import Case, Event
+from olmodebug.records import Case, Event, Where
 from olmodebug.relations.invariance import limit_of, run
 from olmodebug.relations.repair import Found
 from olmodebug.report import Finding
 from olmodebug.settings import attention_choices
 from olmodebug.sources import Spot
 from olmodebug.subject import Subject
-from olmodebug.tracing.tracer import record
+from olmodebug.tracing.tracer import Recording, record
 
+# By which transformers and what is written like it are asked for the logits of the last positions.
+KEEP_NAMES = ("logits_to_keep", "num_logits_to_keep")
 # Long enough that a state which doubles with every token leaves float32; 256 such steps leave float64 too.
 LONG = 192
 # Ops that are given an infinity as a number.
@@ -122,14 +125,7 @@ def last_position_alone(subject: Subject) -> Iterator[Finding]:
     if found is None:
         return
     same = [t for t in range(seq) if difference(every[:, t : t + 1], single, relative_limit=limit) is None]
-    takes = ("select", "slice", "index", "narrow", "split", "unbind", "index_select", "gather")
-    shape = next((info.shape[:2] for event in recording.events for info in event.inputs if len(info.shape) == 3), ())
-    cuts = [
-        (event, spot)
-        for event, spot in zip(recording.events, recording.spots, strict=True)
-        if event.op in takes and event.inputs and event.inputs[0].shape[:2] == shape and event.outputs[0].shape[:2] != shape
-    ]
-    where = place_of(cuts[-1][1], module=cuts[-1][0].where.module, op=cuts[-1][0].op) if cuts else place_of(None)
+    where = _cut_at(recording)
     yield Found(
         probe="",
         severity="error" if len(same) == 1 else "warning",  # other numbers of the same position may be meant: a cap, a temperature
@@ -142,3 +138,71 @@ def last_position_alone(subject: Subject) -> Iterator[Finding]:
         observed=f"the logits of position {same[0]}" if len(same) == 1 else f"a difference of {found.max_abs:.3g}",
         case=case,
     )
+
+
+@probe(after=("logits.finite",))
+def kept_are_the_last(subject: Subject) -> Iterator[Finding]:
+    """A model that is asked for the logits of the last n positions (logits_to_keep) gives those, as the whole forward has them.
+
+    Why: generation asks for one, and samples from it: from another position it answers another question.
+    Catches: hidden[:, :n] for hidden[:, -n:]; positions counted from the padded or the cached length.
+    """
+    twin = subject.twin()
+    name = next((name for name in KEEP_NAMES if name in inspect.signature(twin.model.forward).parameters), None)
+    if name is None or subject.convention.last_only or subject.convention.logits_need_labels:
+        not_applicable("its forward takes no number of logits to keep")
+    batch, seq = twin.sizes()
+    case = Case(name="random tokens", input_ids=twin.token_ids(batch, seq, seed=36))
+    every, limit = run(twin, case), limit_of(twin)
+    arguments = {twin.convention.ids: torch.tensor(case.input_ids, device=twin.device)}
+    for count in (1, 3):
+        if count >= seq:
+            return
+        with torch.no_grad(), quiet(), own_code(twin, case):
+            recording = record(twin.model, lambda: twin.forward({**arguments, name: count}))  # noqa: B023 - called at once
+        kept = _kept(recording.result)
+        if kept is None or kept.shape[1] == seq:
+            not_applicable(f"with {name}={count} it gives the logits of every position")
+        if kept.shape == every[:, -count:].shape and difference(every[:, -count:], kept, relative_limit=limit) is None:
+            continue
+        length = kept.shape[1]
+        same = [t for t in range(seq - length + 1) if difference(every[:, t : t + length], kept, relative_limit=limit) is None]
+        where = _cut_at(recording)
+        wanted = _positions(seq - count, count)
+        yield Found(
+            probe="",
+            severity="error",
+            message=f"with {name}={count} the logits are not those of {wanted}"
+            + (f", but of {_positions(same[0], length)}" if same else ""),
+            where=where,
+            source=source_lines(where),
+            cause=f"they are cut from the front of the sequence, of {seq} positions" if same == [0] else None,
+            fix=f"hidden_states[:, -{name}:]" if same else None,
+            expected=f"the logits of {wanted}, as the whole forward has them",
+            observed=f"logits of {_positions(same[0], length)}" if same else f"{length} others",
+            case=case,
+        )
+        return
+
+
+def _kept(result: object) -> Tensor | None:
+    """The logits of a call, of whatever length; None where there are none."""
+    given = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", result)
+    items = given if isinstance(given, tuple | list) else (given,)
+    return next((item for item in items if isinstance(item, Tensor) and item.ndim == 3), None)
+
+
+def _positions(first: int, count: int) -> str:
+    return f"position {first}" if count == 1 else f"positions {first} to {first + count - 1}"
+
+
+def _cut_at(recording: Recording) -> Where:
+    """The last op that takes a part of the positions of some hidden states; nowhere when there is none."""
+    takes = ("select", "slice", "index", "narrow", "split", "unbind", "index_select", "gather")
+    shape = next((info.shape[:2] for event in recording.events for info in event.inputs if len(info.shape) == 3), ())
+    cuts = [
+        (event, spot)
+        for event, spot in zip(recording.events, recording.spots, strict=True)
+        if event.op in takes and event.inputs and event.inputs[0].shape[:2] == shape and event.outputs[0].shape[:2] != shape
+    ]
+    return place_of(cuts[-1][1], module=cuts[-1][0].where.module, op=cuts[-1][0].op) if cuts else place_of(None)
