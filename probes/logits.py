@@ -154,7 +154,8 @@ def kept_are_the_last(subject: Subject) -> Iterator[Finding]:
     batch, seq = twin.sizes()
     case = Case(name="random tokens", input_ids=twin.token_ids(batch, seq, seed=36))
     every, limit = run(twin, case), limit_of(twin)
-    arguments = {twin.convention.ids: torch.tensor(case.input_ids, device=twin.device)}
+    arguments: dict[str, object] = {twin.convention.ids: torch.tensor(case.input_ids, device=twin.device)}
+    arguments |= {twin.convention.use_cache: False} if twin.convention.use_cache else {}
     for count in (1, 3):
         if count >= seq:
             return
