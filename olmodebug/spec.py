@@ -65,6 +65,8 @@ def resolve(job: Job) -> Subject:
         raise SubjectError(f"no such tokenizer file: {job.tokenizer}")
     built = _on_meta(job) if job.meta else _build(job)
     if not job.meta:
+        if any(t.is_meta for t in built.model.parameters()):
+            raise SubjectError(f"{job.spec} builds a model whose weights are on the meta device: they hold no numbers; build it on the CPU")
         cast(built.model, _dtype(job.dtype), device=device_named(job.device))
     subject = from_model(
         built.model,

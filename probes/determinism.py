@@ -1,9 +1,12 @@
 """The same call gives the same result."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from olmodebug.compare import difference
 from olmodebug.explain import place_of, source_lines
@@ -90,6 +93,10 @@ def zero_rate_draws_nothing(subject: Subject) -> Iterator[Finding]:
     if not repeating:
         return  # noise of the model's own, which no rate governs
     for name, train, case, apart in drawing:
+        with _Rates() as rates:
+            _seeded(train, case, 1)
+        if rates.seen != {0.5}:
+            continue  # a rate under a name that says nothing of dropout: it is the model's own, and it was not at zero
         where = _random_op(train, case)
         yield Found(
             probe="",
@@ -103,6 +110,20 @@ def zero_rate_draws_nothing(subject: Subject) -> Iterator[Finding]:
             observed=f"{apart.mismatched} of {apart.total} logits differ",
             case=case,
         )
+
+
+class _Rates(TorchFunctionMode):
+    """Notes the rates above zero with which F.dropout drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[float] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout and kwargs.get("training", True) and kwargs.get("p", 0.5) > 0:
+            self.seen.add(float(kwargs.get("p", 0.5)))
+        return func(*args, **kwargs)
 
 
 def _seeded(twin: Subject, case: Case, seed: int) -> Tensor:

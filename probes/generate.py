@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
 
 from olmodebug.explain import place_of, source_lines
 from olmodebug.own_code import quiet
-from olmodebug.probe import not_applicable, probe
+from olmodebug.probe import NotApplicable, not_applicable, probe
 from olmodebug.records import Case
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
@@ -44,7 +45,8 @@ def writes_what_forward_says(subject: Subject) -> Iterator[Finding]:
     if (twin.usable_positions or NEW + PROMPT) < NEW + PROMPT:
         not_applicable("its context is too short")
     prompt = twin.token_ids(1, PROMPT, seed=44)
-    written = [_written(subject, prompt, count, seed) for seed in (1, 2)]
+    seen: list[Tensor] = []
+    written = [_written(subject, prompt, count, seed, seen) for seed in (1, 2)]
     if written[0] != written[1]:
         not_applicable("its generate draws in a way of its own")
     special = {value for name in ("eos_token_id", "pad_token_id", "bos_token_id") if isinstance(value := subject.setting(name), int)}
@@ -56,6 +58,10 @@ def writes_what_forward_says(subject: Subject) -> Iterator[Finding]:
         if top in special or not 0 <= token < len(logits):
             return
         if float(logits[top] - logits[token]) > MARGIN * spread:
+            if any(_chose_otherwise(rows, logits, token) for rows in seen):
+                not_applicable(
+                    f"its generate does more with the logits than to choose: it had those after {case.name}, and writes another token"
+                )
             where = place_of(Spot(code, 0, code.co_firstlineno))
             rank = int((logits > logits[token]).sum())
             yield Found(
@@ -82,7 +88,7 @@ def _count(subject: Subject) -> str:
     except (TypeError, ValueError):
         not_applicable("its generate has no readable signature")
     named = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
-    count = next((a.name for a in named[1:] if a.name in COUNTS), None)
+    count = next((name for name in COUNTS if name in [a.name for a in named[1:]]), None)  # steps may be of depth beside a count
     needed = [a.name for a in named[1:] if a.default is a.empty and a.name != count]
     if count is None or needed or named[0].kind is named[0].KEYWORD_ONLY:
         not_applicable("its generate is not called with ids and a number of new tokens alone")
@@ -101,14 +107,37 @@ def _sharpened(subject: Subject) -> Subject:
     return twin
 
 
-def _written(subject: Subject, prompt: tuple[tuple[int, ...], ...], count: str, seed: int) -> list[int]:
-    """The tokens that generate writes after the prompt; leaves the probe where that cannot be read."""
+def _chose_otherwise(rows: Tensor, logits: Tensor, token: int) -> bool:
+    """Whether generate had the right logits in its last row and took a token that is most likely in no other row either: it bans,
+    punishes or pads, and has not mistaken the row."""
+    spread = float(logits.max() - logits.min())
+    if rows.shape[-1] != len(logits) or float((rows[-1] - logits).abs().max()) > MARGIN * spread:
+        return False
+    return token not in rows[:-1].argmax(-1).tolist()
+
+
+def _written(subject: Subject, prompt: tuple[tuple[int, ...], ...], count: str, seed: int, seen: list[Tensor]) -> list[int]:
+    """The tokens that generate writes after the prompt, and the logits that it sees; leaves the probe where that cannot be read."""
     twin = _sharpened(subject)
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        ids = next((t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor) and not t.is_floating_point() and t.ndim == 2), None)
+        if ids is not None and not seen and ids.shape[1] > PROMPT:
+            not_applicable("its generate puts tokens of its own before the prompt")
+        logits = next((t for t in tree_iter(output) if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 1), None)
+        if logits is not None:
+            seen.append(logits.detach().double().reshape(-1, logits.shape[-1]))
+
+    handle = twin.model.register_forward_hook(note, with_kwargs=True)
     try:
         with settled(twin.model, seed=seed), quiet(), torch.no_grad(), _MostLikely():
             given: Any = twin.model.generate(torch.tensor(prompt, device=twin.device), **{count: NEW})  # type: ignore[operator]
+    except NotApplicable:
+        raise
     except Exception as error:  # what it wants more is not known
         not_applicable(f"its generate raises {type(error).__name__} on ids and {count}={NEW}")
+    finally:
+        handle.remove()
     if not isinstance(given, Tensor) or given.is_floating_point() or given.ndim != 2 or len(given) != 1:
         not_applicable("its generate gives back no ids [batch, tokens]")
     tokens: list[int] = given[0].tolist()

@@ -20,7 +20,7 @@ from olmodebug.probe import not_applicable, probe
 from olmodebug.records import Case, Where
 from olmodebug.relations.invariance import run
 from olmodebug.relations.repair import Found
-from olmodebug.relations.slopes import TOLERANCE, Cut, Slope, Slopes
+from olmodebug.relations.slopes import TOLERANCE, Cut, Slope, Slopes, on_purpose
 from olmodebug.report import Finding
 from olmodebug.settle import settled
 from olmodebug.sources import OWN, Spot, code_of
@@ -76,6 +76,9 @@ def reach_every_parameter(subject: Subject) -> Iterator[Finding]:
             except RuntimeError as error:
                 yield _backward_fails(twin, error, case)
                 return
+    for p in trainable.values():
+        if p.grad is not None and p.grad.is_sparse:  # nn.Embedding(sparse=True)
+            p.grad = p.grad.to_dense()
     bad = [name for name, p in trainable.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     if bad:
         yield _finding(recording, twin, bad, "error", "a gradient that is not finite", None, None)
@@ -149,8 +152,12 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
         if (reason := slopes.made_up()) is not None:
             not_applicable(reason)
         cut = slopes.culprit(names, pair)
+        if cut is not None and on_purpose(pair):
+            not_applicable(f"the gradient is made up on purpose at line {cut.spot.line}: scaled, or straight through what has none")
         if cut is not None and len(slopes.without(cut)) > len(slopes.gradients):
             return  # it leaves a parameter without any gradient: reach-every-parameter tells it
+        if cut is None and any(known.by == "no_grad" for known in slopes.cuts):
+            not_applicable("part of forward runs under no_grad, as a recurrence does that is trained through its last round alone")
         if cut is not None or min(slope.gap for slope in pair) > TOLERANCE:
             yield _not_the_derivative(slopes, names, pair, cut)
             return

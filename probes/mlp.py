@@ -238,6 +238,7 @@ def _overwritten(recording: Recording) -> Iterator[tuple[int, int, int]]:
     """(event, rows it writes, rows among them that the same line has written in the same call and that nobody read since) where
     rows of floats are put into a tensor."""
     written: dict[int, tuple[tuple[object, ...], Tensor]] = {}
+    gone: dict[int, Tensor] = {}
     for index, (event, kept) in enumerate(zip(recording.events, recording.kept, strict=True)):
         puts = event.op in PUTS and kept.arguments["self"].is_floating_point() and not kept.arguments.get("accumulate")
         known = None
@@ -250,10 +251,12 @@ def _overwritten(recording: Recording) -> Iterator[tuple[int, int, int]]:
         rows = put != 0
         place = (event.where.file, event.where.line, event.where.module)
         if known is not None and known[0] == place and known[1].shape == rows.shape:
-            lost = known[1] & rows & (put != before)
-            if bool(lost.any()):
-                yield index, int(rows.any(-1).sum()), int(lost.any(-1).sum())
+            # One row that is written again and again is where tokens go that no expert is to have: most of them must be.
+            lost = known[1] & rows & (put != before) | gone.get(event.inputs[0].storage, torch.zeros_like(rows))
+            gone[event.outputs[0].storage] = lost
             rows = rows | known[1]
+            if 2 * int(lost.any(-1).sum()) >= int(rows.any(-1).sum()):
+                yield index, int(rows.any(-1).sum()), int(lost.any(-1).sum())
         written[event.outputs[0].storage] = (place, rows)
 
 
@@ -263,7 +266,8 @@ def _put(kept: Kept) -> Tensor:
     zeros = torch.zeros_like(given["self"])
     if "dim" in given:
         return zeros.index_copy(given["dim"], given["index"], given["source"])
-    return zeros.index_put(tuple(given["indices"]), given["values"])
+    zeros[tuple(slice(None) if index is None else index for index in given["indices"])] = given["values"]
+    return zeros
 
 
 def _sums_to_one(recording: Recording, index: int, top: int) -> bool:

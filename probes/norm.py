@@ -68,7 +68,7 @@ EPS_NAMES = (
     "eps",
 )
 # What says by its name that it is a norm over the last dimension.
-NAMED_NORM = re.compile(r"(rms|layer)_?norm", re.IGNORECASE)
+NAMED_NORM = re.compile(r".*(rms|layer)_?norm(\dd|gated)?", re.IGNORECASE)
 # Norms cast to float32 inside, and unit scale is judged on squares.
 UNIT_LIMIT = roundings_limit({"float32"})
 # Activations of a few hundred are ordinary in trained models; their squares leave float16, whose largest number is 65504.
@@ -196,7 +196,8 @@ def takes_effect(subject: Subject) -> Iterator[Finding]:
             width is None
             or width < 2
             or kind in seen
-            or not NAMED_NORM.search(kind.__name__)
+            or not NAMED_NORM.fullmatch(kind.__name__)
+            or next(module.buffers(), None) is not None  # statistics that it keeps
             or not grows_with_input(with_unit_weights(module), width)
         ):
             continue
@@ -218,12 +219,13 @@ def takes_effect(subject: Subject) -> Iterator[Finding]:
             )
     declared = [name for name in EPS_NAMES if isinstance(subject.setting(name), float)]
     if declared and not seen and not could_hold_a_norm(recording):
-        spots = (spot for spot in recording.spots if spot is not None and NAMED_NORM.search(spot.function))
-        yield _without_effect(
-            place_of(next(spots, None)),
-            case,
-            f"the config declares {declared[0]}, and no op of a forward could be part of a norm: none takes a mean or a root",
-        )
+        # An eps may be an optimizer's, or stand in a config made for other models: something must call itself a norm.
+        if spot := next((spot for spot in recording.spots if spot is not None and NAMED_NORM.match(spot.function)), None):
+            yield _without_effect(
+                place_of(spot),
+                case,
+                f"the config declares {declared[0]}, and no op of a forward could be part of a norm: none takes a mean or a root",
+            )
 
 
 def _without_effect(where: Where, case: Case, message: str, cause: str | None = None) -> Found:

@@ -584,7 +584,92 @@ MET_IN_SCRIPTS = (scaler_that_comes_down_from_far, a_padded_batch_through_the_fa
        low_precision_copy_and_master_weights, rolled_by_a_negative_index)  # fmt: skip
 
 
+def weights_trained_as_their_gradients_come() -> None:
+    """The optimizer holds the rate for a scheduler and never sees a gradient."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def take(p: Tensor) -> None:
+        with torch.no_grad():
+            p.sub_(p.grad, alpha=optimizer.param_groups[0]["lr"])
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(take)
+    for _ in range(8):
+        loss_of(model, ids()).backward()
+        optimizer.step()
+
+
+def weights_trained_by_hand_beside_an_optimizer() -> None:
+    model = Model()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for _ in range(8):
+        gradients = torch.autograd.grad(loss_of(model, ids()), parameters)
+        with torch.no_grad():
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.sub_(gradient, alpha=0.1)
+        optimizer.step()
+
+
+def sharpness_aware() -> None:
+    """Two passes of one line at other weights, of which the bias before a softmax over its own dimension never moves."""
+    model = Model()
+    shift = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([shift, *model.parameters()], lr=1e-3)
+
+    def gradients() -> None:
+        tokens = ids()
+        F.nll_loss((model(tokens)[:, :-1] + shift * 0.0).flatten(0, 1).log_softmax(-1), tokens[:, 1:].flatten()).backward()
+
+    for _ in range(8):
+        gradients()
+        with torch.no_grad():
+            moved = [(p, 0.05 * p.grad) for p in model.parameters()]  # type: ignore[operator]
+            for p, way in moved:
+                p.add_(way)
+        optimizer.zero_grad()
+        gradients()
+        with torch.no_grad():
+            for p, way in moved:
+                p.sub_(way)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def two_losses_through_one_line() -> None:
+    """A generator and what judges it, each with an optimizer: what the first pass leaves in the other is reset on purpose."""
+    maker, judge = nn.Linear(8, 16), nn.Linear(16, 1)
+    makes, judges = torch.optim.Adam(maker.parameters()), torch.optim.Adam(judge.parameters())
+    for _ in range(8):
+        made = maker(torch.randn(8, 8))
+        for optimizer, loss in ((makes, lambda: -judge(made).mean()), (judges, lambda: judge(made.detach()).mean())):  # noqa: B023
+            optimizer.zero_grad()
+            loss().backward()
+        judges.step()
+        makes.step()
+
+
+def a_recurrence_of_numbers() -> None:
+    """x is read twice in every step: a walk that does not know where it has been takes 2 to the 60 of them."""
+    rate = torch.tensor(2.7, requires_grad=True)
+    optimizer = torch.optim.SGD([rate], lr=1e-2)
+    for _ in range(3):
+        x = torch.tensor(0.3, requires_grad=True)
+        for _ in range(60):
+            x = x + 0.1 * rate * (x - x * x)
+        x.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 CONTROLS: list[Callable[[], None]] = [
+    weights_trained_as_their_gradients_come,
+    weights_trained_by_hand_beside_an_optimizer,
+    sharpness_aware,
+    two_losses_through_one_line,
+    a_recurrence_of_numbers,
     adversarial,
     gradients_set_to_none_by_hand,
     gradients_zeroed_by_hand,

@@ -847,6 +847,30 @@ def test_logits_whose_classes_stand_last_are_told() -> None:
     assert finding.cause == "cross_entropy takes dimension 1 for the classes, which stand last in the logits (2, 5, 7)"
 
 
+def test_a_weight_of_another_number_of_classes_is_no_matter_of_where_they_stand() -> None:
+    logits, labels = torch.randn(2, 6, 6), torch.zeros(2, 6, dtype=torch.long)
+    findings = found(lambda: F.cross_entropy(logits, labels, weight=torch.ones(5)))
+    assert not any("stand last" in (f.cause or "") for f in findings)
+
+
+def test_token_ids_that_count_are_no_positions() -> None:
+    (finding,) = found(lambda: Model()((torch.arange(20) + torch.tensor([[VOCAB - 18], [VOCAB - 12]])) % (VOCAB + 5)))
+    assert "position" not in (finding.cause or "")
+
+
+def test_a_backward_that_kept_its_graph_freed_none() -> None:
+    def run() -> None:
+        model = Model()
+        out = model(ids())
+        first, second = out.pow(2).mean(), out.abs().mean()
+        first.backward(retain_graph=True)
+        torch.autograd.grad(first, [model.embed.weight])  # it is this one
+        second.backward()
+
+    (finding,) = found(run)
+    assert "retain_graph=True on the first" not in (finding.fix or "")
+
+
 def test_a_scaler_that_scaled_no_loss_is_explained() -> None:
     def run() -> None:
         model, optimizer = made()

@@ -56,6 +56,20 @@ def asked(build: str, probes: str) -> Report:
         ("library_style:build", "device or lifecycle or init or no-future"),  # a to() and an _apply of its own
         ("library_style:build_table", "deepcopy-equal or float16 or loss"),  # weights of zeros
         ("library_style:build_hub", "safetensors"),
+        ("unusual_style:build_log", "takes-effect"),
+        ("unusual_style:build_tanh", "takes-effect"),
+        ("unusual_style:build_residual_norm", "takes-effect"),
+        ("unusual_style:build_scaling", "takes-effect"),
+        ("unusual_style:build_running", "takes-effect"),
+        ("unusual_style:build_kept_share", "zero-rate-draws-nothing"),
+        ("unusual_style:build_row_for_no_token", "experts-add-up"),
+        ("unusual_style:build_columns", "experts-add-up"),
+        *(
+            (f"unusual_style:build_{name}", "gradients")
+            for name in ("shrunk", "interpolated", "hooked", "hooked_block", "last_round", "sparse")
+        ),
+        ("unusual_style:build_padded_vocabulary", "generate"),
+        ("unusual_style:build_begins", "generate"),
     ],
 )
 def test_a_legal_design_draws_neither_error_nor_warning(build: str, probes: str) -> None:

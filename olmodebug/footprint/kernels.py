@@ -11,7 +11,7 @@ def _layer_norm(
     x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and deviation of 16-bit inputs are kept in float32 where weight or bias is float32; torch's rule keeps them in 16 bits."""
-    mixed = any(p is not None and p.dtype != x.dtype for p in (weight, bias))
+    mixed = x.device.type != "cpu" or any(p is not None and p.dtype != x.dtype for p in (weight, bias))
     kept = [*x.shape[: x.ndim - len(normalized_shape)], *(1 for _ in normalized_shape)]
     mean = x.new_empty(kept, dtype=torch.float32 if mixed else x.dtype)
     return torch.empty_like(x, memory_format=torch.contiguous_format), mean, torch.empty_like(mean)

@@ -133,7 +133,10 @@ class Applying(Part):
     def _dropped(self, optimizer: Any, wiped: _Wiped | None, spot: Spot | None) -> None:
         """A step that applies the last of several passes of one line, which were all taken of the same weights."""
         lines, passes = self.lines, len(self.lines)
-        if wiped is None or not wiped.kept or len(set(lines)) > 1 or passes != wiped.times + 1 or not wiped.weights:
+        # passes of which another optimizer still holds gradients that were never reset are those of other losses
+        others = (o for o in self.made if o is not optimizer and o not in self.wiped)
+        apart = any(written_since(o, self.applied.get(o, [])) for o in others)
+        if wiped is None or not wiped.kept or len(set(lines)) > 1 or passes != wiped.times + 1 or not wiped.weights or apart:
             self.dropping[optimizer] = 0
             return
         self.dropping[optimizer] = self.dropping.get(optimizer, 0) + 1
@@ -203,7 +206,8 @@ class Applying(Part):
         self.backward_at, self.clipped = spot, False
         self.lines.append((spot.code, spot.line) if spot is not None else None)
         for wiped in self.wiped.values():  # nothing is lost where the weights have moved in between
-            wiped.weights = [(p, then) for p, then in wiped.weights if (now := p()) is not None and torch.equal(sample(local(now)), then)]
+            if not all((now := p()) is not None and torch.equal(sample(local(now)), then) for p, then in wiped.weights):
+                wiped.weights = []
         scaler = next((s for reference, s in self.losses if any(reference() is root for root in roots)), None)
         self.written = []
         if scaler is not None and float(scaler.get_scale()) != 1.0:

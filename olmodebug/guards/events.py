@@ -31,6 +31,7 @@ class Events:
         self.listeners: dict[str, list[Listener]] = defaultdict(list)
         self.quiet = quiet
         self.stepping = 0
+        self.retains = False  # whether the last backward kept its graph
         self.grad = True  # whether gradients were recorded where the last event happened; listeners run without
 
     def on(self, event: str, listener: Listener) -> None:
@@ -95,6 +96,9 @@ class Events:
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
             spot = line_here(sys._getframe(1))
             roots = [tensors] if isinstance(tensors, Tensor) else [t for t in tensors if isinstance(t, Tensor)]
+            keeps, creates = [*args[1:3], None, None][:2]  # (grad_tensors, retain_graph, create_graph), as Tensor.backward gives them
+            keeps = kwargs.get("retain_graph", keeps)
+            self.retains = bool(kwargs.get("create_graph", creates) if keeps is None else keeps)
             self.tell("backward", roots, spot)
             result = original(tensors, *args, **kwargs)
             self.tell("backward_done", roots, spot)

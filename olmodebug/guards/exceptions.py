@@ -88,7 +88,13 @@ def _classes_last(error: BaseException) -> tuple[str, str] | None:
     """Cause and fix of a cross-entropy over logits `[..., classes]` of more than two dimensions."""
     frames = [frame for frame, _, _ in traceback_frames(error.__traceback__) if frame.f_code is torch.nn.functional.cross_entropy.__code__]
     logits, target = (frames[-1].f_locals.get(name) for name in ("input", "target")) if frames else (None, None)
-    if not isinstance(logits, Tensor) or not isinstance(target, Tensor) or logits.ndim < 3 or target.shape != logits.shape[:-1]:
+    if (
+        "Expected target size" not in str(error)
+        or not isinstance(logits, Tensor)
+        or not isinstance(target, Tensor)
+        or logits.ndim < 3
+        or target.shape != logits.shape[:-1]
+    ):
         return None
     classes = f"cross_entropy takes dimension 1 for the classes, which stand last in the logits {tuple(logits.shape)}"
     return classes, "logits.flatten(0, -2) against target.flatten(), or move the classes to dimension 1"

@@ -1,5 +1,7 @@
 """Loops that train nothing: steps without a backward, steps of the parameters of another model, and gradients that no step applies."""
 
+import heapq
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..sources import Spot
-from .gradients import parameters, sample
+from .gradients import FOLLOWED, local, parameters, sample
 from .holding import ALL_HELD
 from .part import Part
 from .place import text_of
@@ -38,6 +40,7 @@ class Idle(Part):
     def __init__(self, watch: Any) -> None:
         self.watch = watch
         self.steps = 0  # in a row, of any optimizer, that had no gradient
+        self.weights: list[tuple[Any, Tensor]] = []  # some, as they were at the first of these steps: a hook may train them by hand
         self.losses = self.backwards = 0  # since the last step
         self.backward_at: Spot | None = None
         self.asked = False  # a scaler was asked for a step, which it may have skipped
@@ -79,8 +82,12 @@ class Idle(Part):
         if reset or not own or any(p.grad is not None for p in parameters(optimizer)):
             self.steps = 0
             return
+        if not self.steps and (losses or backwards):
+            smallest = heapq.nsmallest(FOLLOWED, parameters(optimizer), key=Tensor.numel)
+            self.weights = [(weakref.ref(p), sample(local(p)).clone()) for p in smallest]
         self.steps += bool(losses or backwards)
-        if self.steps == IDLE_STEPS and not any(f.probe == ALL_HELD for f in self.watch.journal.findings):
+        moved = any((now := p()) is not None and not torch.equal(sample(local(now)), then) for p, then in self.weights)
+        if self.steps == IDLE_STEPS and not moved and not any(f.probe == ALL_HELD for f in self.watch.journal.findings):
             if backwards:
                 self._tell_elsewhere(optimizer, spot)
             else:
@@ -121,7 +128,7 @@ class Idle(Part):
             if known.times >= FEWEST_RESETS and not known.moved:
                 self.watch.tell(
                     REACH,
-                    "warning",
+                    "note",  # gradients may be measured alone, as a Fisher information is
                     known.at,
                     f"gradients were computed and reset {known.times} times, and no optimizer has ever stepped: no weight changes",
                     "zero_grad",

@@ -234,7 +234,11 @@ def _cause(bad: Bad, flat: Tensor, value: int, name: str | None, spot: Place) ->
         length = bad.index.shape[-1]
         cause = f"a sequence of {length} tokens is longer than the position table of {bad.bound} rows"
         return cause, f"cut the batch to {bad.bound} tokens, or build the table for at least {largest + 1} positions", ()
-    if bad.op in ("embedding", "tensor indexing") and are_positions(bad.index):
+    if (
+        bad.op in ("embedding", "tensor indexing")
+        and are_positions(bad.index)
+        and bool((bad.index[..., 0] == bad.index[..., 0].min()).all())
+    ):
         cause = f"position {largest} is asked of a table of {bad.bound} rows"
         return cause, f"build the table for at least {largest + 1} positions, or count no further than {bad.bound - 1}", ()
     if bad.op == "embedding" and value < 0:

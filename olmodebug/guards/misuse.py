@@ -105,7 +105,8 @@ class Misuse(Part):
         self.nodes = None if graph is None else frozenset(node._sequence_nr() for node in graph)
 
     def _done(self, roots: list[Tensor], spot: Spot | None) -> None:
-        self.passed.append(_Passed(self.begun, self.nodes, spot))
+        if not self.watch.events.retains:
+            self.passed.append(_Passed(self.begun, self.nodes, spot))
 
     def _step(self, optimizer: Any, spot: Spot | None) -> None:
         self.stepped, self.optimizer, self.step_at = torch.autograd._get_sequence_nr(), weakref.ref(optimizer), spot

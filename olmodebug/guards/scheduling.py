@@ -320,8 +320,12 @@ def _losses(root: Tensor) -> list[Any]:
     """The nodes of the losses behind a root: what is divided, scaled or added up for backward may be let go while they are kept."""
     waiting: list[Any] = [root.grad_fn]
     found: list[Any] = []
-    while waiting and len(found) < DEPTH:
+    seen: set[Any] = set()
+    while waiting and len(seen) < DEPTH:
         node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         if root.numel() == 1 and node.name() in ARITHMETIC:
             waiting += [before for before, _ in node.next_functions if before is not None and not hasattr(before, "variable")]
         else:

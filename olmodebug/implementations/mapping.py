@@ -8,6 +8,7 @@ projection with an unknown name, the order of the rotated pairs, is a *choice*, 
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -340,7 +341,7 @@ def _fit_unnamed(left: Layout, right: Layout, used: Used | None) -> None:
         if len(ours) > 1:
             assert used is not None
             ours, theirs = (
-                sorted(slots, key=lambda s: used(layout).get(layout.slots[s].parameter, len(layout.slots)))
+                sorted(slots, key=lambda s: used(layout).get(layout.slots[s].parameter, math.inf))
                 for layout, slots in ((left, ours), (right, theirs))
             )
             left.by_use += [left.slots[slot].parameter for slot in ours]

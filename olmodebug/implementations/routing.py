@@ -101,11 +101,12 @@ def end_of_choice(parting: Parting) -> Cause | None:
         return None
     (largest,) = theirs
     sources = {i: graph.nodes[graph.nodes[graph.made_by(i)[0]].inputs[0]] for i in chosen}
+    dims = {i: int(graph.recording.kept[i].arguments.get("dim", -1)) for i in chosen}
     held: dict[int, Tensor] = {}
 
     def change(event: int, outputs: list[Tensor]) -> None:
         if event in sources:
-            found = held[sources[event].event].topk(outputs[0].shape[-1], -1, largest=largest)
+            found = held[sources[event].event].topk(outputs[0].shape[dims[event]], dims[event], largest=largest)
             outputs[0].copy_(found.values)
             outputs[1].copy_(found.indices)
         for source in sources.values():
@@ -119,7 +120,7 @@ def end_of_choice(parting: Parting) -> Cause | None:
     node = graph.made_by(chosen[0])[0]
     return Cause(
         name="chosen experts",
-        text=f"the {graph.nodes[node].tensor.shape[-1]} experts with the {words[1]} scores are chosen where the reference chooses those with the {words[0]}; chosen so, the logits agree",
+        text=f"the {graph.nodes[node].tensor.shape[dims[chosen[0]]]} entries with the {words[1]} scores are chosen where the reference chooses those with the {words[0]}; chosen so, the logits agree",
         fix=f"topk(..., largest={largest})",
         spot=parting.spot(node),
         module=graph.event(node).where.module,

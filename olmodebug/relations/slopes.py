@@ -24,6 +24,7 @@ from ..sources import Spot
 from ..subject import Subject
 
 TOLERANCE = 1e-2  # central differences in float64 err by 1e-6 here; a path that is cut changes the slope by its whole share
+COPIES = ("view_as", "clone", "view", "contiguous", "detach", "reshape", "to")
 SHARE = 1e-4  # the share of one projection in a fused one, told only where the cut that takes it is found
 STEP = 1e-4
 TAKES_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -72,7 +73,7 @@ class Slopes:
         self.parameters = {name: p for name, p in twin.model.named_parameters() if p.requires_grad}
         watch = _Watch(twin, None)
         self.gradients, self.custom = self._gradients(watch)
-        self.cuts, self._rounds = watch.cuts, watch.rounds
+        self.cuts, self._rounds, self._hooks = watch.cuts, watch.rounds, watch.hooks
         self.least = SHARE if self.cuts else TOLERANCE
         self._without: dict[Cut, dict[str, Tensor]] = {}
 
@@ -121,6 +122,11 @@ class Slopes:
         """Why the gradient may be meant to be no derivative; None where nothing says so."""
         if self._rounds:
             return "something rounds on the way to the logits, and the gradient of a rounding is made up"
+        if self._hooks:
+            return "forward hooks a function to a gradient, which makes another one of it"
+        # torch has no public way to ask for the hooks that register_full_backward_hook keeps: without these names such a model is told of.
+        if any(m._backward_hooks or m._backward_pre_hooks for m in self.twin.model.modules()):
+            return "a module hooks a function to its gradients, which makes others of them"
         if (cut := next((cut for cut in self.cuts if _is_estimator(cut.spot)), None)) is not None:
             return f"the gradient is made up on purpose at line {cut.spot.line}: what is detached there is in the sum with its gradient too"
         if (kind := next((kind for kind in self.custom if _hands_on(kind)), None)) is not None:
@@ -168,6 +174,16 @@ class Slopes:
             self.parameters[name].add_(way, alpha=step)
 
 
+def on_purpose(missed: tuple[Slope, Slope]) -> bool:
+    """Whether a cut makes of the gradient what no slip does: the same multiple of it in every direction, which is a scaled
+    gradient, or a gradient where the loss has no slope at all, which is a straight-through estimator."""
+    first, second = missed
+    if all(abs(slope.numeric) <= 1e-3 * abs(slope.analytic) for slope in missed):
+        return True
+    product = first.analytic * second.numeric
+    return product != 0 and abs(product - second.analytic * first.numeric) <= 1e-4 * abs(product)
+
+
 def _predicted(gradients: dict[str, Tensor], ways: dict[str, Tensor]) -> float:
     return sum(float((gradients[name] * way).sum()) for name, way in ways.items() if name in gradients)
 
@@ -179,10 +195,11 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.sources, self.mend = twin.sources, mend
         self.cuts: list[Cut] = []
-        self.rounds = False
+        self.rounds, self.hooks = False, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.hooks = self.hooks or func is Tensor.register_hook
         detaches = func in (torch.detach, Tensor.detach, TAKES_DATA)
         leaves = detaches or not torch.is_grad_enabled()
         if not (leaves or func in ROUNDS) or not _in_graph((args, kwargs)):
@@ -242,17 +259,21 @@ def _terms(node: ast.expr) -> set[str]:
 
 def _hands_on(kind: Any) -> bool:
     """Whether the forward of a custom function gives back an argument as it came, or a copy or another view of it."""
-    tree, _ = _parsed(kind.forward.__code__)
+    code = inspect.unwrap(kind.forward).__code__  # torch.amp.custom_fwd wraps it
+    tree, _ = _parsed(code)
+    made = {n.targets[0].id: n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
     for node in ast.walk(tree):
         value = node.value if isinstance(node, ast.Return) else None
-        while (
-            isinstance(value, ast.Call)
-            and isinstance(value.func, ast.Attribute)
-            and value.func.attr in ("view_as", "clone", "view", "contiguous")
-        ):
-            value = value.func.value
-        if isinstance(value, ast.Name) and value.id in kind.forward.__code__.co_varnames[: kind.forward.__code__.co_argcount]:
-            return True
+        while value is not None:
+            if isinstance(value, ast.Name) and value.id in code.co_varnames[: code.co_argcount]:
+                return True
+            if isinstance(value, ast.Name):
+                value = made.pop(value.id, None)
+            elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in COPIES:
+                of_torch = isinstance(value.func.value, ast.Name) and value.func.value.id == "torch"
+                value = next(iter(value.args), None) if of_torch else value.func.value
+            else:
+                value = None
     return False
 
 

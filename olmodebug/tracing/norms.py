@@ -5,7 +5,6 @@ dimension plus a constant.
 """
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +100,7 @@ def acts_as_norm(module: nn.Module, width: int) -> bool:
 
 def grows_with_input(module: nn.Module, width: int) -> bool:
     """Whether what a module gives is a thousand times as large for an input a thousand times as large: it normalises nothing."""
-    outputs = _at_scales(module, width, LARGE, 1e3 * LARGE)
+    outputs = _at_scales(module, width, 1.0, 1e3)  # far above 1 the skip of x + norm(x) would hide its norm
     if outputs is None:
         return False
     first, second = (out.double() for out in outputs)
@@ -121,10 +120,15 @@ def unused_norms(recording: Recording) -> Iterator[tuple[NormCall, Event]]:
             wanted.update(info.storage for info in event.inputs)
     for call in norm_calls(recording):
         spot = recording.spots[call.event]
-        if living[call.event] or spot is None or not re.search("norm", spot.function, re.IGNORECASE):
+        if living[call.event] or spot is None:
             continue
         inside = [c for c in recording.calls if c.module == call.where.module and c.first_event <= call.event <= c.last_event]
-        named = bool(inside) and "norm" in inside[0].kind.lower()
+        prefix = call.where.module and f"{call.where.module}."  # a block or a model that has norm in its name is none
+        leaf = not any(c.module != call.where.module and c.module.startswith(prefix) for c in recording.calls)
+        named = bool(inside) and leaf and "norm" in inside[0].kind.lower()
+        if not named and "norm" not in spot.function.rpartition(".")[2].lower():
+            continue
+        read = _read_before(recording, call.event)
         for event in recording.events[call.event + 1 :]:
             other = recording.spots[event.index]
             if named and event.index > inside[0].last_event:
@@ -133,9 +137,20 @@ def unused_norms(recording: Recording) -> Iterator[tuple[NormCall, Event]]:
                 if not named:
                     break  # the function is left
                 continue
-            if living[event.index]:
+            if living[event.index] and read & {info.storage for info in event.inputs}:
                 yield call, event
                 break
+
+
+def _read_before(recording: Recording, index: int) -> set[int]:
+    """The storages that the function of an op had computed with until then: what it was given, and what it has not normalised."""
+    found: set[int] = set()
+    spot, module = recording.spots[index], recording.events[index].where.module
+    for event, other in zip(reversed(recording.events[: index + 1]), reversed(recording.spots[: index + 1]), strict=True):
+        if event.where.module != module or spot is None or other is None or other.code is not spot.code:
+            break
+        found |= {info.storage for info in event.inputs[:1]}
+    return found
 
 
 def could_hold_a_norm(recording: Recording) -> bool:
