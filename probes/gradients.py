@@ -156,7 +156,7 @@ def match_finite_differences(subject: Subject) -> Iterator[Finding]:
             not_applicable(f"the gradient is made up on purpose at line {cut.spot.line}: scaled, or straight through what has none")
         if cut is not None and len(slopes.without(cut)) > len(slopes.gradients):
             return  # it leaves a parameter without any gradient: reach-every-parameter tells it
-        if cut is None and any(known.by == "no_grad" for known in slopes.cuts):
+        if cut is None and slopes.leaves_out and not slopes.custom:
             not_applicable("part of forward runs under no_grad, as a recurrence does that is trained through its last round alone")
         if cut is not None or min(slope.gap for slope in pair) > TOLERANCE:
             yield _not_the_derivative(slopes, names, pair, cut)

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from olmodebug import process
 from olmodebug.executions import check as executions
@@ -21,7 +21,8 @@ pytest_plugins = ["pytester"]
 if not entry_points(group="pytest11", name="olmodebug"):  # a bare checkout: nothing has told pytest of the plugin
     pytest_plugins.append("_olmodebug_pytest")
 
-settings.register_profile("quick", derandomize=True, deadline=None)
+# On a busy machine a few draws may take half a minute: that says nothing of the code.
+settings.register_profile("quick", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("OLMODEBUG_HYPOTHESIS_PROFILE", "quick"))
 

@@ -145,7 +145,7 @@ class Remembers(nn.Module):
     [
         ("memory", None),
         ("dropped", "nothing uses what forward computes with it"),
-        ("cut", "forward reads it, and the path from there to the logits carries no gradient"),
+        ("cut", "detach cuts the path from there to the logits: without it write.weight gets a gradient"),
     ],
 )
 def test_what_gets_no_gradient_is_told_by_where_its_result_goes(kind: str, cause: str | None) -> None:

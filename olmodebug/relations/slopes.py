@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
@@ -64,7 +64,8 @@ class Cut:
 class Slopes:
     """The loss of a float64 twin on a case, its gradient, and its slopes along random directions.
 
-    `cuts` are the places where own code cuts the graph, `custom` the functions with a backward of their own in it.
+    `cuts` are the places where own code cuts the graph, `custom` the functions with a backward of their own in it, and
+    `leaves_out` says whether own code computes with parameters under no_grad.
     """
 
     def __init__(self, twin: Subject, case: Case) -> None:
@@ -73,7 +74,7 @@ class Slopes:
         self.parameters = {name: p for name, p in twin.model.named_parameters() if p.requires_grad}
         watch = _Watch(twin, None)
         self.gradients, self.custom = self._gradients(watch)
-        self.cuts, self._rounds, self._hooks = watch.cuts, watch.rounds, watch.hooks
+        self.cuts, self._rounds, self._hooks, self.leaves_out = watch.cuts, watch.rounds, watch.hooks, watch.leaves_out
         self.least = SHARE if self.cuts else TOLERANCE
         self._without: dict[Cut, dict[str, Tensor]] = {}
 
@@ -196,6 +197,7 @@ class _Watch(TorchFunctionMode):
         self.sources, self.mend = twin.sources, mend
         self.cuts: list[Cut] = []
         self.rounds, self.hooks = False, False
+        self.leaves_out = False  # whether own code computes with parameters under no_grad
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -211,6 +213,7 @@ class _Watch(TorchFunctionMode):
         spot = self.sources.spot(sys._getframe(1)) if leaves else None
         if spot is not None:
             cut = Cut(spot, "detach" if detaches else "no_grad")
+            self.leaves_out |= not detaches and any(isinstance(value, nn.Parameter) for value in tree_iter((args, kwargs)))
             if self.mend is not None and cut.is_(self.mend):
                 return self._kept(func, args, kwargs, detaches)
             if not any(cut.is_(other) for other in self.cuts):
