@@ -41,10 +41,13 @@ def quiet() -> Iterator[io.StringIO]:
 
 def run_here(path: Path) -> tuple[list[Finding], str]:
     """A script in this process under all guards: its findings and what it printed."""
-    journal = Journal(None)
+    folder = path.parent / "journal"
+    folder.mkdir()
+    journal = Journal(folder)
     with quiet() as out, contextlib.suppress(Exception), Watch(GUARDS, journal) as watch:
         runpy.run_path(str(path), run_name="__main__")
-    assert not watch.faults
+    told = [line for file in folder.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
+    assert not watch.faults, [line for line in told if '"event": "fault"' in line]
     return journal.findings, out.getvalue()
 
 
