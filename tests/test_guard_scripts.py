@@ -42,7 +42,7 @@ def quiet() -> Iterator[io.StringIO]:
 def run_here(path: Path) -> tuple[list[Finding], str]:
     """A script in this process under all guards: its findings and what it printed."""
     folder = path.parent / "journal"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     journal = Journal(folder)
     with quiet() as out, contextlib.suppress(Exception), Watch(GUARDS, journal) as watch:
         runpy.run_path(str(path), run_name="__main__")

@@ -1,6 +1,7 @@
 """What a loop does to gradients between a backward and a step, to weights before the first one, and to rates: told, or legal."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -890,6 +891,10 @@ def test_blocks_in_a_plain_list_are_told_as_such() -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             return self.head(self.blocks[0](self.embed(tokens)))
 
+    gone = nn.Linear(2, 2)
+    proxy = weakref.proxy(gone)  # raises when it is asked for its class
+    del gone
+
     def run() -> None:
         model = Listed()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -899,6 +904,7 @@ def test_blocks_in_a_plain_list_are_told_as_such() -> None:
             model.zero_grad()
 
     (finding,) = found(run)
+    assert type(proxy) is weakref.ProxyType
     assert finding.cause == "`blocks` of Listed is a plain list, whose modules are not registered as those of an nn.ModuleList are"
 
 

@@ -12,6 +12,7 @@ from ..sources import Spot
 from ..units import listed, plural
 from .excerpts import lines_at
 from .gradients import has_plain_gradient, parameters, sample
+from .models import alive
 from .part import Part
 from .place import where_of
 
@@ -138,7 +139,7 @@ def _unregistered(module: nn.Module) -> str | None:
     for holder in gc.get_referrers(module):
         if not isinstance(holder, (list, tuple, dict)):
             continue
-        for owner in (o for o in gc.get_objects() if isinstance(o, nn.Module) and o is not module):
+        for owner in (o for o in alive((nn.Module,)) if o is not module):
             name = next((n for n, value in vars(owner).items() if value is holder), None)
             if name is not None and not name.startswith("_"):
                 kind, right = type(holder).__name__, "ModuleDict" if isinstance(holder, dict) else "ModuleList"

@@ -22,7 +22,7 @@ class Models:
 
     def search(self) -> list[torch.optim.Optimizer]:
         """Look for models anew; the optimizers that are alive, which the same look has met."""
-        found = _alive((nn.Module, torch.optim.Optimizer))
+        found = alive((nn.Module, torch.optim.Optimizer))
         modules = [thing for thing in found if isinstance(thing, nn.Module)]
         children = {id(child) for module in modules for child in module.children()}
         self._roots = sorted((m for m in modules if id(m) not in children), key=_size, reverse=True)
@@ -64,7 +64,7 @@ class Models:
         return None
 
 
-def _alive(kinds: tuple[type, ...]) -> list[Any]:
+def alive(kinds: tuple[type, ...]) -> list[Any]:
     """Every object of some kinds that the garbage collector knows. Types are asked, each once: isinstance would wake lazy objects."""
     things = gc.get_objects()  # half a million once transformers is imported: no Python frame for each
     keys = list(map(id, map(type, things)))
