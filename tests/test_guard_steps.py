@@ -904,7 +904,7 @@ def test_blocks_in_a_plain_list_are_told_as_such() -> None:
             model.zero_grad()
 
     (finding,) = found(run)
-    assert type(proxy) is weakref.ProxyType
+    assert type(proxy) is weakref.CallableProxyType
     assert finding.cause == "`blocks` of Listed is a plain list, whose modules are not registered as those of an nn.ModuleList are"
 
 
