@@ -1,5 +1,6 @@
 """Evaluations with dropout, and training without: a model whose mode is not the one that the script means."""
 
+import inspect
 import sys
 import weakref
 from typing import Any
@@ -165,4 +166,11 @@ def _running() -> set[Any]:
 
 def _inside_a_function() -> bool:
     """Whether the forward of a `torch.autograd.Function` runs, as compiled code and checkpointing do: autograd turns gradients off for it."""
-    return Function.apply.__func__.__code__ in _running()  # type: ignore[attr-defined]
+    running, waiting = _running(), [Function]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        forward = getattr(kind.__dict__.get("forward"), "__func__", None)
+        if forward is not None and getattr(inspect.unwrap(forward), "__code__", None) in running:
+            return True
+    return False
