@@ -36,7 +36,8 @@ def first_contact() -> str:
         f"those faults turned out to be legal or not to be told from what is. In four models as courses write them {COURSES[1]} of {COURSES[0]} "
         f"were detected, with no false alarm; what was missed is in `course/`. In five models as people write them every day, with faults that "
         f"were meant to be hard, it was 91 of 118, 74 in the right function, 85 explained, with two false errors on the 30 clean and legal "
-        f"ones; part of what was missed is in `gpt2/`, `postnorm/` and `plain/`. The rows below come after the probes had learnt from "
+        f"ones; part of what was missed is in `gpt2/`, `postnorm/` and `plain/`. In "
+        f"six more files it was 99 of 120, 81 and 72, with no false error on the 54 clean and legal ones. The rows below come after the probes had learnt from "
         f"them. On faults written by others expect the rates of first contact."
     )
 
