@@ -10,6 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,12 +42,11 @@ def quiet() -> Iterator[io.StringIO]:
 
 def run_here(path: Path) -> tuple[list[Finding], str]:
     """A script in this process under all guards: its findings and what it printed."""
-    folder = path.parent / "journal"
-    folder.mkdir(exist_ok=True)
-    journal = Journal(folder)
-    with quiet() as out, contextlib.suppress(Exception), Watch(GUARDS, journal) as watch:
-        runpy.run_path(str(path), run_name="__main__")
-    told = [line for file in folder.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder))
+        with quiet() as out, contextlib.suppress(Exception), Watch(GUARDS, journal) as watch:
+            runpy.run_path(str(path), run_name="__main__")
+        told = [line for file in Path(folder).iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
     assert not watch.faults, [line for line in told if '"event": "fault"' in line]
     return journal.findings, out.getvalue()
 
