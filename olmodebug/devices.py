@@ -200,8 +200,11 @@ def _on_the_cpu(func: Any, args: Any, kwargs: Any) -> Any:
     try:
         return func(*args, **kwargs)
     except NotImplementedError:
-        whole = next(t for t in tree_flatten(args)[0] if isinstance(t, Tensor))
-        return func(*tree_map_only(Tensor, Tensor.double, args), **kwargs).to(whole.dtype)
+        whole = next((t for t in tree_flatten(args)[0] if isinstance(t, Tensor) and not t.is_floating_point()), None)
+        if whole is None:
+            raise  # no kernel for another reason: what the probe cannot ask it must not answer
+        output = func(*tree_map_only(Tensor, Tensor.double, args), **kwargs)
+        return tree_map_only(Tensor, lambda t: t.to(whole.dtype), output)
 
 
 class _Literals(TorchFunctionMode):

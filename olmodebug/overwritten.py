@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented extension point, though its module is private
 
 from .sources import Sources, Spot
+from .tracing.tracer import argument_of, written_arguments
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,7 +49,7 @@ def _run(run: Callable[[], Any]) -> Any:
 
 
 class _Writes(TorchDispatchMode):
-    """Notes every op that changes one of its arguments: its name, the storage and the line."""
+    """Notes every op that writes into arguments of its, an `out=` among them: its name, the storage and the line."""
 
     def __init__(self, sources: Sources) -> None:
         super().__init__()
@@ -56,7 +57,10 @@ class _Writes(TorchDispatchMode):
         self.seen: list[tuple[str, int, Spot | None]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            place = args[0].untyped_storage().data_ptr()
-            self.seen.append((func.__name__.partition(".")[0], place, self.sources.spot(sys._getframe(1), _run.__code__)))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        for name in written_arguments(func):
+            target = argument_of(func, name, args, kwargs)
+            if isinstance(target, Tensor):
+                place = target.untyped_storage().data_ptr()
+                self.seen.append((func.__name__.partition(".")[0], place, self.sources.spot(sys._getframe(1), _run.__code__)))
+        return func(*args, **kwargs)

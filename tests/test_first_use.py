@@ -33,6 +33,9 @@ MODELS = """
     def build():
         return Tiny(8, 1)
 
+    def build_on_meta():
+        return Tiny(8, 1).to("meta")
+
     number = 3
 """
 
@@ -79,6 +82,7 @@ IN_THE_CHILD = {
     "no such file": Turn(["check", "model.py:build"], 2, ("no such file: model.py", "near it: models.py")),
     "no such attribute": Turn(["check", "models.py:biuld"], 2, ("no attribute biuld", "did you mean build")),
     "a class that needs arguments": Turn(["check", "models.py:Tiny"], 2, ("needs arguments (width, layers)", "--config name=value")),
+    "weights without numbers": Turn(["check", "models.py:build_on_meta"], 2, ("weights are on the meta device", "build it on the CPU")),
     "a number is no model": Turn(["check", "models.py:number"], 2, ("is a int", "expected a model")),
     "no attribute given": Turn(["check", "models.py"], 2, ("models.py:NAME", "Tiny, build")),
     "no such preset": Turn(["check", "olmo9-1B"], 2, ("'olmo9-1B' is no subject", "did you mean olmo")),

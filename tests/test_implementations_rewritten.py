@@ -45,6 +45,7 @@ PAIRS = "        r1, r2 = r[..., ::2], r[..., 1::2]\n"
         case("gemma3", "norm missing", "post_ffn.scale is left out", "Layer.forward", (FEED, "return x + self.ffn(self.pre_ffn(x))")),
         case("gemma3", "QK-norm order", "RoPE before norm", "Norm.forward", (NORMED, ""), (ROTATED, ROTATED + NORMED)),
         case("olmoe", "chosen experts", "the 3 entries with the smallest scores", "MoE.forward", ("topk(top_k, dim=-1)", "topk(top_k, dim=-1, largest=False)"), slow=False),
+        case("expert_choice", "chosen experts", "entries with the smallest scores", "Experts.forward", ("// 4), dim=1)", "// 4), dim=1, largest=False)"), slow=False),
         case("phi3", "partial rotary", "the last 6 of the 12 numbers of a head where the reference turns the first 6", "Rotary.forward", ("r, rest = x[..., : self.n], x[..., self.n :]", "rest, r = x[..., : -self.n], x[..., -self.n :]")),
         case("phi3", "RoPE style", "rotates interleaved pairs", "Rotary.forward", (HALVES, PAIRS), (TURNED, TURNED.replace("[r1 * c - r2 * s, r2 * c + r1 * s, rest]", "[torch.stack([r1 * c - r2 * s, r2 * c + r1 * s], -1).flatten(-2), rest]")), slow=False),
         case("phi3", "RoPE direction", "q and k are turned the other way", "Rotary.forward", (TURNED, TURNED.replace("- r2", "+ r2").replace("+ r1", "- r1"))),

@@ -72,6 +72,10 @@ class Model(nn.Module):
         elif self.kind == "made without autocast":
             with torch.autocast(device_type=x.device.type, enabled=False):
                 x = x + torch.arange(12.0)
+        elif self.kind.startswith("counted"):  # as routers count: the CPU has no kernel for integers
+            counted = input_ids.float() if input_ids.device.type == "cpu" else input_ids.int()
+            x = x * torch.histc(counted, bins=12, min=0, max=96)
+            x = x + torch.arange(12.0) if self.kind == "counted, made elsewhere" else x
         elif self.kind == "scalar":
             x = x * torch.tensor(2.0)
         elif self.kind == "moved":
@@ -91,7 +95,13 @@ def stray(kind: str) -> list[tuple[str, str | None]]:
 
 @pytest.mark.parametrize(
     ("kind", "op"),
-    [("made elsewhere", "arange"), ("made without autocast", "arange"), ("literal", "lift_fresh"), ("written down", "arange")],
+    [
+        ("made elsewhere", "arange"),
+        ("counted, made elsewhere", "arange"),
+        ("made without autocast", "arange"),
+        ("literal", "lift_fresh"),
+        ("written down", "arange"),
+    ],
 )
 def test_a_tensor_made_elsewhere_is_an_error_at_its_own_line(kind: str, op: str) -> None:
     assert stray(kind) == [("error", op)]
@@ -107,7 +117,7 @@ def test_a_plain_attribute_that_does_not_move_is_told() -> None:
     assert stray("attribute") == [("warning", "add")]  # a live model: whether a fresh build has it is not known
 
 
-@pytest.mark.parametrize("kind", ["scalar", "moved", "indexed from the cpu", "asks for values", "none"])
+@pytest.mark.parametrize("kind", ["scalar", "counted", "moved", "indexed from the cpu", "asks for values", "none"])
 def test_what_torch_allows_is_no_finding(kind: str) -> None:
     assert stray(kind) == []
 

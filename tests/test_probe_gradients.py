@@ -57,11 +57,14 @@ class Writes(nn.Module):
             y[:, 0] = 0.0
         elif self.kind == "sum":
             x += y  # sigmoid needs x no more
+        elif self.kind == "given":
+            with torch.no_grad():
+                torch.add(x, 1.0, out=y)  # y is written, and x, which stands first, is not
         return self.head(x + y)
 
 
-@pytest.mark.parametrize(("kind", "op"), [("part", "fill_"), ("sum", None), ("none", None)])
-def test_a_write_over_what_backward_needs_is_told_at_its_line(kind: str, op: str | None) -> None:
+@pytest.mark.parametrize(("kind", "op", "below"), [("part", "fill_", 2), ("given", "add", 7), ("sum", None, 0), ("none", None, 0)])
+def test_a_write_over_what_backward_needs_is_told_at_its_line(kind: str, op: str | None, below: int) -> None:
     model = Writes(kind)
     told = overwritten(model, lambda: model(torch.tensor([[3, 5, 7]])))
     assert (None if told is None else told.op) == op
@@ -69,4 +72,4 @@ def test_a_write_over_what_backward_needs_is_told_at_its_line(kind: str, op: str
     assert [f.where.op for f in found] == ([op] if op else [])
     if told is not None and told.kept is not None:
         assert f"line {told.kept.line} computed with" in str(found[0].cause)
-        assert found[0].where.line == told.written.line == told.kept.line + 2
+        assert found[0].where.line == told.written.line == told.kept.line + below

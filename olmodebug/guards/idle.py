@@ -16,9 +16,8 @@ from .place import text_of
 
 REACH = "loop.gradients-reach-the-step"
 
-IDLE_STEPS = (
-    4  # in a row in which no optimizer had a gradient before it is told; by then it is known whether one holds the parameters of no model
-)
+# Steps in a row without a gradient before it is told; by then it is known whether an optimizer holds the parameters of no model.
+IDLE_STEPS = 4
 FEWEST_RESETS = 5  # of gradients in a script that never steps; a few may be a look at a gradient
 
 aten = torch.ops.aten

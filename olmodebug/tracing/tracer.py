@@ -179,8 +179,8 @@ class _Tracer(TorchDispatchMode):
         inputs = tuple([info(t, storages) for t in tensors])
         event = Event(index=self.count, op=op, where=where, phase=phase, inputs=inputs, parameters=self._parameters(tensors, inputs))
         keep = self.keep_all or (self.picks is not None and self.picks(event))
-        writes = _written(func)
-        written = [t for name in writes for t in _tensors(_argument(func, name, args, kwargs))] if writes else []
+        writes = written_arguments(func)
+        written = [t for name in writes for t in _tensors(argument_of(func, name, args, kwargs))] if writes else []
         arguments: dict[str, Any] = {}
         if keep:
             arguments = _bind(func, args, kwargs, self.copies.of)
@@ -231,7 +231,7 @@ class _Tracer(TorchDispatchMode):
 
 
 @cache
-def _written(func: Any) -> tuple[str, ...]:
+def written_arguments(func: Any) -> tuple[str, ...]:
     """The arguments that an op writes into, by its schema."""
     schema = getattr(func, "_schema", None)
     if schema is None or not schema.is_mutable:
@@ -239,7 +239,7 @@ def _written(func: Any) -> tuple[str, ...]:
     return tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
-def _argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+def argument_of(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if name in kwargs:
         return kwargs[name]
     for spec, value in zip(func._schema.arguments, args, strict=False):
