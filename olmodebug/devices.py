@@ -146,7 +146,7 @@ class _Watch(TorchDispatchMode):
         on_meta = bool(there) if asked is None else torch.device(asked).type == "meta"
         if asked is not None and on_meta:
             kwargs["device"] = "cpu"
-        output = _on_the_cpu(func, *tree_map_only(Tensor, self._value, (args, kwargs)))
+        output = on_the_cpu(func, *tree_map_only(Tensor, self._value, (args, kwargs)))
         if on_meta:
             known = {id(self._value(t)): t for t in there}
             return tree_map_only(Tensor, lambda t: known.get(id(t)) if id(t) in known else self.stand_in(t), output)
@@ -195,7 +195,7 @@ class _Watch(TorchDispatchMode):
         )
 
 
-def _on_the_cpu(func: Any, args: Any, kwargs: Any) -> Any:
+def on_the_cpu(func: Any, args: Any, kwargs: Any) -> Any:
     """An op on the values; where the CPU has no kernel for integers that a GPU has (histc, in routers), in float64."""
     try:
         return func(*args, **kwargs)

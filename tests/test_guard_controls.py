@@ -664,7 +664,18 @@ def a_recurrence_of_numbers() -> None:
         optimizer.zero_grad()
 
 
+def a_loss_inside_a_checkpoint() -> None:
+    """Autograd turns gradients off for a forward that it will run again: a loss in there, with dropout, is no evaluation."""
+    model, anchor = Model(dropout=0.1), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(8):
+        checkpoint(lambda zero, tokens: loss_of(model, tokens) + zero.sum(), anchor, ids(), use_reentrant=True).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 CONTROLS: list[Callable[[], None]] = [
+    a_loss_inside_a_checkpoint,
     weights_trained_as_their_gradients_come,
     weights_trained_by_hand_beside_an_optimizer,
     sharpness_aware,

@@ -57,6 +57,7 @@ def asked(build: str, probes: str) -> Report:
         ("library_style:build_table", "deepcopy-equal or float16 or loss"),  # weights of zeros
         ("library_style:build_hub", "safetensors"),
         ("unusual_style:build_log", "takes-effect"),
+        ("unusual_style:build_supervised", "takes-effect"),
         ("unusual_style:build_tanh", "takes-effect"),
         ("unusual_style:build_residual_norm", "takes-effect"),
         ("unusual_style:build_scaling", "takes-effect"),

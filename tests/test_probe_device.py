@@ -5,6 +5,7 @@ import torch
 from olmodebug.probes.device import made_where_the_inputs_are
 from torch import nn
 
+from olmodebug.devices import on_the_cpu
 from olmodebug.first_run import from_model
 from tests.mutants.catalog import CLEAN, MUTANTS
 from tests.scoreboard import findings_on, judge
@@ -120,6 +121,17 @@ def test_a_plain_attribute_that_does_not_move_is_told() -> None:
 @pytest.mark.parametrize("kind", ["scalar", "counted", "moved", "indexed from the cpu", "asks for values", "none"])
 def test_what_torch_allows_is_no_finding(kind: str) -> None:
     assert stray(kind) == []
+
+
+def test_an_op_that_is_not_there_for_another_reason_is_not_answered() -> None:
+    def absent(given: torch.Tensor) -> torch.Tensor:
+        if given.dtype != torch.float64:
+            raise NotImplementedError("for float")
+        return given
+
+    with pytest.raises(NotImplementedError, match="for float"):
+        on_the_cpu(absent, (torch.ones(3),), {})
+    assert on_the_cpu(absent, (torch.ones(3, dtype=torch.int32),), {}).dtype == torch.int32
 
 
 def test_the_model_is_left_on_its_device() -> None:

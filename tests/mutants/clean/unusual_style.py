@@ -93,6 +93,30 @@ def build_log():
     return type("Logging", (Decoder,), {"block": PreNormBlock})()
 
 
+def rms_norm(x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Supervised(Decoder):
+    """Every layer has a loss, and without labels only the last one's logits are wanted: the norms of the others serve nothing."""
+
+    def forward(self, input_ids, labels=None):
+        x, states = self.embedded(input_ids), []
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        states = [rms_norm(x) for x in states]
+        logits = self.head(states[-1])
+        if labels is None:
+            return logits
+        losses = [F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) for x in states]
+        return logits, sum(losses)
+
+
+def build_supervised():
+    return Supervised()
+
+
 class DynamicTanh(nn.Module):
     def __init__(self, width):
         super().__init__()
