@@ -95,7 +95,7 @@ def explain_build(error: SubjectCodeError) -> Explanation:
         error.stage, error.stage
     )
     explanation = Explanation(
-        message=f"{stage} raises {type(original).__name__}: {_first_line(original)}",
+        message=f"{stage} raises {_told(original)}",
         where=place_of(spot),
         spot=spot,
         raised=f"{type(original).__name__}: {original}",
@@ -127,16 +127,16 @@ def explain_run(subject: Subject, run: Callable[[], Any], error: BaseException, 
     op = failed.op if failed else None
     names = dimension_names(subject, batch=case.batch_size, seq=case.seq_len)
     explanation = Explanation(
-        message=f"forward{f' with {subject.attention} attention' if subject.attention else ''} raises {type(original).__name__}: {_first_line(original)}",
+        message=f"forward{f' with {subject.attention} attention' if subject.attention else ''} raises {_told(original)}",
         where=place_of(spot, module=module, op=op),
         spot=spot,
-        raised=f"{type(original).__name__}: {_first_line(original)}",
+        raised=_told(original),
     )
     if failed is not None and recording.failed_arguments is not None:
         for rule in (_index_out_of_range, _sizes_do_not_fit) if isinstance(original, RuntimeError) else (_index_out_of_range,):
             if rule(recording, explanation, names, case):
                 return explanation
-    if (named := operands(original, spot, names)) and isinstance(original, RuntimeError):
+    if (named := operands(original, spot, names)) and isinstance(original, RuntimeError | AssertionError):
         explanation.message += f" ({named})"
         explanation.observed = named
     _view_out_of_order(original, explanation)
@@ -419,9 +419,11 @@ def _called(size: int, names: dict[int, str]) -> str:
     return f"{names[size]}={size}" if size in names else str(size)
 
 
-def _first_line(error: BaseException) -> str:
+def _told(error: BaseException) -> str:
+    """The kind of an error and its first line; an assert without words is its kind alone."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return text.strip().partition("\n")[0] or type(error).__name__
+    line = text.strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _innermost_own(error: BaseException) -> Spot | None:

@@ -4,8 +4,10 @@ import contextlib
 import gc
 import os
 import random
+import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +64,17 @@ def _drawn_alike() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 -- the subjects under test draw from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def imports_restored(tmp_path: Path) -> Iterator[None]:
+    """Forgets the modules of the test's own folder; a library that came with them stays, or there would be two of it."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(tmp_path):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Objects by file and by module: what is executed, under which name, and whose error an error is."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,7 @@ import pytest
 from olmodebug.errors import SubjectError
 from olmodebug.load import SubjectCodeError, candidates, load_attribute, load_file
 
-
-@pytest.fixture(autouse=True)
-def imports_restored() -> Iterator[None]:
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("imports_restored")
 
 
 def write(path: Path, text: str) -> Path:

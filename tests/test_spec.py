@@ -3,7 +3,6 @@
 import importlib
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,14 +59,7 @@ MODEL = """
 """
 
 
-@pytest.fixture(autouse=True)
-def imports_restored() -> Iterator[None]:
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if not name.startswith(("torch", "transformers", "olmodebug", "tokenizers", "safetensors", "numpy", "huggingface")):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("imports_restored")
 
 
 @pytest.fixture
